@@ -1,0 +1,33 @@
+# Aliases of visible commands. CKPT is the name of a file in configs/.
+CKPT ?= demo
+PYTHON ?= python3.11
+RUN = runs/cls_$(CKPT)
+
+.PHONY: probe finetune data setup setup-xla test test-xla clean
+
+probe: setup
+	.venv/bin/python train.py --config configs/$(CKPT).yaml
+	.venv/bin/python eval.py --ckpt $(RUN) --split val
+	.venv/bin/python eval.py --ckpt $(RUN) --split test
+
+setup: .venv/installed
+setup-xla: .venv-xla/installed
+
+.venv/installed: requirements.txt requirements-common.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -r requirements.txt
+	touch $@
+
+.venv-xla/installed: requirements-tpu.txt requirements-common.txt
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/pip install -r requirements-tpu.txt
+	touch $@
+
+test: setup
+	.venv/bin/python -m pytest -q tests
+
+test-xla: setup-xla
+	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py
+
+clean:
+	rm -rf demo runs cache

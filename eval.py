@@ -1,0 +1,300 @@
+"""How good is a run? Scores its best checkpoint on a split, with intervals, floors and alarms beside every number.
+
+    python eval.py --ckpt runs/cls_single_domain_01 --split test
+    python eval.py --ckpt runs/cls_single_domain_01/best_checkpoint_during_training.pt --split val
+
+Writes eval_SPLIT.json, predictions_SPLIT.csv, plots/*.png and report.html beside the checkpoint. A row of every table is
+a participant: probabilities are averaged over both eyes and repeated scans.
+"""
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+import os
+import pickle
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import b2
+import config
+import data
+import device
+import metrics
+import model
+
+BEST = "best_checkpoint_during_training.pt"
+SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",
+               "auroc_macro_ovr": "AUROC (macro, one vs rest)", "log_loss": "log-loss"}
+
+# ----------------------------------------------------------------------------------- encoder -> features -> predictions
+
+
+def open_encoder(cfg):
+    """Encoder of the config, checked against it -> (encoder in eval mode, volume size (D, H, W), sha256 of its weights)."""
+    path = b2.local(cfg.paths.checkpoint_path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} is not there; put the pretrained encoder's file "
+                                "there, or set paths.checkpoint_path")
+    encoder = model.load_encoder(path, cfg.model.encoder)
+    dim = encoder.pos_embed.shape[-1]
+    if dim != cfg.model.emb_dim:
+        raise ValueError(f"model.emb_dim is {cfg.model.emb_dim}, but the encoder of {path} is {dim} wide; set model.emb_dim={dim}")
+    size = cfg.data.image_size or encoder.image_size
+    if size is None:
+        raise ValueError(f"{path} does not say its image_size; set data.image_size=[depth, height, width]")
+    encoder.check_size(size)
+    return encoder, tuple(size), model.weights_hash(encoder)
+
+
+def features(cfg, samples, encoder, size, encoder_hash, dev):
+    """Pooled features of every sample, in order -> float32 (len(samples), C), on the CPU.
+
+    Each volume is encoded once for ever: its feature is kept under cache_dir, keyed by encoder weights, pooling, precision,
+    preprocessing and the volume's content. One volume at a time, so that a feature does not depend on its neighbours.
+    """
+    volumes = data.Volumes(samples, size, cfg.paths.cache_dir)
+    kind = f"{encoder_hash[:16]}-{cfg.model.pool_method}-{cfg.train.precision}"
+    dim = encoder.pos_embed.shape[-1]
+
+    def file(key):
+        return os.path.join(volumes.cache_dir, "features", kind, key + ".npy")
+
+    keys = [volumes.known_key(i) for i in range(len(samples))]
+    todo = [i for i, key in enumerate(keys) if key is None or not os.path.exists(file(key))]
+    if todo:
+        encoder = encoder.to(dev)
+        arriving = tqdm(data.stream(volumes, todo, cfg.data.num_workers), total=len(todo), desc="encode", unit="volume", mininterval=0.5)
+        for i, key, volume in arriving:
+            keys[i] = key
+            with torch.no_grad(), device.autocast(dev, cfg.train.precision):
+                tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
+                feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
+            device.step_done(dev)
+            feature = feature.cpu().numpy()
+            if not np.isfinite(feature).all():
+                raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
+            data.save_array(file(key), feature)
+    print(f"features: {len(todo)} volumes encoded, {len(samples) - len(todo)} from {volumes.cache_dir}")
+    return torch.from_numpy(np.stack([data.load_array(file(key), np.float32, (dim,)) for key in keys]))
+
+
+def predict(head, x):
+    """Class probabilities (num_volumes, 4) of features x (num_volumes, C), as numpy."""
+    head.eval()
+    with torch.no_grad():
+        return torch.softmax(head(x).float().cpu().double(), dim=1).numpy()
+
+
+def by_participant(samples, probabilities):
+    """Mean probability over a participant's volumes -> (ids, y_true (n,), probabilities (n, 4)), participants in order."""
+    rows = {}
+    for sample, p in zip(samples, probabilities, strict=True):
+        rows.setdefault((sample.participant_id, sample.label), []).append(p)
+    ids, labels = zip(*rows)
+    return list(ids), np.array(labels), np.stack([np.mean(ps, axis=0) for ps in rows.values()])
+
+
+def predictions_csv(ids, y_true, probabilities):
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["participant_id", "y_true", *(f"p{k}" for k in range(probabilities.shape[1]))])
+    writer.writerows([i, y, *p] for i, y, p in zip(ids, y_true.tolist(), probabilities.tolist()))
+    return out.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------- score a run
+
+
+def evaluate_run(ckpt, split, overrides=()):
+    """Score a run's checkpoint (folder or .pt file) on a split; write everything beside it -> (result, folder)."""
+    path = os.path.join(ckpt, BEST) if os.path.isdir(ckpt) else ckpt
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--ckpt {ckpt}: {path} is not there; train first, or name a run folder or its {BEST}")
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        trained, trained_on = saved["encoder_sha256"], set(saved["train_participants"])
+        cfg = config.resolve(saved["config"], overrides, path)
+    except OSError:
+        raise
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a checkpoint of train.py: {str(error).splitlines()[0]}") from error
+
+    encoder, size, encoder_hash = open_encoder(cfg)
+    if encoder_hash != trained:
+        raise ValueError(f"{cfg.paths.checkpoint_path} holds encoder {encoder_hash[:16]}, the head was trained on {trained[:16]}; "
+                         "set paths.checkpoint_path to that one, or train again")
+    ledger = data.read_ledger(cfg)
+    data.check_missing(ledger, cfg.data.max_missing)
+    samples = ledger.of(split)
+    if not samples:
+        raise ValueError(f"no participant of split {split} has a volume")
+    dev = device.get(cfg.device.backend)
+    x = features(cfg, samples, encoder, size, encoder_hash, dev)
+    head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
+    head.load_state_dict(saved["head"], strict=True)
+    ids, y_true, probabilities = by_participant(samples, predict(head, x))
+
+    result = metrics.evaluate(y_true, probabilities, len(data.CLASSES))
+    seen = sorted(trained_on & set(ids))
+    if seen:
+        result["alarms"].append(f"{len(seen)} participants of {split} were trained on: {data.few(seen)}")
+    if ledger.missing(split):
+        result["alarms"].append(f"{len(ledger.missing(split))} labelled participants of {split} have no volume and are not scored")
+    result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),
+              "data": data.describe(cfg.paths.data), "encoder_sha256": encoder_hash, **result}
+    b2.write(os.path.join(folder, f"predictions_{split}.csv"), predictions_csv(ids, y_true, probabilities))
+    b2.write(os.path.join(folder, f"eval_{split}.json"), json.dumps(result, indent=1) + "\n")
+    write_plots(folder, result)
+    write_report(folder)
+    return result, folder
+
+
+def score_rows(result):
+    """[name, score, 95 % interval, majority class, chance band] of every score, as text."""
+    def number(value):
+        return "-" if value is None else f"{value:.3f}"
+
+    def span(pair):
+        return "-" if pair is None else f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+    return [[SCORE_NAMES[name], number(result[name]), span(result["ci95"][name]), number(result["majority"][name]), span(result["chance"][name])]
+            for name in metrics.SCORES]
+
+
+def class_rows(result):
+    """[class, participants, predicted, F1] of every class, as text."""
+    return [[name, str(result["true_counts"][k]), str(result["predicted_counts"][k]), f"{result['f1_per_class'][k]:.3f}"]
+            for k, name in enumerate(data.CLASS_NAMES)]
+
+
+SCORE_HEADER = ["", "score", "95 % interval", "majority class", "chance band"]
+CLASS_HEADER = ["class", "participants", "predicted", "F1"]
+
+
+def sentence(result):
+    return (f"{result['run']} on {result['split']}: balanced accuracy {result['balanced_accuracy']:.3f} "
+            f"(95 % interval {result['ci95']['balanced_accuracy'][0]:.3f} to {result['ci95']['balanced_accuracy'][1]:.3f}; "
+            f"chance band {result['chance_band'][0]:.3f} to {result['chance_band'][1]:.3f}), "
+            f"{result['n']} participants, {result['volumes']} volumes, checkpoint of epoch {result['epoch']}, {result['data']}.")
+
+
+def print_table(result):
+    def lines(header, rows):
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in [header, *rows]]
+
+    print(f"\n{sentence(result)}\n")
+    print("\n".join([*lines(SCORE_HEADER, score_rows(result)), "", *lines(CLASS_HEADER, class_rows(result))]))
+    for alarm in result["alarms"]:
+        print(f"ALARM: {alarm}")
+    if not result["alarms"]:
+        print("no alarms")
+
+
+# --------------------------------------------------------------------------------------------------- plots and report
+
+
+def write_plots(folder, result):
+    """plots/confusion_SPLIT.png and plots/training.png (from metrics.jsonl, where the folder has one)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def save(figure, name):
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
+        plt.close(figure)
+        b2.write(os.path.join(folder, "plots", name), out.getvalue())
+
+    counts = np.array(result["confusion_matrix"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axis = plt.subplots(figsize=(5.2, 4.6))
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(counts):
+        axis.text(j, i, f"{count}\n{shares[i, j]:.0%}", ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
+    axis.set(xticks=range(len(counts)), yticks=range(len(counts)), xlabel="predicted", ylabel="true",
+             title=f"{result['split']}: participants, share of the row")
+    axis.set_xticklabels(data.CLASS_NAMES, rotation=20)
+    axis.set_yticklabels(data.CLASS_NAMES)
+    figure.colorbar(image, fraction=0.046)
+    save(figure, f"confusion_{result['split']}.png")
+
+    history = os.path.join(folder, "metrics.jsonl")
+    if not os.path.exists(history):
+        return
+    with open(history, encoding="utf-8") as f:
+        epochs = [json.loads(line) for line in f]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for axis, name, title in ((axes[0], "loss", "loss"), (axes[1], "balanced_accuracy", "balanced accuracy")):
+        for part in ("train", "val"):
+            axis.plot([e["epoch"] for e in epochs], [e[f"{part}/{name}"] for e in epochs], label=part)
+        axis.axvline(result["epoch"], color="grey", linewidth=0.8, linestyle="--", label="best checkpoint")
+        axis.set(xlabel="epoch", title=title)
+    axes[1].axhline(1 / len(data.CLASSES), color="grey", linewidth=0.8, linestyle=":", label="one class for all")
+    axes[1].legend(frameon=False)
+    save(figure, "training.png")
+
+
+def write_report(folder):
+    """report.html: every eval_SPLIT.json of the folder, with its plots inside; opens offline."""
+    def table(header, rows):
+        cells = [[html.escape(cell) for cell in row] for row in [header, *rows]]
+        head = "".join(f"<th>{c}</th>" for c in cells[0])
+        body = "".join(f"<tr><th>{row[0]}</th>" + "".join(f"<td>{c}</td>" for c in row[1:]) + "</tr>" for row in cells[1:])
+        return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+    def picture(name, alt):
+        path = os.path.join(folder, "plots", name)
+        if not os.path.exists(path):
+            return ""
+        with open(path, "rb") as f:
+            return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(f.read()).decode()}">'
+
+    parts = []
+    for split in ("test", "val"):
+        path = os.path.join(folder, f"eval_{split}.json")
+        if not os.path.exists(path):
+            continue
+        with open(path, encoding="utf-8") as f:
+            result = json.load(f)
+        alarms = "".join(f'<li class="alarm">{html.escape(a)}</li>' for a in result["alarms"]) or "<li>no alarms</li>"
+        parts += [f"<h2>{split}</h2><p><b>{html.escape(sentence(result))}</b></p><ul>{alarms}</ul>",
+                  table(SCORE_HEADER, score_rows(result)), table(CLASS_HEADER, class_rows(result)),
+                  picture(f"confusion_{split}.png", f"confusion matrix of {split}: {result['confusion_matrix']}")]
+        name = result["run"]
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(name)}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; color: #222; background: #fff }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }}
+th:first-child {{ text-align: left }} img {{ max-width: 100%; height: auto }} .wide {{ overflow-x: auto }} .alarm {{ color: #a00; font-weight: bold }}
+</style><h1>{html.escape(name)}</h1>{"".join(parts)}
+<h2>training</h2>{picture("training.png", "loss and balanced accuracy of train and val over the epochs")}</html>
+"""
+    b2.write(os.path.join(folder, "report.html"), page)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file in it")
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as paths.data=ELSEWHERE")
+    args = parser.parse_args()
+    result, folder = evaluate_run(args.ckpt, args.split, args.overrides)
+    print_table(result)
+    print(f"report: {os.path.join(os.path.relpath(folder), 'report.html')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev eval.py ...: the traceback too
+            raise
+        sys.exit(f"error: {error}")

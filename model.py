@@ -1,0 +1,289 @@
+"""The network: a V-JEPA2-style 3D ViT, strict loading of its pretraining checkpoint, pooling, and heads.
+
+    encoder = load_encoder("checkpoints/single_domain_01.pt")      # eval mode
+    tokens = encoder(volume)                                       # (B, 1, D, H, W) -> (B, N, C)
+    features = pool(tokens, "mean")                                # (B, N, C) -> (B, C)
+    logits = Head(C, num_classes=4)(features)                      # (B, C) -> (B, 4)
+
+D, H, W are depth (frames), height (rows) and width (columns) of a volume; C is the width of the embedding.
+Needs torch alone.
+"""
+
+import hashlib
+import math
+import pickle
+import re
+import types
+import zipfile
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HEAD_DIM = 64  # width of an attention head at pretraining; the weights do not tell it
+
+
+class Attention(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.num_heads = dim // HEAD_DIM
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, 64)
+        x = F.scaled_dot_product_attention(*qkv.unbind(0))  # (B, heads, N, 64)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))  # (B, N, C)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))  # exact GELU, as at pretraining
+
+
+class Block(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = Attention(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = Mlp(dim, hidden)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim, patch_size):
+        super().__init__()
+        self.proj = nn.Conv3d(1, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, 1, D, H, W) -> (B, C, d, h, w) -> (B, N, C)
+
+
+class ViT3D(nn.Module):
+    """Pre-norm 3D ViT without CLS token, learned absolute positions: (B, 1, D, H, W) float -> tokens (B, N, C)."""
+
+    def __init__(self, dim, depth, num_tokens, hidden=None, patch_size=(4, 16, 16)):
+        super().__init__()
+        self.patch_size = tuple(patch_size)
+        self.image_size = None  # (D, H, W) of the pretraining, where its checkpoint says so
+        self.patch_embed = PatchEmbed(dim, self.patch_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim).normal_(std=0.02))
+        self.blocks = nn.ModuleList(Block(dim, hidden or 4 * dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, volume):
+        self.check_size(volume.shape[-3:])
+        x = self.patch_embed(volume) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def check_size(self, size):
+        """ValueError unless volumes of `size` (D, H, W) are what the positions were learned for."""
+        grid = [n // p for n, p in zip(size, self.patch_size)]
+        fits = all(n % p == 0 for n, p in zip(size, self.patch_size)) and math.prod(grid) == self.pos_embed.shape[1]
+        if self.image_size is not None:
+            fits = fits and tuple(size) == self.image_size
+        if not fits:
+            raise ValueError(
+                f"volumes of size {tuple(size)} do not fit the encoder: it has {self.pos_embed.shape[1]} positions of "
+                f"patches {self.patch_size}"
+                + (f" and was pretrained at image_size {self.image_size}" if self.image_size else "")
+            )
+
+
+# ---------------------------------------------------------------------------------------------- loading, strictly
+
+# All that a checkpoint's pickle may name: rebuilding tensors and plain containers. Settings objects of the pretraining
+# become inert Settings; anything else is refused, so no code of the file runs and OmegaConf is not needed.
+REBUILD = {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): lambda *args: {},
+    **{(module, t.__name__): t for module in ("builtins", "__builtin__") for t in (dict, list, set, tuple, int, float)},
+    ("__builtin__", "long"): int,
+    **{("torch", name): getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64", "int64")},
+}
+INERT = ("omegaconf", "typing", "pathlib", "numpy", "argparse", "enum")
+
+
+class Settings(dict):
+    """Stands for a settings object of the pretraining; holds its state, does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.update(state)
+
+
+class SafeUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) in REBUILD:
+            return REBUILD[module, name]
+        if module.split(".")[0] in INERT:
+            return Settings
+        raise ValueError(f"its pickle asks for {module}.{name}, which a checkpoint has no need of; refused, nothing was run")
+
+
+def plain(value):
+    """An OmegaConf value, as Settings hold it -> plain Python."""
+    if isinstance(value, Settings):
+        value = value.get("_content", value.get("_val"))
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value
+
+
+def read_checkpoint(path):
+    """The pretraining's `torch.save` dict, tensors memory-mapped (the optimizer's are never read). ValueError if it is none."""
+    safe_pickle = types.SimpleNamespace(Unpickler=SafeUnpickler, __name__="safe_pickle")  # all that torch asks of a pickle module
+    try:
+        if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            raise ValueError("it is a TorchScript program")
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=safe_pickle)
+    except OSError:
+        raise  # no such file, no permission: the message already names the path
+    except Exception as error:  # torch, zip and pickle raise a dozen types for a damaged file
+        raise ValueError(f"{path} is not a checkpoint that can be read whole and safely: {error}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
+        found = sorted(map(str, checkpoint))[:10] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} has no 'model_state_dict'; found {found}")
+    return checkpoint
+
+
+def load_encoder(path, encoder="context"):
+    """Encoder of a pretraining checkpoint, in eval mode: (B, 1, D, H, W) float -> tokens (B, N, C).
+
+    encoder: "context", or "target" (its EMA copy). Sizes come from the weights. ValueError naming the keys when
+    anything is missing, unexpected, of the wrong shape or not finite; nothing is left at random.
+    """
+    prefixes = {"context": "context_encoder.", "target": "target_encoder.encoder."}
+    if encoder not in prefixes:
+        raise ValueError(f"encoder must be 'context' or 'target', not {encoder!r}")
+    checkpoint = read_checkpoint(path)
+    prefix = prefixes[encoder]
+    state = {k[len(prefix):]: v for k, v in checkpoint["model_state_dict"].items() if str(k).startswith(prefix)}
+
+    def refuse(what):
+        raise ValueError(f"{path}: {encoder} encoder not loaded: {what}")
+
+    if not state:
+        found = sorted({str(k).split(".")[0] for k in checkpoint["model_state_dict"]})
+        refuse(f"no keys begin with '{prefix}'; found {found}")
+    not_tensors = [prefix + k for k, v in state.items() if not isinstance(v, torch.Tensor)]
+    if not_tensors:
+        refuse(f"not tensors: {not_tensors}")
+
+    # sizes: from the weights that carry them, everything else must then agree
+    ndim = {"pos_embed": 3, "patch_embed.proj.weight": 5, "blocks.0.mlp.fc1.weight": 2}
+    missing = [prefix + k for k in ndim if k not in state]
+    if missing:
+        refuse(f"missing {missing}")
+    wrong = [f"{prefix + k} {tuple(state[k].shape)}" for k, n in ndim.items() if state[k].ndim != n]
+    if wrong:
+        refuse(f"wrong shape: {wrong}")
+    dim, _, *patch_size = state["patch_embed.proj.weight"].shape
+    if dim % HEAD_DIM:
+        refuse(f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, the width of a head")
+    depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        model = ViT3D(dim, depth, state["pos_embed"].shape[1], state["blocks.0.mlp.fc1.weight"].shape[0], patch_size)
+
+    expected = model.state_dict()
+    problems = {
+        "missing": [prefix + k for k in expected if k not in state],
+        "unexpected": [prefix + k for k in state if k not in expected],
+        "wrong shape": [f"{prefix + k} {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+                        for k in expected if k in state and state[k].shape != expected[k].shape],
+    }
+    problems = {what: keys for what, keys in problems.items() if keys}
+    if problems:
+        refuse("; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items()))
+    # a copy in memory: what is mapped would follow the file if somebody rewrote it in place
+    state = {k: v.to(torch.float32, copy=True) for k, v in state.items()}
+    not_finite = [prefix + k for k, v in state.items() if not torch.isfinite(v).all()]
+    if not_finite:
+        refuse(f"not finite: {', '.join(not_finite)}")
+    model.load_state_dict(state, strict=True, assign=True)
+
+    image_size = plain((checkpoint.get("config") or {}).get("image_size"))
+    if image_size is not None:
+        model.image_size = tuple(int(n) for n in image_size)
+        model.check_size(model.image_size)
+    return model.eval()
+
+
+def weights_hash(model):
+    """sha256 over names, shapes and values of a model's weights: says which encoder made a feature."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- pooling and heads
+
+
+def pool(tokens, method):
+    """Tokens (B, N, C) -> features (B, C) by "mean" or "max"."""
+    return tokens.mean(dim=1) if method == "mean" else tokens.amax(dim=1)
+
+
+class HostDropout(nn.Module):
+    """Dropout whose mask is drawn by the host's generator, so that a seed gives the same run on CPU, GPU and TPU."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.empty(x.shape).bernoulli_(1 - self.p) / (1 - self.p)
+        return x * keep.to(x.device, x.dtype)
+
+
+class Standardise(nn.Module):
+    """(x - mean) / std with the training features' statistics; linear probes need it (MAE: BatchNorm without affine, eps 1e-6)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, features):
+        """features (num_volumes, C) of the training split, and of no other."""
+        self.mean.copy_(features.mean(dim=0))
+        self.std.copy_((features.var(dim=0, unbiased=False) + 1e-6).sqrt())
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class Head(nn.Sequential):
+    """Features (B, C) -> logits (B, num_classes): standardise, dropout, linear; with hidden > 0 an MLP of one hidden layer."""
+
+    def __init__(self, dim, num_classes, hidden=0, dropout=0.0):
+        layers = [nn.Linear(dim, hidden), nn.GELU()] if hidden else []
+        super().__init__(Standardise(dim), *layers, HostDropout(dropout), nn.Linear(hidden or dim, num_classes))
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.01)  # DINOv2's and V-JEPA's probes: start near uniform answers
+                nn.init.zeros_(layer.bias)

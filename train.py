@@ -1,0 +1,214 @@
+"""Train a head on a pretrained OCT encoder. Reads from top to bottom; copy it and hack on it.
+
+    python train.py --config configs/demo.yaml                                  # laptop, synthetic data, two minutes
+    python train.py --config configs/single_domain_01.yaml                      # GPU or CPU, whichever is there
+    python train.py --config configs/single_domain_01.yaml train.epochs=10 train.lr_head=3e-4
+    .venv-xla/bin/python train.py --config configs/single_domain_01.yaml        # one TPU core, through xmp.spawn
+
+then `python eval.py --ckpt RUN_DIR --split test`. What a run leaves behind: see "A run's folder" in the README.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import netrc
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import yaml
+
+import b2
+import config
+import data
+import device
+import eval as evaluation
+import losses
+import metrics
+import model
+import phantom
+
+
+def lr_at(step, total_steps, warmup_steps, peak):
+    """Learning rate of a step: linear warm-up to peak, then half a cosine to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def better(new, old, min_delta=0.0):
+    """Is (balanced accuracy, loss) `new` better than `old`? By balanced accuracy; where that is the same, by loss."""
+    if abs(new[0] - old[0]) > min_delta:
+        return new[0] > old[0]
+    return new[1] < old[1] - min_delta
+
+
+def main(rank, cfg):
+    """The job, from seed to saved checkpoint."""
+    dev = device.get(cfg.device.backend)
+    device.seed(cfg.seed, dev)
+    run_dir, epochs = b2.local(cfg.paths.run_dir), cfg.train.epochs
+    if cfg.train.warmup_epochs >= epochs:
+        raise ValueError(f"train.warmup_epochs={cfg.train.warmup_epochs} leaves nothing of train.epochs={epochs}; set it lower")
+    print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: {cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {data.describe(cfg.paths.data)}")
+
+    # data: who is there, who is not
+    ledger = data.read_ledger(cfg)
+    print(data.ledger_table(ledger))
+    data.check_missing(ledger, cfg.data.max_missing)
+    train, val = ledger.of("train"), ledger.of("val")
+    train_labels = torch.tensor([s.label for s in train])
+    participants = {s.participant_id: s.label for s in train}
+    weights = losses.class_weights(list(participants.values()), len(data.CLASSES), cfg.train.class_weights)
+
+    # encoder: frozen, so every volume is encoded once, and the head trains on features
+    encoder, size, encoder_hash = evaluation.open_encoder(cfg)
+    encoder.requires_grad_(False)
+    x = evaluation.features(cfg, train + val, encoder, size, encoder_hash, dev)  # (volumes, C)
+    x_train, x_val = x[:len(train)], x[len(train):]
+
+    # head and optimizer
+    head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
+    head[0].fit(x_train)
+    head, x_train, x_val, train_labels, weights = (t.to(dev) for t in (head, x_train, x_val, train_labels, weights))
+    optimizer = getattr(torch.optim, cfg.train.optimizer)(head.parameters(), lr=cfg.train.lr_head, weight_decay=cfg.train.weight_decay)
+    loss_of = losses.LOSSES[cfg.train.loss]
+    steps_per_epoch = math.ceil(len(train) / cfg.data.batch_size)
+    print(f"head: {sum(p.numel() for p in head.parameters())} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
+
+    prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev)
+    wandb_run = start_wandb(cfg, run_dir)
+    history, best, stop_reference, epochs_without = [], None, None, 0
+    for epoch in range(1, epochs + 1):
+        # train: the order depends on seed and epoch alone
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(cfg.seed * 100_003 + epoch))
+        head.train()
+        loss_sum = torch.zeros((), device=dev)
+        for i, batch in enumerate(order.split(cfg.data.batch_size)):
+            lr = lr_at((epoch - 1) * steps_per_epoch + i, epochs * steps_per_epoch, cfg.train.warmup_epochs * steps_per_epoch, cfg.train.lr_head)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = batch.to(dev)
+            loss = loss_of(head(x_train[batch]), train_labels[batch], weights)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.detach() * len(batch)
+            device.step_done(dev)
+
+        # validate: by participant
+        ids, y_val, p_val = evaluation.by_participant(val, evaluation.predict(head, x_val))
+        _, y_train, p_train = evaluation.by_participant(train, evaluation.predict(head, x_train))
+        train_score, val_score = metrics.score(y_train, p_train), metrics.score(y_val, p_val)
+        now = (val_score["balanced_accuracy"], val_score["log_loss"])
+        is_best = best is None or better(now, best)
+        if stop_reference is None or better(now, stop_reference, cfg.train.early_stopping.min_delta):
+            stop_reference, epochs_without = now, 0
+        else:
+            epochs_without += 1
+        record = {
+            "epoch": epoch, "train/lr": lr, "train/loss": loss_sum.item() / len(train), "train/balanced_accuracy": train_score["balanced_accuracy"],
+            "val/loss": val_score["log_loss"], "val/accuracy": val_score["accuracy"], "val/balanced_accuracy": val_score["balanced_accuracy"],
+            "val/macro_f1": val_score["macro_f1"], **{f"val/f1_{k}": f1 for k, f1 in enumerate(val_score["f1_per_class"])}, "best": is_best,
+        }
+        history.append(record)
+
+        # save: best first, so that last.pt never knows of a best that is not on disk
+        if is_best:
+            best = now
+            checkpoint = {"head": head.state_dict(), "epoch": epoch, "val_balanced_accuracy": now[0], "val_loss": now[1], "config": config.to_dict(cfg),
+                          "encoder_sha256": encoder_hash, "train_participants": list(participants)}
+            b2.write(os.path.join(run_dir, evaluation.BEST), device.to_bytes(checkpoint))
+            b2.write(os.path.join(run_dir, "predictions_val.csv"), evaluation.predictions_csv(ids, y_val, p_val))
+        b2.write(os.path.join(run_dir, "last.pt"), device.to_bytes({
+            **checkpoint, "head": head.state_dict(), "epoch": epoch, "optimizer": optimizer.state_dict(), "best": best, "history": history,
+            "stop_reference": stop_reference, "epochs_without": epochs_without, "rng": torch.get_rng_state()}))
+        b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in history))
+        wandb_run.log(record)
+        print(f"epoch {epoch:3d}/{epochs}  lr {lr:.1e}  train loss {record['train/loss']:.3f} bal.acc {record['train/balanced_accuracy']:.3f}   "
+              f"val loss {now[1]:.3f} acc {val_score['accuracy']:.3f} bal.acc {now[0]:.3f} macro F1 {val_score['macro_f1']:.3f}{'  *' if is_best else ''}")
+        if cfg.train.early_stopping.enabled and epochs_without >= cfg.train.early_stopping.patience:
+            print(f"stopped early: {epochs_without} epochs without improvement on val")
+            break
+
+    print(f"best: epoch {checkpoint['epoch']}, val balanced accuracy {best[0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
+    wandb_run.finish()
+
+
+# ------------------------------------------------------------------------------------------- the run folder and W&B
+
+
+def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev):
+    """Empty the folder of an earlier run's results, then write what this run is: config, provenance, ledger."""
+    earlier = [evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "predictions_test.csv", "eval_val.json", "eval_test.json",
+               "report.html", "config.yaml", "provenance.json", "ledger.csv"]
+    earlier = [os.path.join(run_dir, name) for name in earlier if os.path.exists(os.path.join(run_dir, name))]
+    if earlier:
+        print(f"{run_dir}: replacing an earlier run")
+    for path in earlier:
+        os.remove(path)
+    shutil.rmtree(os.path.join(run_dir, "plots"), ignore_errors=True)
+
+    def git(*args):
+        answer = subprocess.run(["git", *args], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    packages = [p for p in ("torch", "torch_xla", "numpy", "scikit-learn", "pydicom") if any(importlib.metadata.distributions(name=p))]
+    root = b2.local(cfg.paths.data)
+    b2.write(os.path.join(run_dir, "config.yaml"), yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
+    b2.write(os.path.join(run_dir, "ledger.csv"), data.ledger_csv(ledger))
+    b2.write(os.path.join(run_dir, "provenance.json"), json.dumps({
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_changes": bool(git("status", "--porcelain")),
+        "versions": {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}},
+        "encoder_sha256": encoder_hash,
+        "labels_sha256": b2.sha256(os.path.join(root, data.LABELS)),
+        "manifest_sha256": b2.sha256(os.path.join(root, data.MANIFEST)),
+        "data": data.describe(cfg.paths.data),
+        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "seed": cfg.seed,
+        "device": device.describe(dev),
+        "world_size": 1,
+    }, indent=1) + "\n")
+
+
+def start_wandb(cfg, run_dir):
+    """The W&B run, or an object that ignores everything when log.wandb=disabled."""
+    if cfg.log.wandb == "disabled":
+        return SimpleNamespace(log=lambda record: None, finish=lambda: None)
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"log.wandb={cfg.log.wandb} needs the package wandb: pip install wandb, or set log.wandb=disabled") from None
+    mode = cfg.log.wandb
+    if mode == "auto":
+        host = urllib.parse.urlparse(wandb.Settings().base_url).hostname
+        logins = os.environ.get("NETRC", os.path.expanduser("~/.netrc"))  # where `wandb login` puts the key
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or os.path.exists(logins) and netrc.netrc(logins).authenticators(host) is not None
+        mode = "online" if has_key else "offline"
+    try:
+        return wandb.init(project=cfg.log.wandb_project, name=cfg.log.run_name, mode=mode, dir=run_dir, config=config.to_dict(cfg))
+    except wandb.Error as error:
+        raise ValueError(f"W&B did not start: {error}; mend that, or set log.wandb=offline") from error
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="configuration file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args()
+    try:
+        cfg = config.load(args.config, args.overrides)
+        phantom.prepare(cfg)
+        device.launch(main, cfg)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev train.py ...: the traceback too
+            raise
+        sys.exit(f"error: {error}")
