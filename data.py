@@ -313,9 +313,11 @@ def preprocess(volume, size):
         if weight[d] > 0:
             plane = torch.lerp(plane, frame(high[d]), float(weight[d]))  # (rows, columns)
         out[d] = F.interpolate(plane[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
-    out -= out.mean()
-    std = out.std(unbiased=False)
-    return out.zero_() if std == 0 else out / std
+    # numpy, not torch: a sum in torch depends on the number of threads, and a volume must not
+    values = out.numpy()
+    values -= np.float32(values.mean(dtype=np.float64))
+    std = np.float32(np.sqrt(np.square(values).mean(dtype=np.float64)))
+    return out.zero_() if std == 0 else out.div_(float(std))
 
 
 # ------------------------------------------------------------------------------------------- volumes, with their cache

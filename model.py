@@ -202,9 +202,7 @@ def load_encoder(path, encoder="context"):
     if dim % HEAD_DIM:
         refuse(f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, the width of a head")
     depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        model = ViT3D(dim, depth, state["pos_embed"].shape[1], state["blocks.0.mlp.fc1.weight"].shape[0], patch_size)
-
+    model = ViT3D(dim, depth, state["pos_embed"].shape[1], state["blocks.0.mlp.fc1.weight"].shape[0], patch_size)
     expected = model.state_dict()
     problems = {
         "missing": [prefix + k for k in expected if k not in state],
@@ -215,12 +213,10 @@ def load_encoder(path, encoder="context"):
     problems = {what: keys for what, keys in problems.items() if keys}
     if problems:
         refuse("; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items()))
-    # a copy in memory: what is mapped would follow the file if somebody rewrote it in place
-    state = {k: v.to(torch.float32, copy=True) for k, v in state.items()}
     not_finite = [prefix + k for k, v in state.items() if not torch.isfinite(v).all()]
     if not_finite:
         refuse(f"not finite: {', '.join(not_finite)}")
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(state, strict=True)  # copies, as float32: nothing of the mapped file is kept
 
     image_size = plain((checkpoint.get("config") or {}).get("image_size"))
     if image_size is not None:

@@ -53,7 +53,6 @@ def better(new, old, min_delta=0.0):
 def main(rank, cfg):
     """The job, from seed to saved checkpoint."""
     dev = device.get(cfg.device.backend)
-    device.seed(cfg.seed, dev)
     run_dir, epochs = b2.local(cfg.paths.run_dir), cfg.train.epochs
     if cfg.train.warmup_epochs >= epochs:
         raise ValueError(f"train.warmup_epochs={cfg.train.warmup_epochs} leaves nothing of train.epochs={epochs}; set it lower")
@@ -74,7 +73,8 @@ def main(rank, cfg):
     x = evaluation.features(cfg, train + val, encoder, size, encoder_hash, dev)  # (volumes, C)
     x_train, x_val = x[:len(train)], x[len(train):]
 
-    # head and optimizer
+    # head and optimizer; seeded here, for loading volumes draws random numbers and a full cache would not
+    device.seed(cfg.seed, dev)
     head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
     head[0].fit(x_train)
     head, x_train, x_val, train_labels, weights = (t.to(dev) for t in (head, x_train, x_val, train_labels, weights))
