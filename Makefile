@@ -3,12 +3,18 @@ CKPT ?= demo
 PYTHON ?= python3.11
 RUN = runs/cls_$(CKPT)
 
-.PHONY: probe finetune data setup setup-xla test test-xla clean
+.PHONY: probe finetune check setup setup-xla test test-xla clean
 
 probe: setup
 	.venv/bin/python train.py --config configs/$(CKPT).yaml
 	.venv/bin/python eval.py --ckpt $(RUN) --split val
 	.venv/bin/python eval.py --ckpt $(RUN) --split test
+
+finetune: setup
+	.venv/bin/python train.py --config configs/finetune.yaml paths.checkpoint_path=./checkpoints/$(CKPT).pt paths.run_dir=./runs/finetune_$(CKPT)
+
+check: setup
+	.venv/bin/python data.py --config configs/$(CKPT).yaml
 
 setup: .venv/installed
 setup-xla: .venv-xla/installed
@@ -24,7 +30,7 @@ setup-xla: .venv-xla/installed
 	touch $@
 
 test: setup
-	.venv/bin/python -m pytest -q tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
 
 test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py

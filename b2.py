@@ -22,8 +22,10 @@ def local(path):
 def join(root, relative):
     """Path of the data set's file `relative` (leading slash or not) below root. ValueError when it would leave root."""
     parts = relative.replace("\\", "/").strip("/").split("/")
-    if ".." in parts or not parts[-1]:
+    if ".." in parts:
         raise ValueError(f"'{relative}' points outside the data folder")
+    if not parts[-1]:
+        raise ValueError("a row names no file")
     return os.path.join(root, *parts)
 
 

@@ -77,10 +77,13 @@ class Ledger:
 
 def read_tsv(path, columns):
     """Tab-separated file -> list of dicts. columns: required names, each a name or a tuple of accepted spellings."""
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f, delimiter="\t")
-        found = reader.fieldnames or []
-        rows = list(reader)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            reader = csv.DictReader(f, delimiter="\t")
+            found = reader.fieldnames or []
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a tab-separated text in UTF-8: {error}") from error
     for column in columns:
         spellings = (column,) if isinstance(column, str) else column
         present = [s for s in spellings if s in found]
@@ -136,7 +139,7 @@ def read_ledger(cfg):
         except ValueError as error:
             raise ValueError(f"{manifest_path}: participant {pid}: {error}") from None
         if pid not in people:
-            unlabelled.add(pid)
+            unlabelled.add(pid or "(no id)")
             continue
         parts = filepath.strip("/").split("/")  # retinal_oct/structural_oct/<scanner>/<participant>/<file>
         kind = (parts[-3] if len(parts) >= 3 else "", row["anatomic_region"])
@@ -256,7 +259,7 @@ def read_dicom(path_or_file, size=None):
     import pydicom
     from pydicom.pixels import iter_pixels
 
-    name = getattr(path_or_file, "name", path_or_file)
+    name = path_or_file if isinstance(path_or_file, (str, os.PathLike)) else getattr(path_or_file, "name", "the file")
     try:
         ds = pydicom.dcmread(path_or_file)
         if "PixelData" not in ds:

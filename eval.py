@@ -113,6 +113,10 @@ def predictions_csv(ids, y_true, probabilities):
 
 def evaluate_run(ckpt, split, overrides=()):
     """Score a run's checkpoint (folder or .pt file) on a split; write everything beside it -> (result, folder)."""
+    fixed = [o for o in overrides if not o.startswith(("paths.", "device.", "data.num_workers=", "data.max_missing="))]
+    if fixed:
+        raise ValueError(f"{fixed[0]} would score something else than what was trained; only paths.*, device.*, data.num_workers and "
+                         "data.max_missing can change now")
     path = os.path.join(ckpt, BEST) if os.path.isdir(ckpt) else ckpt
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--ckpt {ckpt}: {path} is not there; train first, or name a run folder or its {BEST}")
@@ -124,7 +128,7 @@ def evaluate_run(ckpt, split, overrides=()):
     except OSError:
         raise
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint of train.py: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} {' '.join(str(error).split())[:200]}") from error
 
     encoder, size, encoder_hash = open_encoder(cfg)
     if encoder_hash != trained:
@@ -286,6 +290,7 @@ def main():
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as paths.data=ELSEWHERE")
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
     result, folder = evaluate_run(args.ckpt, args.split, args.overrides)
     print_table(result)
     print(f"report: {os.path.join(os.path.relpath(folder), 'report.html')}")

@@ -51,7 +51,7 @@ def better(new, old, min_delta=0.0):
 
 
 def main(rank, cfg):
-    """The job, from seed to saved checkpoint."""
+    """The job, from data to saved checkpoint. rank is 0: there is one replica for now."""
     dev = device.get(cfg.device.backend)
     run_dir, epochs = b2.local(cfg.paths.run_dir), cfg.train.epochs
     if cfg.train.warmup_epochs >= epochs:
@@ -204,6 +204,7 @@ if __name__ == "__main__":
     parser.add_argument("--config", required=True, help="configuration file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
     try:
         cfg = config.load(args.config, args.overrides)
         phantom.prepare(cfg)
