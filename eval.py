@@ -14,7 +14,6 @@ import html
 import io
 import json
 import os
-import pickle
 import sys
 
 import numpy as np
@@ -67,11 +66,15 @@ def features(cfg, samples, encoder, size, encoder_hash, dev):
 
     keys = [volumes.known_key(i) for i in range(len(samples))]
     todo = [i for i, key in enumerate(keys) if key is None or not os.path.exists(file(key))]
+    encoded = 0
     if todo:
         encoder = encoder.to(dev)
         arriving = tqdm(data.stream(volumes, todo, cfg.data.num_workers), total=len(todo), desc="encode", unit="volume", mininterval=0.5)
         for i, key, volume in arriving:
             keys[i] = key
+            if os.path.exists(file(key)):  # the same content under another path
+                continue
+            encoded += 1
             with torch.no_grad(), device.autocast(dev, cfg.train.precision):
                 tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
                 feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
@@ -80,7 +83,7 @@ def features(cfg, samples, encoder, size, encoder_hash, dev):
             if not np.isfinite(feature).all():
                 raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
             data.save_array(file(key), feature)
-    print(f"features: {len(todo)} volumes encoded, {len(samples) - len(todo)} from {volumes.cache_dir}")
+    print(f"features: {encoded} volumes encoded, {len(samples) - encoded} from {volumes.cache_dir}")
     return torch.from_numpy(np.stack([data.load_array(file(key), np.float32, (dim,)) for key in keys]))
 
 
@@ -124,11 +127,11 @@ def evaluate_run(ckpt, split, overrides=()):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         trained, trained_on = saved["encoder_sha256"], set(saved["train_participants"])
-        cfg = config.resolve(saved["config"], overrides, path)
     except OSError:
         raise
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch, zip and pickle raise a dozen types for a file that is none of ours
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} {' '.join(str(error).split())[:200]}") from error
+    cfg = config.resolve(saved["config"], overrides, path)
 
     encoder, size, encoder_hash = open_encoder(cfg)
     if encoder_hash != trained:
