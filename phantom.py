@@ -426,15 +426,22 @@ def prepare(cfg):
     if cfg.demo.dir is None:
         return
 
-    def absent(path):
-        return not os.path.exists(path) and Path(cfg.demo.dir).resolve() in Path(path).resolve().parents
+    def below(path):
+        return Path(cfg.demo.dir).resolve() in Path(path).resolve().parents
 
-    if absent(cfg.paths.checkpoint_path):
-        print(f"demo: writing a small random encoder to {cfg.paths.checkpoint_path}")
-        write_encoder(cfg.paths.checkpoint_path)
-    if absent(cfg.paths.data):
-        print(f"demo: writing synthetic OCT volumes of {cfg.demo.participants} participants ({cfg.demo.effect} class effect) to {cfg.paths.data}")
-        write_dataset(cfg.paths.data, cfg.demo.participants, 0, cfg.demo.effect)
+    encoder, data = cfg.paths.checkpoint_path, cfg.paths.data
+    if below(encoder) and not os.path.exists(encoder):
+        print(f"demo: writing a small random encoder to {encoder}")
+        write_encoder(encoder)
+    if below(data) and not os.path.exists(data):
+        print(f"demo: writing synthetic OCT volumes of {cfg.demo.participants} participants ({cfg.demo.effect} class effect) to {data}")
+        write_dataset(data, cfg.demo.participants, 0, cfg.demo.effect)
+    elif below(data):
+        there = json.loads(Path(data, "phantom.json").read_text())
+        if (there["effect"], there["participants"]) != (cfg.demo.effect, cfg.demo.participants):
+            raise ValueError(f"{data} holds {there['participants']} participants with {there['effect']} effect, but the configuration asks for "
+                             f"demo.participants={cfg.demo.participants}, demo.effect={cfg.demo.effect}; remove the folder, or set demo.dir and "
+                             "paths.data to another one")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ def main(rank, cfg):
             optimizer.step()
             loss_sum += loss.detach() * len(batch)
             device.step_done(dev)
+        train_loss = loss_sum.item() / len(train)
+        if not math.isfinite(train_loss):
+            raise ValueError(f"train loss is {train_loss} in epoch {epoch}; lower train.lr_head={cfg.train.lr_head}, or look at train.class_weights")
 
         # validate: by participant
         ids, y_val, p_val = evaluation.by_participant(val, evaluation.predict(head, x_val))
@@ -114,7 +117,7 @@ def main(rank, cfg):
         else:
             epochs_without += 1
         record = {
-            "epoch": epoch, "train/lr": lr, "train/loss": loss_sum.item() / len(train), "train/balanced_accuracy": train_score["balanced_accuracy"],
+            "epoch": epoch, "train/lr": lr, "train/loss": train_loss, "train/balanced_accuracy": train_score["balanced_accuracy"],
             "val/loss": val_score["log_loss"], "val/accuracy": val_score["accuracy"], "val/balanced_accuracy": val_score["balanced_accuracy"],
             "val/macro_f1": val_score["macro_f1"], **{f"val/f1_{k}": f1 for k, f1 in enumerate(val_score["f1_per_class"])}, "best": is_best,
         }

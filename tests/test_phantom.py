@@ -90,3 +90,22 @@ def test_the_demo_encoder_loads_strictly_and_is_the_same_every_time(tmp_path):
         hashes.add(model.weights_hash(model.load_encoder(str(tmp_path / name))))
     assert len(hashes) == 1 and model.load_encoder(str(tmp_path / "a.pt"), "target").image_size == (16, 96, 96)
     assert set(model.read_checkpoint(str(tmp_path / "a.pt"))) == {"epoch", "step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "loss", "config"}
+
+
+def test_the_demo_writes_below_its_folder_only_and_says_when_another_effect_is_there(tmp_path, configure, written):
+    def settings(**demo):
+        cfg = configure(tmp_path / "demo" / "data", f"demo.dir={tmp_path}/demo", "demo.participants=30", *(f"demo.{k}={v}" for k, v in demo.items()))
+        cfg.paths.checkpoint_path = str(tmp_path / "demo" / "encoder.pt")
+        return cfg
+    cfg = settings()
+    phantom.prepare(cfg)
+    before = files(tmp_path / "demo")
+    assert "encoder.pt" in before and "data/participants.tsv" in before
+    phantom.prepare(cfg)
+    assert files(tmp_path / "demo") == before
+    with pytest.raises(ValueError, match="holds 30 participants with boosted effect, .* demo.effect=literature"):
+        phantom.prepare(settings(effect="literature"))
+    elsewhere = settings()
+    elsewhere.paths.data = elsewhere.paths.checkpoint_path = str(tmp_path / "typo")
+    phantom.prepare(elsewhere)
+    assert not (tmp_path / "typo").exists()

@@ -227,6 +227,12 @@ def test_variants_train_and_evaluate(written, configure, overrides):
     evaluation.evaluate_run(cfg.paths.run_dir, "test")
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(written, configure):
+    # class 0 alone counts, one volume a step: most steps have a weight of 0 in all
+    with pytest.raises(ValueError, match="train loss is nan in epoch 1; lower train.lr_head"):
+        train.main(0, configure(written, "train.class_weights=[1,0,0,0]", "data.batch_size=1"))
+
+
 def test_rerun_into_the_same_folder_leaves_nothing_stale(written, configure):
     cfg = configure(written)
     train.main(0, cfg)
