@@ -375,6 +375,8 @@ def write_dataset(root, participants=60, seed=0, effect="boosted", scale=(1/8, 1
         write_table(part / "participants.tsv", PARTICIPANT_COLUMNS, people)
         (part / "phantom.json").write_text(json.dumps(dict(effect=effect, participants=participants, seed=seed, scale=scale)) + "\n")
         os.replace(part, root)
+    except OSError as error:
+        raise OSError(f"{root} not written: {str(error).strip().splitlines()[-1]}") from error    # pydicom appends its traceback
     finally:
         pool.shutdown(cancel_futures=True)                          # first, or a child would still write
         shutil.rmtree(part, ignore_errors=True)
@@ -461,4 +463,4 @@ if __name__ == "__main__":
         if args.root:
             print(write_dataset(args.root, args.participants, args.seed, args.effect, args.scale))
     except (OSError, ValueError) as error:
-        sys.exit(f"phantom.py: {error}")
+        sys.exit(f"error: {error}")
