@@ -167,9 +167,20 @@ def nest(flat):
     return tree
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """A second `train:` section would silently replace the first; here it is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{twice[0]}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse(text_, where):
     try:
-        return yaml.safe_load(text_)
+        return yaml.load(text_, UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 

@@ -21,7 +21,6 @@ import sys
 import urllib.parse
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import yaml
 
@@ -83,9 +82,9 @@ def main(rank, cfg):
     steps_per_epoch = math.ceil(len(train) / cfg.data.batch_size)
     print(f"head: {sum(p.numel() for p in head.parameters())} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
 
+    wandb_run = start_wandb(cfg, run_dir)  # first, for it may refuse, and an earlier run should then still be there
     prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev)
-    wandb_run = start_wandb(cfg, run_dir)
-    history, best, stop_reference, epochs_without = [], None, None, 0
+    history, best, best_epoch, stop_reference, epochs_without = [], None, None, None, 0
     for epoch in range(1, epochs + 1):
         # train: the order depends on seed and epoch alone
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(cfg.seed * 100_003 + epoch))
@@ -124,14 +123,14 @@ def main(rank, cfg):
         history.append(record)
 
         # save: best first, so that last.pt never knows of a best that is not on disk
+        checkpoint = {"head": head.state_dict(), "epoch": epoch, "val_balanced_accuracy": now[0], "val_loss": now[1], "config": config.to_dict(cfg),
+                      "encoder_sha256": encoder_hash, "train_participants": list(participants)}
         if is_best:
-            best = now
-            checkpoint = {"head": head.state_dict(), "epoch": epoch, "val_balanced_accuracy": now[0], "val_loss": now[1], "config": config.to_dict(cfg),
-                          "encoder_sha256": encoder_hash, "train_participants": list(participants)}
+            best, best_epoch = now, epoch
             b2.write(os.path.join(run_dir, evaluation.BEST), device.to_bytes(checkpoint))
             b2.write(os.path.join(run_dir, "predictions_val.csv"), evaluation.predictions_csv(ids, y_val, p_val))
         b2.write(os.path.join(run_dir, "last.pt"), device.to_bytes({
-            **checkpoint, "head": head.state_dict(), "epoch": epoch, "optimizer": optimizer.state_dict(), "best": best, "history": history,
+            **checkpoint, "optimizer": optimizer.state_dict(), "best": best, "best_epoch": best_epoch, "history": history,
             "stop_reference": stop_reference, "epochs_without": epochs_without, "rng": torch.get_rng_state()}))
         b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in history))
         wandb_run.log(record)
@@ -141,7 +140,7 @@ def main(rank, cfg):
             print(f"stopped early: {epochs_without} epochs without improvement on val")
             break
 
-    print(f"best: epoch {checkpoint['epoch']}, val balanced accuracy {best[0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
+    print(f"best: epoch {best_epoch}, val balanced accuracy {best[0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
     wandb_run.finish()
 
 
@@ -160,6 +159,8 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev):
     shutil.rmtree(os.path.join(run_dir, "plots"), ignore_errors=True)
 
     def git(*args):
+        if not shutil.which("git"):
+            return None
         answer = subprocess.run(["git", *args], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
         return answer.stdout.strip() if answer.returncode == 0 else None
 
@@ -196,6 +197,7 @@ def start_wandb(cfg, run_dir):
         logins = os.environ.get("NETRC", os.path.expanduser("~/.netrc"))  # where `wandb login` puts the key
         has_key = bool(os.environ.get("WANDB_API_KEY")) or os.path.exists(logins) and netrc.netrc(logins).authenticators(host) is not None
         mode = "online" if has_key else "offline"
+    os.makedirs(run_dir, exist_ok=True)
     try:
         return wandb.init(project=cfg.log.wandb_project, name=cfg.log.run_name, mode=mode, dir=run_dir, config=config.to_dict(cfg))
     except wandb.Error as error:

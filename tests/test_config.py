@@ -77,6 +77,8 @@ def test_bad_values_are_refused_by_name(override, message):
     ("seed: 3\n", "missing"),
     ("- 1\n", "holds no keys"),
     ("a: [\n", "not valid YAML"),
+    (f"base: {PROBE}\ntrain: {{epochs: 3}}\nseed: 1\ntrain: {{lr_head: 1}}\n", "key 'train' is given twice"),
+    (f"base: {PROBE}\ntrain: {{epochs: 3, epochs: 4}}\n", "key 'epochs' is given twice"),
     ("base: me.yaml\n", "comes back to itself"),
 ])
 def test_bad_files_are_refused(tmp_path, text, message):

@@ -20,7 +20,6 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 import config
 import data
 import eval as evaluation
-import metrics
 import model
 import train
 
@@ -106,7 +105,8 @@ def test_best_checkpoint_holds_the_best_epoch(written, configure):
     # the saved head, applied by hand, gives the predictions of that epoch
     result, _ = evaluation.evaluate_run(f"{cfg.paths.run_dir}/{evaluation.BEST}", "val")
     assert result["balanced_accuracy"] == pytest.approx(expected["val/balanced_accuracy"]) and result["log_loss"] == pytest.approx(expected["val/loss"])
-    assert last["epoch"] == 15 and not torch.equal(last["head"]["2.weight"], best["head"]["2.weight"])
+    assert last["epoch"] == 15 and last["best_epoch"] == best["epoch"] and last["val_loss"] == history[-1]["val/loss"]
+    assert not torch.equal(last["head"]["2.weight"], best["head"]["2.weight"])
     assert set(last["optimizer"]) == {"state", "param_groups"} and last["best"] == (best["val_balanced_accuracy"], best["val_loss"])
 
 
