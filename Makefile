@@ -6,7 +6,7 @@ RUN = runs/cls_$(CKPT)
 .PHONY: probe finetune check setup setup-xla test test-xla clean
 
 probe: setup
-	.venv/bin/python train.py --config configs/$(CKPT).yaml
+	.venv/bin/python train.py --config configs/$(CKPT).yaml paths.run_dir=$(RUN)
 	.venv/bin/python eval.py --ckpt $(RUN) --split val
 	.venv/bin/python eval.py --ckpt $(RUN) --split test
 

@@ -14,17 +14,17 @@ def local(path):
     """Path or URL -> path of a local file or folder with that content. It need not exist."""
     path = os.path.expanduser(str(path))
     if "://" in path:
-        raise ValueError(f"{path}: reading from {path.split('://')[0]}:// is not built yet; copy it to this machine and name the copy "
-                         "in paths.data or paths.checkpoint_path")
+        raise ValueError(f"{path}: {path.split('://')[0]}:// is not built yet; name a local path in its place (for paths.data and "
+                         "paths.checkpoint_path, of a copy on this machine)")
     return path
 
 
 def join(root, relative):
     """Path of the data set's file `relative` (leading slash or not) below root. ValueError when it would leave root."""
-    parts = relative.replace("\\", "/").strip("/").split("/")
+    parts = [part for part in relative.replace("\\", "/").split("/") if part not in ("", ".")]
     if ".." in parts:
         raise ValueError(f"'{relative}' points outside the data folder")
-    if not parts[-1]:
+    if not parts:
         raise ValueError("a row names no file")
     return os.path.join(root, *parts)
 

@@ -4,25 +4,28 @@
     cfg.train.lr_head
 
 `base:` is a path relative to the file that names it, or absolute. KEYS below lists every key there is and what it may
-hold; configs/base.yaml gives every key a value and says what it does. Whatever is unknown, missing or of the wrong type
-stops the run with a ValueError that names the key.
+hold; configs/base.yaml gives every key its default and says what it does. Whatever is unknown or of the wrong type stops
+the run with a ValueError that names the key.
 """
 
 import difflib
 import os
+import re
 from types import SimpleNamespace
 
 import yaml
 
+DEFAULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "base.yaml")
+
 # ------------------------------------------------------------------- what a value may be: value -> value, or ValueError
 
 
-def integer(low):
+def integer(low, high=2**31):
     def check(value):
-        if type(value) is float and value.is_integer() or type(value) is str and value.lstrip("-").isdigit():
+        if type(value) is float and value.is_integer() or type(value) is str and re.fullmatch(r"[+-]?[0-9]+", value):
             value = int(value)
-        if type(value) is not int or value < low:
-            raise ValueError(f"a whole number >= {low}")
+        if type(value) is not int or not low <= value < high:
+            raise ValueError(f"a whole number from {low} to {high - 1}")
         return value
     return check
 
@@ -46,10 +49,8 @@ def boolean(value):
 
 
 def text(value):
-    if type(value) is int:  # an unquoted name such as 2024
-        value = str(value)
     if type(value) is not str or not value:
-        raise ValueError("a text")
+        raise ValueError("a text, in quotes where YAML would read something else")
     return value
 
 
@@ -151,7 +152,9 @@ def flatten(tree, prefix=""):
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat.update(flatten(value, name + ".") if isinstance(value, dict) and name not in KEYS else {name: value})
+        if value in (None, {}) and any(known_key.startswith(name + ".") for known_key in KEYS):
+            continue  # a section whose keys are all commented out
+        flat.update(flatten(value, name + ".") if isinstance(value, dict) and value else {name: value})
     return flat
 
 
@@ -171,7 +174,7 @@ class UniqueKeys(yaml.SafeLoader):
     """A second `train:` section would silently replace the first; here it is an error."""
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        names = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"key '{twice[0]}' is given twice", node.start_mark)
@@ -202,7 +205,10 @@ def read(path, children=()):
     if path in children:
         raise ValueError(f"{path}: its chain of base: files comes back to itself")
     with open(path, encoding="utf-8") as f:
-        tree = parse(f.read(), path)
+        try:
+            tree = parse(f.read(), path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no keys")
     base = tree.pop("base", None)
@@ -215,24 +221,22 @@ def read(path, children=()):
 
 
 def load(path, overrides=()):
-    """Configuration file and "section.key=value" overrides -> nested namespace with every key of KEYS checked."""
+    """Configuration file and "section.key=value" overrides -> nested namespace of every key, checked; defaults from configs/base.yaml."""
     return resolve(nest(read(path)), overrides, path)
 
 
 def resolve(tree, overrides, where):
     """Nested dict and overrides -> checked namespace. where: the name of the dict's origin, for messages."""
-    flat = flatten(tree)
-    for name in flat:
+    own = flatten(tree)
+    for name in own:
         known(name, where)
+    flat = {**read(DEFAULTS), **own}
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"'{override}' is no override; write section.key=value")
         known(name, "command line")
-        flat[name] = parse(value, f"command line: {name}")
-    missing = [name for name in KEYS if name not in flat]
-    if missing:
-        raise ValueError(f"{where}: missing {', '.join(missing)}; begin the file with `base: base.yaml` to have defaults")
+        flat[name] = value if KEYS[name] is text else parse(value, f"command line: {name}")
     for name, check in KEYS.items():
         try:
             flat[name] = check(flat[name])

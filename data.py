@@ -79,18 +79,23 @@ def read_tsv(path, columns):
     """Tab-separated file -> list of dicts. columns: required names, each a name or a tuple of accepted spellings."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.DictReader(f, delimiter="\t")
-            found = reader.fieldnames or []
-            rows = list(reader)
+            reader = csv.reader(f, delimiter="\t")
+            found = [name.strip() for name in next(reader, [])]
+            table = [cells for cells in reader if any(cell.strip() for cell in cells)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a tab-separated text in UTF-8: {error}") from error
+    for cells in table:  # a stray quotation mark joins cells and swallows rows
+        if len(cells) != len(found) or any("\n" in cell or "\t" in cell for cell in cells):
+            raise ValueError(f"{path}: the row that begins with '{cells[0][:40]}' has not {len(found)} cells as the header, "
+                             "or a cell of several lines; look for a stray quotation mark or tab there")
+    rows = [dict(zip(found, cells)) for cells in table]
     for column in columns:
         spellings = (column,) if isinstance(column, str) else column
         present = [s for s in spellings if s in found]
         if not present:
             raise ValueError(f"{path} has no column '{' or '.join(spellings)}'; found {', '.join(found)}")
         for row in rows:
-            row[spellings[0]] = (row[present[0]] or "").strip()
+            row[spellings[0]] = row[present[0]].strip()
     return rows
 
 
@@ -141,7 +146,7 @@ def read_ledger(cfg):
         if pid not in people:
             unlabelled.add(pid or "(no id)")
             continue
-        parts = filepath.strip("/").split("/")  # retinal_oct/structural_oct/<scanner>/<participant>/<file>
+        parts = os.path.relpath(path, root).split(os.sep)  # retinal_oct/structural_oct/<scanner>/<participant>/<file>
         kind = (parts[-3] if len(parts) >= 3 else "", row["anatomic_region"])
         found_kinds[kind] += 1
         rows_of[pid] += 1
@@ -190,7 +195,7 @@ def describe(root):
     if not os.path.exists(mark):
         return f"data {root}"
     with open(mark, encoding="utf-8") as f:
-        return f"SYNTHETIC data {root} ({json.load(f)['effect']} class effect)"
+        return f"SYNTHETIC data {root} ({json.load(f).get('effect', 'unknown')} class effect)"
 
 
 def few(names, most=5):
@@ -262,19 +267,22 @@ def read_dicom(path_or_file, size=None):
     name = path_or_file if isinstance(path_or_file, (str, os.PathLike)) else getattr(path_or_file, "name", "the file")
     try:
         ds = pydicom.dcmread(path_or_file)
-        if "PixelData" not in ds:
+        if not ds.get("PixelData"):
             raise ValueError("no pixel data; the file is truncated or never had any")
         if ds.get("SamplesPerPixel", 1) != 1:
             raise ValueError(f"{ds.SamplesPerPixel} samples a pixel; OCT has 1")
-        frames = int(ds.get("NumberOfFrames", 1) or 1)
+        frames = int(ds.get("NumberOfFrames") or 1)
+        if stored_frames(ds, frames) != frames:
+            raise ValueError(f"NumberOfFrames is {frames}, but the pixel data holds {stored_frames(ds, frames)} frames")
         wanted = range(frames)
         if size is not None:
             low, high, _ = taps(frames, size[0])
             wanted = sorted({*low.tolist(), *high.tolist()})
+        rescales = [rescale(ds, index) for index in wanted]
+        is_rescaled = any(pair != (1, 0) for pair in rescales)
         volume = None
-        for index, frame in zip(wanted, iter_pixels(ds, indices=wanted, raw=True), strict=True):
-            slope, intercept = rescale(ds, index)
-            if (slope, intercept) != (1, 0):
+        for index, (slope, intercept), frame in zip(wanted, rescales, iter_pixels(ds, indices=wanted, raw=True), strict=True):
+            if is_rescaled:
                 frame = frame.astype(np.float32) * slope + intercept
             if volume is None:
                 volume = np.zeros((frames, *frame.shape), frame.dtype)
@@ -284,6 +292,22 @@ def read_dicom(path_or_file, size=None):
     except Exception as error:  # pydicom and the decoders raise a dozen types for a damaged file
         raise ValueError(f"{name} is not a readable OCT volume: {' '.join(str(error).split())}") from error
     return volume
+
+
+def stored_frames(ds, frames):
+    """How many frames the pixel data holds, whatever NumberOfFrames says; `frames` only helps to part fragments."""
+    from pydicom.encaps import generate_frames, parse_basic_offsets, parse_fragments
+
+    if not ds.file_meta.TransferSyntaxUID.is_encapsulated:
+        return len(ds.PixelData) * 8 // (ds.Rows * ds.Columns * ds.BitsAllocated)
+    if "ExtendedOffsetTable" in ds:
+        return len(ds.ExtendedOffsetTable) // 8
+    buffer = io.BytesIO(ds.PixelData)
+    offsets = parse_basic_offsets(buffer)
+    fragments = parse_fragments(buffer)[0]
+    if offsets or fragments == frames:
+        return len(offsets) or fragments
+    return sum(1 for _ in generate_frames(ds.PixelData, number_of_frames=frames))  # several fragments a frame
 
 
 def rescale(ds, index):
@@ -302,8 +326,8 @@ def preprocess(volume, size):
     weights that add up to 1, so the first z-score cancels in the second and is left out. A constant volume gives zeros.
     """
     volume, (depth, height, width) = np.asarray(volume), size
-    if volume.ndim != 3 or volume.size == 0:
-        raise ValueError(f"a volume is (frames, rows, columns); this one is {volume.shape}")
+    if volume.ndim != 3 or volume.size == 0 or min(size) < 1:
+        raise ValueError(f"a volume is (frames, rows, columns) and its size (D, H, W), all above 0; these are {volume.shape} and {tuple(size)}")
     low, high, weight = taps(len(volume), depth)
     origin = np.float32(volume[low[0], 0, 0])  # cancels too; with it, a constant volume is exactly zero all the way
 
@@ -344,11 +368,15 @@ class Volumes(torch.utils.data.Dataset):
     def known_key(self, i):
         """Key of volume i if its content was hashed before and the file has not changed since, else None."""
         note = self.note(i)
-        return open(note, encoding="utf-8").read() if os.path.exists(note) else None
+        if not os.path.exists(note):
+            return None
+        with open(note, encoding="utf-8") as f:
+            key = f.read()
+        return key if len(key) == 64 else None  # a power cut can leave it empty
 
     def note(self, i):
         path, stat = os.path.abspath(self.samples[i].path), os.stat(self.samples[i].path)
-        identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {self.size} {PREPROCESSING}"
+        identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {self.size} {PREPROCESSING}"
         return os.path.join(self.cache_dir, "keys", hashlib.sha256(identity.encode()).hexdigest())
 
     def __getitem__(self, i):
@@ -418,7 +446,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="configuration file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
     phantom.prepare(cfg)
     ledger = read_ledger(cfg)

@@ -28,6 +28,7 @@ import metrics
 import model
 
 BEST = "best_checkpoint_during_training.pt"
+FEATURES = "v1"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
 SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",
                "auroc_macro_ovr": "AUROC (macro, one vs rest)", "log_loss": "log-loss"}
 
@@ -58,7 +59,7 @@ def features(cfg, samples, encoder, size, encoder_hash, dev):
     preprocessing and the volume's content. One volume at a time, so that a feature does not depend on its neighbours.
     """
     volumes = data.Volumes(samples, size, cfg.paths.cache_dir)
-    kind = f"{encoder_hash[:16]}-{cfg.model.pool_method}-{cfg.train.precision}"
+    kind = f"{encoder_hash[:16]}-{cfg.model.pool_method}-{cfg.train.precision}-{FEATURES}"
     dim = encoder.pos_embed.shape[-1]
 
     def file(key):
@@ -124,14 +125,17 @@ def evaluate_run(ckpt, split, overrides=()):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--ckpt {ckpt}: {path} is not there; train first, or name a run folder or its {BEST}")
     folder = os.path.dirname(os.path.abspath(path))
+    if os.path.basename(path) != BEST:  # last.pt, say: its results must not pass for those of the best checkpoint
+        folder = os.path.join(folder, os.path.splitext(os.path.basename(path))[0])
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        trained, trained_on = saved["encoder_sha256"], set(saved["train_participants"])
-    except OSError:
+        trained, trained_on, labels = saved["encoder_sha256"], set(saved["train_participants"]), saved["labels_sha256"]
+        head = saved["head"]
+        cfg = config.resolve(saved["config"], overrides, path)
+    except (OSError, ValueError):
         raise
     except Exception as error:  # torch, zip and pickle raise a dozen types for a file that is none of ours
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} {' '.join(str(error).split())[:200]}") from error
-    cfg = config.resolve(saved["config"], overrides, path)
 
     encoder, size, encoder_hash = open_encoder(cfg)
     if encoder_hash != trained:
@@ -144,8 +148,11 @@ def evaluate_run(ckpt, split, overrides=()):
         raise ValueError(f"no participant of split {split} has a volume")
     dev = device.get(cfg.device.backend)
     x = features(cfg, samples, encoder, size, encoder_hash, dev)
-    head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
-    head.load_state_dict(saved["head"], strict=True)
+    head, weights = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout), head
+    try:
+        head.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: head not loaded: {' '.join(str(error).split())}") from error
     ids, y_true, probabilities = by_participant(samples, predict(head, x))
 
     result = metrics.evaluate(y_true, probabilities, len(data.CLASSES))
@@ -154,6 +161,11 @@ def evaluate_run(ckpt, split, overrides=()):
         result["alarms"].append(f"{len(seen)} participants of {split} were trained on: {data.few(seen)}")
     if ledger.missing(split):
         result["alarms"].append(f"{len(ledger.missing(split))} labelled participants of {split} have no volume and are not scored")
+    partly = [r.participant_id for r in ledger.rows if r.split == split and r.status == "used" and r.reason]
+    if partly:
+        result["alarms"].append(f"{len(partly)} participants of {split} lack some of their volumes: {data.few(partly)}")
+    if b2.sha256(os.path.join(b2.local(cfg.paths.data), data.LABELS)) != labels:
+        result["alarms"].append(f"{data.LABELS} is not the file that this run was trained with")
     result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),
               "data": data.describe(cfg.paths.data), "encoder_sha256": encoder_hash, **result}
     b2.write(os.path.join(folder, f"predictions_{split}.csv"), predictions_csv(ids, y_true, probabilities))
@@ -292,7 +304,7 @@ def main():
     parser.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file in it")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as paths.data=ELSEWHERE")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
     result, folder = evaluate_run(args.ckpt, args.split, args.overrides)
     print_table(result)

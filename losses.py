@@ -22,8 +22,9 @@ def class_weights(labels, num_classes, scheme):
         return torch.ones(num_classes)
     if scheme != "auto":
         raise ValueError(f"class_weights must be 'auto', 'none' or a list of {num_classes} numbers; got {scheme!r}")
-    counts = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=num_classes)
-    if len(counts) > num_classes or (counts == 0).any():
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    counts = torch.bincount(labels[(labels >= 0) & (labels < num_classes)], minlength=num_classes)
+    if counts.sum() != len(labels) or (counts == 0).any():
         raise ValueError(f"class_weights 'auto' needs every one of {num_classes} classes in training; counts are {counts.tolist()}")
     return (counts.sum() / (num_classes * counts)).float()
 

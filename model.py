@@ -114,11 +114,13 @@ REBUILD = {
     ("torch", "device"): torch.device,
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): lambda *args: {},
+    ("collections", "Counter"): lambda *args: {},
+    ("_codecs", "encode"): lambda *args: b"",  # how numpy's scalars and arrays are pickled; Settings hold those
     **{(module, t.__name__): t for module in ("builtins", "__builtin__") for t in (dict, list, set, tuple, int, float)},
     ("__builtin__", "long"): int,
     **{("torch", name): getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64", "int64")},
 }
-INERT = ("omegaconf", "typing", "pathlib", "numpy", "argparse", "enum")
+INERT = ("omegaconf", "typing", "pathlib", "numpy", "argparse", "enum", "datetime")
 
 
 class Settings(dict):
@@ -145,7 +147,7 @@ def plain(value):
     """An OmegaConf value, as Settings hold it -> plain Python."""
     if isinstance(value, Settings):
         value = value.get("_content", value.get("_val"))
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return value
 
@@ -186,9 +188,9 @@ def load_encoder(path, encoder="context"):
     if not state:
         found = sorted({str(k).split(".")[0] for k in checkpoint["model_state_dict"]})
         refuse(f"no keys begin with '{prefix}'; found {found}")
-    not_tensors = [prefix + k for k, v in state.items() if not isinstance(v, torch.Tensor)]
+    not_tensors = [prefix + k for k, v in state.items() if not (isinstance(v, torch.Tensor) and v.is_floating_point())]
     if not_tensors:
-        refuse(f"not tensors: {not_tensors}")
+        refuse(f"not tensors of floating-point numbers: {not_tensors}")
 
     # sizes: from the weights that carry them, everything else must then agree
     ndim = {"pos_embed": 3, "patch_embed.proj.weight": 5, "blocks.0.mlp.fc1.weight": 2}
@@ -199,8 +201,9 @@ def load_encoder(path, encoder="context"):
     if wrong:
         refuse(f"wrong shape: {wrong}")
     dim, _, *patch_size = state["patch_embed.proj.weight"].shape
-    if dim % HEAD_DIM:
-        refuse(f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, the width of a head")
+    if 0 in (dim, state["pos_embed"].shape[1]) or dim % HEAD_DIM:
+        refuse(f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, the width of a head, "
+               f"or {prefix}pos_embed is empty")
     depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
     model = ViT3D(dim, depth, state["pos_embed"].shape[1], state["blocks.0.mlp.fc1.weight"].shape[0], patch_size)
     expected = model.state_dict()
@@ -218,9 +221,12 @@ def load_encoder(path, encoder="context"):
         refuse(f"not finite: {', '.join(not_finite)}")
     model.load_state_dict(state, strict=True)  # copies, as float32: nothing of the mapped file is kept
 
-    image_size = plain((checkpoint.get("config") or {}).get("image_size"))
+    settings = checkpoint.get("config")
+    image_size = plain(settings.get("image_size")) if isinstance(settings, dict) else None
     if image_size is not None:
-        model.image_size = tuple(int(n) for n in image_size)
+        if not isinstance(image_size, list) or len(image_size) != 3 or not all(isinstance(n, int) for n in image_size):
+            refuse(f"its config.image_size is {image_size!r}, not [depth, height, width]")
+        model.image_size = tuple(image_size)
         model.check_size(model.image_size)
     return model.eval()
 

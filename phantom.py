@@ -297,12 +297,12 @@ def write_participant(person, root, seed, effect, scale):
     return rows
 
 
-def apportion(total, shares):
-    """Whole numbers that add up to total, in the ratio of shares, by largest remainder, none of them 0."""
+def apportion(total, shares, least=1):
+    """Whole numbers that add up to total, in the ratio of shares, by largest remainder, none of them below least."""
     exact = np.array(shares) * total / sum(shares)
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[:total - counts.sum()]] += 1
-    while counts.min() == 0:
+    while counts.min() < least <= total // len(counts):
         counts[counts.argmin()] += 1
         counts[counts.argmax()] -= 1
     return counts.tolist()
@@ -313,9 +313,9 @@ def draw_participants(participants, seed):
     rng = np.random.default_rng([seed])
     without_oct = max(1, round(0.006 * participants))
     cells = []                                                      # (split, label, has OCT)
-    for split, count in zip(SPLITS, apportion(participants - without_oct, [sum(c) for c in SPLITS.values()])):
-        if count < len(GROUPS):
-            raise ValueError(f"participants={participants} is too few to have all classes in the {split} split; take 30 or more")
+    if participants - without_oct < len(SPLITS) * len(GROUPS):
+        raise ValueError(f"participants={participants} is too few to have all classes in all splits; take 13 or more")
+    for split, count in zip(SPLITS, apportion(participants - without_oct, [sum(c) for c in SPLITS.values()], least=len(GROUPS))):
         for label, n in enumerate(apportion(count, SPLITS[split])):
             cells += [(split, label, True)] * n
     cells += [("train", int(rng.integers(4)), False) for _ in range(without_oct)]
@@ -344,7 +344,7 @@ def write_table(path, columns, rows):
 def write_dataset(root, participants=60, seed=0, effect="boosted", scale=(1/8, 1/4, 1/8), processes=None):
     """Write the data set into the new folder root -> its Path. It appears there complete or not at all.
 
-    participants  rows of participants.tsv, some of them without OCT; 30 to 2900
+    participants  rows of participants.tsv, some of them without OCT; 13 to 2900
     effect        "boosted" or "literature" (see above)
     scale         share of the real number of (frames, rows, columns); the covered mm stay the same
     processes     default: one per core; the files do not depend on it
@@ -435,13 +435,13 @@ def prepare(cfg):
     if below(encoder) and not os.path.exists(encoder):
         print(f"demo: writing a small random encoder to {encoder}")
         write_encoder(encoder)
-    if below(data) and not os.path.exists(data):
+    if below(data) and not (os.path.isdir(data) and os.listdir(data)):
         print(f"demo: writing synthetic OCT volumes of {cfg.demo.participants} participants ({cfg.demo.effect} class effect) to {data}")
         write_dataset(data, cfg.demo.participants, 0, cfg.demo.effect)
     elif below(data):
         there = json.loads(Path(data, "phantom.json").read_text())
-        if (there["effect"], there["participants"]) != (cfg.demo.effect, cfg.demo.participants):
-            raise ValueError(f"{data} holds {there['participants']} participants with {there['effect']} effect, but the configuration asks for "
+        if (there.get("effect"), there.get("participants")) != (cfg.demo.effect, cfg.demo.participants):
+            raise ValueError(f"{data} holds {there.get('participants')} participants with {there.get('effect')} effect, but the configuration asks for "
                              f"demo.participants={cfg.demo.participants}, demo.effect={cfg.demo.effect}; remove the folder, or set demo.dir and "
                              "paths.data to another one")
 

@@ -44,7 +44,7 @@ def lr_at(step, total_steps, warmup_steps, peak):
 
 def better(new, old, min_delta=0.0):
     """Is (balanced accuracy, loss) `new` better than `old`? By balanced accuracy; where that is the same, by loss."""
-    if abs(new[0] - old[0]) > min_delta:
+    if abs(new[0] - old[0]) > max(min_delta, 1e-9):  # a mean of recalls is the same only up to rounding
         return new[0] > old[0]
     return new[1] < old[1] - min_delta
 
@@ -53,12 +53,14 @@ def main(rank, cfg):
     """The job, from data to saved checkpoint. rank is 0: there is one replica for now."""
     dev = device.get(cfg.device.backend)
     run_dir, epochs = b2.local(cfg.paths.run_dir), cfg.train.epochs
-    if cfg.train.warmup_epochs >= epochs:
-        raise ValueError(f"train.warmup_epochs={cfg.train.warmup_epochs} leaves nothing of train.epochs={epochs}; set it lower")
+    check_run_dir(run_dir, cfg)
     print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: {cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {data.describe(cfg.paths.data)}")
+    if cfg.train.warmup_epochs >= epochs:
+        print(f"note: train.warmup_epochs={cfg.train.warmup_epochs} lasts the whole run of {epochs} epochs")
 
     # data: who is there, who is not
     ledger = data.read_ledger(cfg)
+    labels_sha256 = b2.sha256(os.path.join(b2.local(cfg.paths.data), data.LABELS))
     print(data.ledger_table(ledger))
     data.check_missing(ledger, cfg.data.max_missing)
     train, val = ledger.of("train"), ledger.of("val")
@@ -83,7 +85,7 @@ def main(rank, cfg):
     print(f"head: {sum(p.numel() for p in head.parameters())} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
 
     wandb_run = start_wandb(cfg, run_dir)  # first, for it may refuse, and an earlier run should then still be there
-    prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev)
+    prepare_run_dir(run_dir, cfg, ledger, encoder_hash, labels_sha256, dev)
     history, best, best_epoch, stop_reference, epochs_without = [], None, None, None, 0
     for epoch in range(1, epochs + 1):
         # train: the order depends on seed and epoch alone
@@ -124,7 +126,8 @@ def main(rank, cfg):
 
         # save: best first, so that last.pt never knows of a best that is not on disk
         checkpoint = {"head": head.state_dict(), "epoch": epoch, "val_balanced_accuracy": now[0], "val_loss": now[1], "config": config.to_dict(cfg),
-                      "encoder_sha256": encoder_hash, "train_participants": list(participants)}
+                      "encoder_sha256": encoder_hash, "train_participants": list(participants),
+                      "labels_sha256": labels_sha256}
         if is_best:
             best, best_epoch = now, epoch
             b2.write(os.path.join(run_dir, evaluation.BEST), device.to_bytes(checkpoint))
@@ -147,16 +150,30 @@ def main(rank, cfg):
 # ------------------------------------------------------------------------------------------- the run folder and W&B
 
 
-def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev):
-    """Empty the folder of an earlier run's results, then write what this run is: config, provenance, ledger."""
+def check_run_dir(run_dir, cfg):
+    """ValueError when results must not or cannot go there; asked before anything is computed."""
+    inside = set(os.listdir(run_dir)) - {"wandb"} if os.path.isdir(run_dir) else set()
+    if os.path.exists(run_dir) and not os.path.isdir(run_dir) or inside and "provenance.json" not in inside:
+        raise ValueError(f"paths.run_dir={run_dir} is not a run's folder and not empty; set paths.run_dir to another one")
+    if os.path.realpath(b2.local(cfg.paths.checkpoint_path)).startswith(os.path.realpath(run_dir) + os.sep):
+        raise ValueError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} lies in paths.run_dir={run_dir}, where an earlier run is replaced; "
+                         "set paths.run_dir to another one")
+    parent = os.path.abspath(run_dir)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise ValueError(f"paths.run_dir={run_dir} cannot be written, for {parent} cannot; set paths.run_dir to another one")
+
+
+def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, labels_sha256, dev):
+    """Remove an earlier run's results, then write what this run is: provenance (by which a run's folder is known), config, ledger."""
     earlier = [evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "predictions_test.csv", "eval_val.json", "eval_test.json",
-               "report.html", "config.yaml", "provenance.json", "ledger.csv"]
+               "report.html", "config.yaml", "ledger.csv", "plots/confusion_val.png", "plots/confusion_test.png", "plots/training.png"]
     earlier = [os.path.join(run_dir, name) for name in earlier if os.path.exists(os.path.join(run_dir, name))]
     if earlier:
         print(f"{run_dir}: replacing an earlier run")
     for path in earlier:
         os.remove(path)
-    shutil.rmtree(os.path.join(run_dir, "plots"), ignore_errors=True)
 
     def git(*args):
         if not shutil.which("git"):
@@ -165,22 +182,21 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev):
         return answer.stdout.strip() if answer.returncode == 0 else None
 
     packages = [p for p in ("torch", "torch_xla", "numpy", "scikit-learn", "pydicom") if any(importlib.metadata.distributions(name=p))]
-    root = b2.local(cfg.paths.data)
-    b2.write(os.path.join(run_dir, "config.yaml"), yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
-    b2.write(os.path.join(run_dir, "ledger.csv"), data.ledger_csv(ledger))
     b2.write(os.path.join(run_dir, "provenance.json"), json.dumps({
         "git_commit": git("rev-parse", "HEAD"),
-        "git_changes": bool(git("status", "--porcelain")),
+        "git_changes": None if git("rev-parse", "HEAD") is None else bool(git("status", "--porcelain")),
         "versions": {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}},
         "encoder_sha256": encoder_hash,
-        "labels_sha256": b2.sha256(os.path.join(root, data.LABELS)),
-        "manifest_sha256": b2.sha256(os.path.join(root, data.MANIFEST)),
+        "labels_sha256": labels_sha256,
+        "manifest_sha256": b2.sha256(os.path.join(b2.local(cfg.paths.data), data.MANIFEST)),
         "data": data.describe(cfg.paths.data),
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
         "seed": cfg.seed,
         "device": device.describe(dev),
         "world_size": 1,
     }, indent=1) + "\n")
+    b2.write(os.path.join(run_dir, "config.yaml"), yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
+    b2.write(os.path.join(run_dir, "ledger.csv"), data.ledger_csv(ledger))
 
 
 def start_wandb(cfg, run_dir):
@@ -195,7 +211,10 @@ def start_wandb(cfg, run_dir):
     if mode == "auto":
         host = urllib.parse.urlparse(wandb.Settings().base_url).hostname
         logins = os.environ.get("NETRC", os.path.expanduser("~/.netrc"))  # where `wandb login` puts the key
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or os.path.exists(logins) and netrc.netrc(logins).authenticators(host) is not None
+        try:
+            has_key = bool(os.environ.get("WANDB_API_KEY")) or os.path.exists(logins) and netrc.netrc(logins).authenticators(host) is not None
+        except netrc.NetrcParseError as error:
+            raise ValueError(f"log.wandb=auto looks for a key, but {error}; mend the file, or set log.wandb=offline") from error
         mode = "online" if has_key else "offline"
     os.makedirs(run_dir, exist_ok=True)
     try:
@@ -208,7 +227,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="configuration file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
     try:
         cfg = config.load(args.config, args.overrides)

@@ -46,10 +46,13 @@ def test_child_overrides_parent_and_command_line_overrides_both(tmp_path):
     ("train.lr_hed=1", "unknown key 'train.lr_hed'; did you mean 'train.lr_head'"),
     ("train.patience=3", "did you mean 'train.early_stopping.patience'"),
     ("train=3", "'train' is a section"),
-    ("train.epochs=many", "train.epochs must be a whole number >= 1; got 'many'"),
+    ("train.epochs=many", "train.epochs must be a whole number from 1 to 2147483647; got 'many'"),
     ("train.epochs=0", "train.epochs must be"),
     ("train.epochs=1.5", "train.epochs must be"),
     ("seed=true", "seed must be a whole number"),
+    ("seed=--5", "seed must be a whole number from 0 to 2147483647; got '--5'"),
+    ("seed=999999999999999999", "seed must be a whole number from 0"),
+    ("log.run_name=", "log.run_name must be a text"),
     ("train.lr_head=nan", "train.lr_head must be a number"),
     ("train.lr_head=-1", "train.lr_head must be a number"),
     ("model.head.dropout=1", "model.head.dropout must be a number >= 0 and < 1"),
@@ -74,7 +77,8 @@ def test_bad_values_are_refused_by_name(override, message):
 @pytest.mark.parametrize("text, message", [
     ("epochs: 3\n", "unknown key 'epochs'; did you mean 'train.epochs'"),
     (f"base: {PROBE}\ntrain: {{early_stoping: {{patience: 3}}}}\n", "unknown key 'train.early_stoping.patience'"),
-    ("seed: 3\n", "missing"),
+    (f"base: {PROBE}\ntrian: {{}}\n", "unknown key 'trian'"),
+    (f"base: {PROBE}\nlog: {{run_name: 2024_01}}\n", "log.run_name must be a text, in quotes where YAML would read something else; got 202401"),
     ("- 1\n", "holds no keys"),
     ("a: [\n", "not valid YAML"),
     (f"base: {PROBE}\ntrain: {{epochs: 3}}\nseed: 1\ntrain: {{lr_head: 1}}\n", "key 'train' is given twice"),
@@ -85,6 +89,30 @@ def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / "me.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         config.load(tmp_path / "me.yaml")
+
+
+def test_a_file_without_base_has_the_defaults(tmp_path):
+    """The keys of design.md as users have them, in a file anywhere."""
+    (tmp_path / "mine.yaml").write_text("seed: 7\ntrain:\n  epochs: 3\nmodel:\n# head: {hidden: 8}\n")
+    cfg = config.load(tmp_path / "mine.yaml")
+    assert (cfg.seed, cfg.train.epochs, cfg.model.head.hidden, cfg.data.scanner) == (7, 3, 0, "topcon_triton")
+
+
+def test_texts_on_the_command_line_are_taken_as_they_are():
+    cfg = config.load(PROBE, ["log.run_name=007", "paths.data=/tmp/a: b #c", "project_name=off", "data.anatomic_region=Macula, 6 x 6"])
+    assert (cfg.log.run_name, cfg.paths.data, cfg.project_name) == ("007", "/tmp/a: b #c", "off")
+
+
+def test_yaml_merge_keys_work(tmp_path):
+    (tmp_path / "merged.yaml").write_text(f"base: {PROBE}\ntrain:\n  <<: {{epochs: 7}}\n  lr_head: 1.0\n")
+    cfg = config.load(tmp_path / "merged.yaml")
+    assert (cfg.train.epochs, cfg.train.lr_head) == (7, 1.0)
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"log: {run_name: \xe4}\n")
+    with pytest.raises(ValueError, match="latin.yaml is not text in UTF-8"):
+        config.load(tmp_path / "latin.yaml")
 
 
 def test_what_a_run_stores_loads_again(tmp_path):

@@ -154,6 +154,29 @@ def test_rescale_slope_and_intercept(tmp_path, volume):
     assert np.allclose(data.read_dicom(path), volume * 3.0 - 1)
 
 
+def test_a_rescale_of_its_own_for_every_frame(tmp_path, volume):
+    def group(slope, intercept):
+        transform, frame = pydicom.Dataset(), pydicom.Dataset()
+        transform.RescaleSlope, transform.RescaleIntercept, transform.RescaleType = slope, intercept, "US"
+        frame.PixelValueTransformationSequence = [transform]
+        return frame
+    pairs = [(1, 0), *((2.5, -100),) * 19]  # the first frame alone would stay integer
+    path = write_dicom(tmp_path / "v.dcm", volume, ExplicitVRLittleEndian, PerFrameFunctionalGroupsSequence=[group(*pair) for pair in pairs])
+    assert np.allclose(data.read_dicom(path), np.stack([frame * a + b for frame, (a, b) in zip(volume.astype(float), pairs)]))
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda s: s.name)
+@pytest.mark.parametrize("claimed", [1, 10, 19, 21, 40])
+def test_a_wrong_number_of_frames_is_refused(tmp_path, volume, syntax, claimed):
+    path = write_dicom(tmp_path / "v.dcm", volume, syntax)
+    ds = pydicom.dcmread(path)
+    ds.NumberOfFrames = claimed
+    ds.save_as(path)
+    for size in (None, (4, 16, 16)):
+        with pytest.raises(ValueError, match=f"NumberOfFrames is {claimed}, but the pixel data holds 20 frames"):
+            data.read_dicom(path, size)
+
+
 @pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda s: s.name)
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.6, 0.9, 0.99])
 def test_a_truncated_file_is_refused_by_name(tmp_path, volume, syntax, keep):
@@ -170,6 +193,11 @@ def test_no_pixels_no_dicom_no_file(tmp_path, volume):
     path = write_dicom(tmp_path / "empty.dcm", volume, ExplicitVRLittleEndian)
     ds = pydicom.dcmread(path)
     del ds.PixelData
+    ds.save_as(path)
+    with pytest.raises(ValueError, match="empty.dcm is not a readable OCT volume: no pixel data"):
+        data.read_dicom(path)
+    ds.PixelData = b""
+    ds["PixelData"].VR = "OB"
     ds.save_as(path)
     with pytest.raises(ValueError, match="empty.dcm is not a readable OCT volume: no pixel data"):
         data.read_dicom(path)
@@ -273,6 +301,25 @@ def test_duplicates_and_strangers_in_the_manifest_are_noted(dataset, configure):
     assert any("listed twice" in n for n in after.notes) and any("9999" in n for n in after.notes)
 
 
+def test_oddly_written_tables_lose_nobody(dataset, configure):
+    before = data.read_ledger(configure(dataset))
+    edit(dataset / "participants.tsv", lambda t: t.replace("participant_id\t", "participant_id \t", 1) + "\t" * 14 + "\n\n")
+    path = dataset / "retinal_oct" / "manifest.tsv"
+    first = next(line for line in open(path) if "triton_macula_6x6" in line)
+    edit(path, lambda t: t + first.replace("/retinal_oct/", "/./retinal_oct//") + first.replace("/", "\\") + "\t" * 14 + "\n")
+    after = data.read_ledger(configure(dataset))
+    assert after.samples == before.samples and sum("listed twice" in n for n in after.notes) == 2
+
+
+def test_a_stray_quotation_mark_does_not_swallow_rows(dataset, configure):
+    path = dataset / "retinal_oct" / "manifest.tsv"
+    lines = open(path).read().splitlines(True)
+    quoted = lambda line: line.replace("\tOCT\t", '\t"OCT\t')
+    path.write_text("".join([*lines[:3], quoted(lines[3]), *lines[4:8], quoted(lines[8]), *lines[9:]]))
+    with pytest.raises(ValueError, match="look for a stray quotation mark"):
+        data.read_ledger(configure(dataset))
+
+
 def swap_column(name, replacement):
     return lambda t: t.replace(name, replacement, 1)
 
@@ -353,6 +400,29 @@ def test_volumes_are_cached_by_content(dataset, configure, tmp_path, monkeypatch
     other_size = data.Volumes(samples, (8, 32, 32), cfg.paths.cache_dir)
     assert [v.shape for _, _, v in data.stream(other_size, [2], 0)] == [(1, 8, 32, 32)] and len(calls) == 1
     assert not glob.glob(f"{cfg.paths.cache_dir}/**/*.part", recursive=True)
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed(dataset, configure):
+    cfg = configure(dataset)
+    sample = data.read_ledger(cfg).samples[0]
+    volumes = data.Volumes([sample], (16, 64, 64), cfg.paths.cache_dir)
+    (_, before, _), = data.stream(volumes, [0], 0)
+    stat, content = os.stat(sample.path), bytearray(open(sample.path, "rb").read())
+    content[200] ^= 1  # in the preamble's uid, not in the pixels
+    with open(sample.path, "r+b") as f:
+        f.write(content)
+    os.utime(sample.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert volumes.known_key(0) is None
+
+
+def test_an_emptied_key_file_is_made_again(dataset, configure):
+    cfg = configure(dataset)
+    volumes = data.Volumes(data.read_ledger(cfg).samples[:3], (16, 64, 64), cfg.paths.cache_dir)
+    before = [k for _, k, _ in data.stream(volumes, range(3), 0)]
+    for note in glob.glob(f"{cfg.paths.cache_dir}/keys/*"):
+        open(note, "w").close()
+    assert [volumes.known_key(i) for i in range(3)] == [None] * 3
+    assert [k for _, k, _ in data.stream(volumes, range(3), 0)] == before and len(set(before)) == 3
 
 
 def test_worker_processes_give_the_same_volumes_and_the_same_error(dataset, configure):

@@ -23,7 +23,7 @@ def test_other_schemes():
 
 
 @pytest.mark.parametrize("labels, scheme, message", [
-    ([0, 1, 2], "auto", "every one of 4 classes"), ([0, 1, 2, 3, 4], "auto", "every one"), ([0], [1, 2], "4 numbers"),
+    ([0, 1, 2], "auto", "every one of 4 classes"), ([0, 1, 2, 3, 4], "auto", "every one"), ([0, 1, 2, 3, -1], "auto", "every one"), ([0], [1, 2], "4 numbers"),
     ([0], [1, 2, 3, -1], "4 numbers"), ([0], [1, 2, 3, math.nan], "4 numbers"), ([0], [0, 0, 0, 0], "not all zero"), ([0], "balanced", "'auto', 'none' or a list")])
 def test_bad_weights(labels, scheme, message):
     with pytest.raises(ValueError, match=message):

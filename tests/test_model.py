@@ -94,14 +94,25 @@ def not_finite(weight):
     (change("patch_embed.proj.weight", lambda w: w[0]), "wrong shape"),
     (change("norm.weight", not_finite), "not finite: context_encoder.norm.weight"),
     (change("norm.weight", lambda w: "text"), "not tensors"),
+    (change("norm.weight", lambda w: w.to(torch.int64)), "not tensors of floating-point numbers: .*context_encoder.norm.weight"),
+    (change("pos_embed", lambda w: w[:, :0]), "pos_embed is empty"),
     (lambda c: [c["model_state_dict"].pop(k) for k in list(c["model_state_dict"]) if k.startswith("context")], "no keys begin with 'context_encoder.'"),
     (lambda c: c.pop("model_state_dict"), "has no 'model_state_dict'"),
     (lambda c: c["config"].update(image_size=[16, 64, 128]), "do not fit the encoder"),
+    (lambda c: c["config"].update(image_size=64), "config.image_size is 64, not"),
+    (lambda c: c["config"].update(image_size="16,64,64"), "config.image_size is '16,64,64', not"),
 ])
 def test_anything_but_the_exact_keys_is_refused_by_name(checkpoint, tmp_path, damage, message):
     damage(checkpoint)
     with pytest.raises(ValueError, match=message):
         model.load_encoder(saved(checkpoint, tmp_path))
+
+
+@pytest.mark.parametrize("extra", [{"loss": np.float64(1.5)}, {"config": "text"}, {"config": ["a"]}, {"config": None}, {"loss": np.ones(3), "when": __import__("datetime").datetime(2026, 1, 1)},
+                                   {"config": __import__("argparse").Namespace(a=1)}, {"seen": __import__("collections").Counter("ab"), "path": __import__("pathlib").Path("x")}])
+def test_harmless_contents_beside_the_weights_do_not_matter(checkpoint, tmp_path, extra):
+    checkpoint.update(extra)
+    assert model.load_encoder(saved(checkpoint, tmp_path)).pos_embed.shape == (1, 64, 128)
 
 
 def test_the_other_encoder_may_be_damaged(checkpoint, tmp_path):

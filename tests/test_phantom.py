@@ -69,6 +69,12 @@ def test_eyes_of_a_person_correlate():
     assert 0.73 <= np.corrcoef(factors.T)[0, 1] <= 0.95
 
 
+def test_thirteen_participants_have_all_classes_in_all_splits():
+    for n in (13, 20, 27):
+        people = phantom.draw_participants(n, 0)
+        assert len(people) == n and len({(p["recommended_split"], p["label"]) for p in people if p["retinal_oct"] == "TRUE"}) == 12
+
+
 @pytest.mark.parametrize("kwargs, message", [({"participants": 5}, "too few"), ({"effect": "huge"}, "effect='huge'"), ({"scale": (0, 1, 1)}, "scale=")])
 def test_bad_arguments(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):

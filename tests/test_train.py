@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,11 +239,62 @@ def test_rerun_into_the_same_folder_leaves_nothing_stale(written, configure):
     train.main(0, cfg)
     evaluation.evaluate_run(cfg.paths.run_dir, "test")
     train.main(0, configure(written, "train.epochs=2"))
-    assert not os.path.exists(f"{cfg.paths.run_dir}/eval_test.json") and not os.path.exists(f"{cfg.paths.run_dir}/plots")
+    assert not os.path.exists(f"{cfg.paths.run_dir}/eval_test.json") and not os.listdir(f"{cfg.paths.run_dir}/plots")
     assert len(read_run(cfg)[0]) == 2
 
 
+def test_a_run_shorter_than_the_warm_up_runs(written, configure, capsys):
+    cfg = configure(written, "train.epochs=2", "train.warmup_epochs=5")
+    train.main(0, cfg)
+    history, _, _ = read_run(cfg)
+    assert len(history) == 2 and history[-1]["train/lr"] == pytest.approx(0.4 * 0.003)
+    assert "train.warmup_epochs=5 lasts the whole run of 2 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["a folder of other things", "a file", "where the encoder lies", "below a file"])
+def test_a_run_dir_that_is_not_a_runs_is_refused_before_anything_is_computed(written, configure, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(model, "load_encoder", lambda *a: pytest.fail("computed something"))
+    mine, encoder = tmp_path / "mine", TINY
+    if kind == "a file":
+        mine.write_text("precious")
+    elif kind == "below a file":
+        (tmp_path / "file").write_text("precious")
+        mine = tmp_path / "file" / "run"
+    else:
+        (mine / "plots").mkdir(parents=True)
+        (mine / "report.html").write_text("precious")
+        if kind == "where the encoder lies":
+            (mine / "provenance.json").write_text("{}")
+            encoder = str(shutil.copy(TINY, mine / "last.pt"))
+    with pytest.raises(ValueError, match="paths.run_dir="):
+        train.main(0, configure(written, f"paths.run_dir={mine}", f"paths.checkpoint_path={encoder}"))
+    if mine.is_dir():
+        assert (mine / "report.html").read_text() == "precious"
+
+
+def test_a_rerun_removes_only_what_runs_write(written, configure):
+    cfg = configure(written)
+    train.main(0, cfg)
+    os.makedirs(f"{cfg.paths.run_dir}/plots")
+    open(f"{cfg.paths.run_dir}/plots/my_figure.png", "w").close()
+    open(f"{cfg.paths.run_dir}/notes.txt", "w").close()
+    train.main(0, cfg)
+    assert os.path.exists(f"{cfg.paths.run_dir}/plots/my_figure.png") and os.path.exists(f"{cfg.paths.run_dir}/notes.txt")
+
+
 # ----------------------------------------------------------------------------------------------------- evaluation's edges
+
+
+def test_the_last_checkpoint_does_not_pass_for_the_best(written, configure):
+    cfg = configure(written, "train.epochs=15", "train.lr_head=0.02", "train.early_stopping.enabled=false")
+    train.main(0, cfg)
+    _, best, last = read_run(cfg)
+    before = read_predictions(f"{cfg.paths.run_dir}/predictions_val.csv")
+    result, folder = evaluation.evaluate_run(f"{cfg.paths.run_dir}/last.pt", "val")
+    assert result["epoch"] == 15 != best["epoch"] and folder == f"{cfg.paths.run_dir}/last"
+    assert result["log_loss"] == pytest.approx(last["val_loss"]) and os.path.exists(f"{folder}/eval_val.json")
+    assert not os.path.exists(f"{cfg.paths.run_dir}/eval_val.json")
+    assert np.array_equal(before[2], read_predictions(f"{cfg.paths.run_dir}/predictions_val.csv")[2])
 
 
 def test_evaluation_refuses_what_would_not_be_the_trained_thing(written, configure, tmp_path):
@@ -263,6 +315,13 @@ def test_evaluation_refuses_what_would_not_be_the_trained_thing(written, configu
         (tmp_path / "junk.pt").write_bytes(content)
         with pytest.raises(ValueError, match="junk.pt is not a checkpoint of train.py"):
             evaluation.evaluate_run(str(tmp_path / "junk.pt"), "test")
+    saved = torch.load(f"{run}/{evaluation.BEST}", weights_only=True)
+    for change, message in ((lambda s: s.pop("config"), "is not a checkpoint of train.py"), (lambda s: s["head"].pop("2.bias"), "head not loaded")):
+        damaged = {**saved, "head": dict(saved["head"])}
+        change(damaged)
+        torch.save(damaged, tmp_path / "damaged.pt")
+        with pytest.raises(ValueError, match=message):
+            evaluation.evaluate_run(str(tmp_path / "damaged.pt"), "test")
     assert not os.path.exists(f"{run}/eval_test.json")
 
 
@@ -274,6 +333,7 @@ def test_participants_that_moved_from_train_to_test_raise_an_alarm(dataset, conf
         line.replace("\ttrain\t", "\ttest\t") if line.startswith(moved) else line for line in t.splitlines(True)))
     result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "test")
     assert f"1 participants of test were trained on: {moved}" in result["alarms"]
+    assert "participants.tsv is not the file that this run was trained with" in result["alarms"]
 
 
 def test_missing_participants_raise_an_alarm(dataset, configure):
@@ -285,6 +345,10 @@ def test_missing_participants_raise_an_alarm(dataset, configure):
             os.remove(s.path)
     result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "test")
     assert "1 labelled participants of test have no volume and are not scored" in result["alarms"]
+    other = next(s for s in data.read_ledger(cfg).of("test") if s.participant_id != victim)
+    os.remove(other.path)
+    result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "test")
+    assert f"1 participants of test lack some of their volumes: {other.participant_id}" in result["alarms"]
 
 
 # ----------------------------------------------------------------------------------- bad input: one sentence, exit code 1
@@ -338,11 +402,10 @@ def test_bad_data_stops_with_a_sentence_and_writes_no_run(dataset, command, tmp_
 @pytest.mark.parametrize("override, message", [
     ("paths.checkpoint_path=/none/encoder.pt", "error: paths.checkpoint_path=/none/encoder.pt is not there"),
     ("paths.data=/none", "error: paths.data=/none: participants.tsv is not there; set paths.data"),
-    ("paths.data=b2://bucket/ai-readi", "error: b2://bucket/ai-readi: reading from b2:// is not built yet"),
+    ("paths.data=b2://bucket/ai-readi", "error: b2://bucket/ai-readi: b2:// is not built yet"),
     ("model.emb_dim=768", "error: model.emb_dim is 768, but the encoder of"),
     ("data.image_size=[16,64,128]", "do not fit the encoder"),
     ("train.lr_hed=1", "did you mean 'train.lr_head'?"),
-    ("train.warmup_epochs=6", "error: train.warmup_epochs=6 leaves nothing of train.epochs=6"),
     ("device.backend=cuda", "error: device.backend=cuda finds no GPU"),
     ("data.scanner=zeiss", "error: "),
 ])
