@@ -5,7 +5,7 @@
     python train.py --config configs/single_domain_01.yaml train.epochs=10 train.lr_head=3e-4
     .venv-xla/bin/python train.py --config configs/single_domain_01.yaml        # one TPU core, through xmp.spawn
 
-then `python eval.py --ckpt RUN_DIR --split test`. What a run leaves behind: see "A run's folder" in the README.
+then `python eval.py --ckpt RUN_DIR --split test`. The README says what a run leaves behind.
 """
 
 import argparse
