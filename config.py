@@ -133,6 +133,8 @@ KEYS = {
     "log.run_name": text,
 }
 
+SECTIONS = {key[:i] for key in KEYS for i, letter in enumerate(key) if letter == "."}  # "train", "train.early_stopping", ...
+
 # Known keys whose other values ask for what is not built yet. Refused here: a value that nothing reads would be a lie.
 ONLY = {
     "model.freeze_encoder": (True, "fine-tuning the encoder"),
@@ -152,7 +154,7 @@ def flatten(tree, prefix=""):
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if value in (None, {}) and any(known_key.startswith(name + ".") for known_key in KEYS):
+        if value in (None, {}) and name in SECTIONS:
             continue  # a section whose keys are all commented out
         flat.update(flatten(value, name + ".") if isinstance(value, dict) and value else {name: value})
     return flat
@@ -191,12 +193,20 @@ def parse(text_, where):
 def known(name, where):
     if name in KEYS:
         return
-    if any(key.startswith(name + ".") for key in KEYS):
+    if name in SECTIONS:
         raise ValueError(f"{where}: '{name}' is a section; give its keys, such as "
                          f"{next(key for key in KEYS if key.startswith(name + '.'))}")
     same_leaf = [key for key in KEYS if key.split(".")[-1] == name.split(".")[-1]]  # a right name in the wrong section
     nearest = same_leaf or difflib.get_close_matches(name, KEYS, n=1, cutoff=0)
     raise ValueError(f"{where}: unknown key '{name}'; did you mean '{nearest[0]}'?")
+
+
+def known_values(tree, where):
+    """Nested or flat dict -> {"section.key": value}; ValueError when a key is none of KEYS."""
+    flat = flatten(tree)
+    for name in flat:
+        known(name, where)
+    return flat
 
 
 def read(path, children=()):
@@ -212,9 +222,7 @@ def read(path, children=()):
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no keys")
     base = tree.pop("base", None)
-    own = flatten(tree)
-    for name in own:
-        known(name, path)
+    own = known_values(tree, path)
     if base is None:
         return own
     return {**read(os.path.join(os.path.dirname(path), text(base)), (*children, path)), **own}
@@ -222,15 +230,12 @@ def read(path, children=()):
 
 def load(path, overrides=()):
     """Configuration file and "section.key=value" overrides -> nested namespace of every key, checked; defaults from configs/base.yaml."""
-    return resolve(nest(read(path)), overrides, path)
+    return resolve(read(path), overrides, path)
 
 
 def resolve(tree, overrides, where):
-    """Nested dict and overrides -> checked namespace. where: the name of the dict's origin, for messages."""
-    own = flatten(tree)
-    for name in own:
-        known(name, where)
-    flat = {**read(DEFAULTS), **own}
+    """Nested or flat dict and overrides -> checked namespace. where: the name of the dict's origin, for messages."""
+    flat = {**read(DEFAULTS), **known_values(tree, where)}
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:

@@ -198,6 +198,11 @@ def describe(root):
         return f"SYNTHETIC data {root} ({json.load(f).get('effect', 'unknown')} class effect)"
 
 
+def table_sha256(cfg, name):
+    """sha256 of LABELS or MANIFEST: tells whether two runs saw the same table."""
+    return b2.sha256(os.path.join(b2.local(cfg.paths.data), name))
+
+
 def few(names, most=5):
     names = [str(n) for n in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -272,8 +277,9 @@ def read_dicom(path_or_file, size=None):
         if ds.get("SamplesPerPixel", 1) != 1:
             raise ValueError(f"{ds.SamplesPerPixel} samples a pixel; OCT has 1")
         frames = int(ds.get("NumberOfFrames") or 1)
-        if stored_frames(ds, frames) != frames:
-            raise ValueError(f"NumberOfFrames is {frames}, but the pixel data holds {stored_frames(ds, frames)} frames")
+        stored = stored_frames(ds, frames)
+        if stored != frames:
+            raise ValueError(f"NumberOfFrames is {frames}, but the pixel data holds {stored} frames")
         wanted = range(frames)
         if size is not None:
             low, high, _ = taps(frames, size[0])

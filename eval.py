@@ -130,7 +130,7 @@ def evaluate_run(ckpt, split, overrides=()):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         trained, trained_on, labels = saved["encoder_sha256"], set(saved["train_participants"]), saved["labels_sha256"]
-        head = saved["head"]
+        weights = saved["head"]
         cfg = config.resolve(saved["config"], overrides, path)
     except (OSError, ValueError):
         raise
@@ -148,7 +148,7 @@ def evaluate_run(ckpt, split, overrides=()):
         raise ValueError(f"no participant of split {split} has a volume")
     dev = device.get(cfg.device.backend)
     x = features(cfg, samples, encoder, size, encoder_hash, dev)
-    head, weights = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout), head
+    head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
     try:
         head.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -164,7 +164,7 @@ def evaluate_run(ckpt, split, overrides=()):
     partly = [r.participant_id for r in ledger.rows if r.split == split and r.status == "used" and r.reason]
     if partly:
         result["alarms"].append(f"{len(partly)} participants of {split} lack some of their volumes: {data.few(partly)}")
-    if b2.sha256(os.path.join(b2.local(cfg.paths.data), data.LABELS)) != labels:
+    if data.table_sha256(cfg, data.LABELS) != labels:
         result["alarms"].append(f"{data.LABELS} is not the file that this run was trained with")
     result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),
               "data": data.describe(cfg.paths.data), "encoder_sha256": encoder_hash, **result}

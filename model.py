@@ -201,9 +201,10 @@ def load_encoder(path, encoder="context"):
     if wrong:
         refuse(f"wrong shape: {wrong}")
     dim, _, *patch_size = state["patch_embed.proj.weight"].shape
-    if 0 in (dim, state["pos_embed"].shape[1]) or dim % HEAD_DIM:
-        refuse(f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, the width of a head, "
-               f"or {prefix}pos_embed is empty")
+    if dim == 0 or dim % HEAD_DIM:
+        refuse(f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, the width of a head")
+    if state["pos_embed"].shape[1] == 0:
+        refuse(f"{prefix}pos_embed is empty")
     depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
     model = ViT3D(dim, depth, state["pos_embed"].shape[1], state["blocks.0.mlp.fc1.weight"].shape[0], patch_size)
     expected = model.state_dict()

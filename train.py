@@ -60,7 +60,7 @@ def main(rank, cfg):
 
     # data: who is there, who is not
     ledger = data.read_ledger(cfg)
-    labels_sha256 = b2.sha256(os.path.join(b2.local(cfg.paths.data), data.LABELS))
+    labels_sha256 = data.table_sha256(cfg, data.LABELS)
     print(data.ledger_table(ledger))
     data.check_missing(ledger, cfg.data.max_missing)
     train, val = ledger.of("train"), ledger.of("val")
@@ -181,14 +181,15 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, labels_sha256, dev):
         answer = subprocess.run(["git", *args], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
         return answer.stdout.strip() if answer.returncode == 0 else None
 
+    commit = git("rev-parse", "HEAD")
     packages = [p for p in ("torch", "torch_xla", "numpy", "scikit-learn", "pydicom") if any(importlib.metadata.distributions(name=p))]
     b2.write(os.path.join(run_dir, "provenance.json"), json.dumps({
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_changes": None if git("rev-parse", "HEAD") is None else bool(git("status", "--porcelain")),
+        "git_commit": commit,
+        "git_changes": None if commit is None else bool(git("status", "--porcelain")),
         "versions": {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}},
         "encoder_sha256": encoder_hash,
         "labels_sha256": labels_sha256,
-        "manifest_sha256": b2.sha256(os.path.join(b2.local(cfg.paths.data), data.MANIFEST)),
+        "manifest_sha256": data.table_sha256(cfg, data.MANIFEST),
         "data": data.describe(cfg.paths.data),
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
         "seed": cfg.seed,

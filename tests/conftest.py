@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "tests", "fixtures", "vjepa3d_tiny.pt")  # encoder of 16x64x64 volumes, 128 wide
@@ -61,6 +62,18 @@ def command(tmp_path, capsys, monkeypatch):
         text = f"{code}\n" if isinstance(code, str) else ""
         return SimpleNamespace(returncode=1 if text else code or 0, stdout=output.out, stderr=output.err + text)
     return run
+
+
+def assert_scores_are_scikit_learns(result, y, p):
+    """The scores of metrics.evaluate, from labels y (n,) and probabilities p (n, 4), computed by scikit-learn."""
+    pred = p.argmax(1)
+    assert result["n"] == len(y)
+    assert result["accuracy"] == pytest.approx(accuracy_score(y, pred))
+    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, pred))
+    assert result["macro_f1"] == pytest.approx(f1_score(y, pred, average="macro"))
+    assert result["f1_per_class"] == pytest.approx(f1_score(y, pred, average=None))
+    assert result["auroc_macro_ovr"] == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
+    assert result["log_loss"] == pytest.approx(log_loss(y, p))
 
 
 def edit(path, change):
