@@ -7,18 +7,25 @@ chosen by scanner and region. The ledger has a row for every labelled participan
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import sys
-from collections import Counter
+import threading
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import b2
 
@@ -52,7 +59,7 @@ class Row:
 
 @dataclass
 class Sample:
-    """One volume of a participant; path is local."""
+    """One volume of a participant; path is a local path or a URL, source what is there."""
 
     participant_id: str
     split: str
@@ -60,13 +67,17 @@ class Sample:
     site: str
     laterality: str
     path: str
+    source: b2.Object = None
 
 
 @dataclass
 class Ledger:
     rows: list
     samples: list
-    notes: list = field(default_factory=list)  # oddities of the manifest that cost nobody a volume
+    notes: list = field(default_factory=list)  # oddities that cost nobody a place
+    description: str = ""  # what data this is, for headings
+    sha256: dict = field(default_factory=dict)  # of LABELS and MANIFEST: tells whether two runs saw the same tables
+    unreadable: list = field(default_factory=list)  # (sample, reason) of volumes that are there and cannot be read
 
     def of(self, split):
         return [s for s in self.samples if s.split == split]
@@ -74,66 +85,85 @@ class Ledger:
     def missing(self, split=None):
         return [r for r in self.rows if r.status == "missing" and split in (None, r.split)]
 
+    def strike(self, sample, reason):
+        """Take out a volume that cannot be read."""
+        self.unreadable.append((sample, reason))
+        self.samples.remove(sample)
+        row = next(r for r in self.rows if r.participant_id == sample.participant_id)
+        row.volumes -= 1
+        row.status = "used" if row.volumes else "missing"
+        row.reason = "; ".join(filter(None, [row.reason, reason]))
 
-def read_tsv(path, columns):
-    """Tab-separated file -> list of dicts. columns: required names, each a name or a tuple of accepted spellings."""
+
+def read_tsv(path, columns, name=None):
+    """Tab-separated file -> list of dicts. columns: required names, each a name or a tuple of accepted spellings.
+
+    name: what messages call the file, for one that was fetched.
+    """
+    name = name or path
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             reader = csv.reader(f, delimiter="\t")
             found = [name.strip() for name in next(reader, [])]
             table = [cells for cells in reader if any(cell.strip() for cell in cells)]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a tab-separated text in UTF-8: {error}") from error
+        raise ValueError(f"{name} is not a tab-separated text in UTF-8: {error}") from error
     for cells in table:  # a stray quotation mark joins cells and swallows rows
         if len(cells) != len(found) or any("\n" in cell or "\t" in cell for cell in cells):
-            raise ValueError(f"{path}: the row that begins with '{cells[0][:40]}' has not {len(found)} cells as the header, "
+            raise ValueError(f"{name}: the row that begins with '{cells[0][:40]}' has not {len(found)} cells as the header, "
                              "or a cell of several lines; look for a stray quotation mark or tab there")
     rows = [dict(zip(found, cells)) for cells in table]
     for column in columns:
         spellings = (column,) if isinstance(column, str) else column
         present = [s for s in spellings if s in found]
         if not present:
-            raise ValueError(f"{path} has no column '{' or '.join(spellings)}'; found {', '.join(found)}")
+            raise ValueError(f"{name} has no column '{' or '.join(spellings)}'; found {', '.join(found)}")
         for row in rows:
             row[spellings[0]] = row[present[0]].strip()
     return rows
 
 
-def read_labels(path):
+def read_labels(path, name=None):
     """participants.tsv -> {participant_id: Row}, in the file's order. ValueError on whatever would make a label doubtful."""
-    people = {}
-    for row in read_tsv(path, [("participant_id", "person_id"), "clinical_site", "study_group", "recommended_split", "retinal_oct"]):
+    people, name = {}, name or path
+    for row in read_tsv(path, [("participant_id", "person_id"), "clinical_site", "study_group", "recommended_split", "retinal_oct"], name):
         pid, group, split, oct_ = (row[k] for k in ("participant_id", "study_group", "recommended_split", "retinal_oct"))
         if not pid:
-            raise ValueError(f"{path}: a row without participant_id: {row}")
+            raise ValueError(f"{name}: a row without participant_id: {row}")
         if group not in CLASSES:
-            raise ValueError(f"{path}: participant {pid} has unknown study_group '{group}'; known are {', '.join(CLASSES)}")
+            raise ValueError(f"{name}: participant {pid} has unknown study_group '{group}'; known are {', '.join(CLASSES)}")
         if split not in SPLITS:
-            raise ValueError(f"{path}: participant {pid} has unknown recommended_split '{split}'; known are {', '.join(SPLITS)}")
+            raise ValueError(f"{name}: participant {pid} has unknown recommended_split '{split}'; known are {', '.join(SPLITS)}")
         if oct_.upper() not in ("TRUE", "FALSE"):
-            raise ValueError(f"{path}: participant {pid} has retinal_oct '{oct_}', neither TRUE nor FALSE")
+            raise ValueError(f"{name}: participant {pid} has retinal_oct '{oct_}', neither TRUE nor FALSE")
         person = Row(pid, split, CLASSES.index(group), row["clinical_site"])
         if oct_.upper() == "FALSE":
             person.status, person.reason = "no_oct", "retinal_oct is FALSE"
         earlier = people.setdefault(pid, person)
         if earlier.split != split:
-            raise ValueError(f"{path}: participant {pid} is in two splits, {earlier.split} and {split}")
+            raise ValueError(f"{name}: participant {pid} is in two splits, {earlier.split} and {split}")
         if earlier != person:
-            raise ValueError(f"{path}: participant {pid} has two rows that differ")
+            raise ValueError(f"{name}: participant {pid} has two rows that differ")
     if not people:
-        raise ValueError(f"{path} has no participants")
+        raise ValueError(f"{name} has no participants")
     return people
 
 
 def read_ledger(cfg):
-    """Who is there: labels joined with the manifest on the participant column -> Ledger. Opens no volume."""
-    root = b2.local(cfg.paths.data)
+    """Who is there: labels joined with the manifest on the participant column, and with what the store holds -> Ledger.
+
+    Reads the two tables; of a bucket one listing besides. Opens no volume.
+    """
+    root, deadline, cache_dir = cfg.paths.data, cfg.data.fetch_deadline, b2.local_folder(cfg.paths.cache_dir)
+    tables = {}
     for name in (LABELS, MANIFEST):
-        if not os.path.isfile(os.path.join(root, name)):
-            raise FileNotFoundError(f"paths.data={cfg.paths.data}: {name} is not there; set paths.data to the folder that holds it")
-    people = read_labels(os.path.join(root, LABELS))
-    manifest_path = os.path.join(root, MANIFEST)
-    manifest = read_tsv(manifest_path, [("participant_id", "person_id"), "anatomic_region", "laterality", "filepath"])
+        try:
+            tables[name] = b2.local(b2.join(root, name), cache_dir, deadline)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"paths.data={root}: {name} is not there; set paths.data to the folder that holds it") from None
+    people = read_labels(tables[LABELS], b2.join(root, LABELS))
+    manifest_name = b2.join(root, MANIFEST)
+    manifest = read_tsv(tables[MANIFEST], [("participant_id", "person_id"), "anatomic_region", "laterality", "filepath"], manifest_name)
 
     rows_of, chosen_of, found_kinds, owner, unlabelled = Counter(), {}, Counter(), {}, set()
     notes = []
@@ -142,11 +172,11 @@ def read_ledger(cfg):
         try:
             path = b2.join(root, filepath)
         except ValueError as error:
-            raise ValueError(f"{manifest_path}: participant {pid}: {error}") from None
+            raise ValueError(f"{manifest_name}: participant {pid}: {error}") from None
         if pid not in people:
             unlabelled.add(pid or "(no id)")
             continue
-        parts = os.path.relpath(path, root).split(os.sep)  # retinal_oct/structural_oct/<scanner>/<participant>/<file>
+        parts = path.split("/")  # .../retinal_oct/structural_oct/<scanner>/<participant>/<file>
         kind = (parts[-3] if len(parts) >= 3 else "", row["anatomic_region"])
         found_kinds[kind] += 1
         rows_of[pid] += 1
@@ -154,16 +184,25 @@ def read_ledger(cfg):
             continue
         if path in owner:
             if owner[path] != pid:
-                raise ValueError(f"{manifest_path}: {filepath} is listed for two participants, {owner[path]} and {pid}")
+                raise ValueError(f"{manifest_name}: {filepath} is listed for two participants, {owner[path]} and {pid}")
             notes.append(f"participant {pid}: {filepath} is listed twice; used once")
             continue
         owner[path] = pid
         chosen_of.setdefault(pid, []).append(Sample(pid, people[pid].split, people[pid].label, people[pid].site, row["laterality"], path))
     if not chosen_of:
-        raise ValueError(f"{manifest_path} has no volume of data.scanner={cfg.data.scanner}, data.anatomic_region={cfg.data.anatomic_region}; "
+        raise ValueError(f"{manifest_name} has no volume of data.scanner={cfg.data.scanner}, data.anatomic_region={cfg.data.anatomic_region}; "
                          "it has " + "; ".join(f"{s} '{r}' ({n})" for (s, r), n in sorted(found_kinds.items())))
     if unlabelled:
         notes.append(f"{len(unlabelled)} participants of the manifest are not in {LABELS}: {few(sorted(unlabelled))}")
+
+    there = b2.find_all(list(owner), deadline)
+    doubtful = copies(there, owner)
+    for filepath, (original, pid) in doubtful.items():
+        if pid == owner[filepath]:
+            notes.append(f"participant {pid}: {relative(filepath, root)} has the same content as {relative(original, root)}; used once")
+    unverified = [path for path, source in there.items() if b2.is_remote(path) and not source.checksum]
+    if unverified:
+        notes.append(f"{len(unverified)} volumes have no checksum in the store and are verified by their size alone: {few([relative(p, root) for p in unverified], 2)}")
 
     samples = []
     for pid, person in people.items():
@@ -172,35 +211,75 @@ def read_ledger(cfg):
             if chosen:
                 notes.append(f"participant {pid}: retinal_oct is FALSE, yet the manifest has {len(chosen)} volumes; not used")
             continue
-        there = [s for s in chosen if os.path.isfile(s.path) and os.path.getsize(s.path) > 0]
-        gone = [s for s in chosen if s not in there]
-        person.volumes = len(there)
-        if gone:
-            person.reason = f"{len(gone)} of {len(chosen)} files absent or empty: {few([os.path.relpath(s.path, root) for s in gone], 2)}"
-        elif not rows_of[pid]:
-            person.reason = "no row in the manifest"
+        used, lost = [], {}
+        for sample in chosen:
+            sample.source = there.get(sample.path)
+            copied_from = doubtful.get(sample.path, (None, None))[1]
+            if sample.source is None:
+                lost.setdefault("absent", []).append(sample.path)
+            elif sample.source.size == 0:
+                lost.setdefault("empty", []).append(sample.path)
+            elif copied_from not in (None, pid):
+                lost.setdefault(f"with the same content as one of participant {copied_from}", []).append(sample.path)
+            elif copied_from is None:
+                used.append(sample)
+        reasons = [f"{len(paths)} of {len(chosen)} files {why}: {few([relative(p, root) for p in paths], 2)}" for why, paths in lost.items()]
+        if not rows_of[pid]:
+            reasons.append("no row in the manifest")
         elif not chosen:
-            person.reason = f"no volume of {cfg.data.scanner}, {cfg.data.anatomic_region}"
-        if not there:
+            reasons.append(f"no volume of {cfg.data.scanner}, {cfg.data.anatomic_region}")
+        person.volumes, person.reason = len(used), "; ".join(reasons)
+        if not used:
             person.status = "missing"
-        elif gone:
+        elif reasons:
             notes.append(f"participant {pid}: {person.reason}")
-        samples += there
-    return Ledger(list(people.values()), samples, notes)
+        samples += used
+    return Ledger(list(people.values()), samples, notes, describe(cfg), {name: b2.checksum(path, "sha256").split(":")[1] for name, path in tables.items()})
 
 
-def describe(root):
+def relative(path, root):
+    return path.removeprefix(root.rstrip("/") + "/")
+
+
+def copies(there, owner):
+    """{path: (path with the same content, its participant)}: of a participant all but the first, of several participants all.
+
+    What several participants share cannot carry a label. A store tells its checksums; local files are read only where their
+    sizes and first bytes agree.
+    """
+    def shared(paths, content):
+        groups = {}
+        for path in paths:
+            groups.setdefault(content(path), []).append(path)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def head(path):
+        with open(path, "rb") as f:
+            return f.read(4096)
+
+    found = {}
+    for same_size in shared([path for path, source in there.items() if source.size], lambda path: there[path].size):
+        if b2.is_remote(same_size[0]):
+            groups = shared(same_size, lambda path: there[path].checksum or path)
+        else:
+            groups = [group for same_head in shared(same_size, head) for group in shared(same_head, lambda path: b2.checksum(path, "sha1"))]
+        for group in groups:
+            if len({owner[path] for path in group}) == 1:
+                found.update({path: (group[0], owner[path]) for path in group[1:]})
+            else:
+                found.update({path: next((other, owner[other]) for other in group if owner[other] != owner[path]) for path in group})
+    return found
+
+
+def describe(cfg):
     """What data this is, for headings: synthetic data must never pass for real."""
-    mark = os.path.join(b2.local(root), "phantom.json")
-    if not os.path.exists(mark):
+    root = cfg.paths.data
+    try:
+        mark = b2.local(b2.join(root, "phantom.json"), b2.local_folder(cfg.paths.cache_dir), cfg.data.fetch_deadline)
+    except FileNotFoundError:
         return f"data {root}"
     with open(mark, encoding="utf-8") as f:
         return f"SYNTHETIC data {root} ({json.load(f).get('effect', 'unknown')} class effect)"
-
-
-def table_sha256(cfg, name):
-    """sha256 of LABELS or MANIFEST: tells whether two runs saw the same table."""
-    return b2.sha256(os.path.join(b2.local(cfg.paths.data), name))
 
 
 def few(names, most=5):
@@ -209,12 +288,19 @@ def few(names, most=5):
 
 
 def check_missing(ledger, max_missing):
-    """Stop unless everybody who should be there is, but for the max_missing that the config allows."""
-    missing = ledger.missing()
-    if len(missing) > max_missing:
-        people = few([f"{r.participant_id} ({r.reason})" for r in missing], 3)
-        raise ValueError(f"{len(missing)} of {len([r for r in ledger.rows if r.status != 'no_oct'])} labelled participants have no volume, "
-                         f"and data.max_missing is {max_missing}: {people}; restore them, or set data.max_missing={len(missing)} to go on without")
+    """Stop unless everybody and every volume is there, but for the max_missing that the config allows.
+
+    Counted are participants without any volume and volumes that cannot be read.
+    """
+    unreadable = {s.participant_id for s, _ in ledger.unreadable}
+    absent = [r for r in ledger.missing() if r.participant_id not in unreadable]
+    problems = [f"{s.participant_id} ({reason})" for s, reason in ledger.unreadable] + [f"{r.participant_id} ({r.reason})" for r in absent]
+    if len(problems) > max_missing:
+        labelled = len([r for r in ledger.rows if r.status != "no_oct"])
+        what = [f"{len(absent)} of {labelled} labelled participants have no volume"] if absent else []
+        what += [f"{len(ledger.unreadable)} volumes cannot be read"] if ledger.unreadable else []
+        raise ValueError(f"{' and '.join(what)}, and data.max_missing is {max_missing}: participant {few(problems, 3)}; "
+                         f"restore them, or set data.max_missing={len(problems)} to go on without")
     for split in ("train", "val"):
         if not ledger.of(split):
             raise ValueError(f"no participant of split {split} has a volume")
@@ -238,6 +324,11 @@ def ledger_table(ledger):
     lines += [f"missing: {r.participant_id} ({r.split}, {CLASS_NAMES[r.label]}, {r.site}): {r.reason}" for r in ledger.missing()]
     lines += [f"note: {note}" for note in ledger.notes]
     return "\n".join(lines)
+
+
+def unreadable_table(ledger):
+    """A line for every volume that could not be read; "" when there is none."""
+    return "\n".join(f"unreadable: participant {s.participant_id} ({s.split}, {CLASS_NAMES[s.label]}, {s.site}): {reason}" for s, reason in ledger.unreadable)
 
 
 def ledger_csv(ledger):
@@ -356,23 +447,28 @@ def preprocess(volume, size):
 # ------------------------------------------------------------------------------------------- volumes, with their cache
 
 
-class Volumes(torch.utils.data.Dataset):
-    """Preprocessed volumes: [i] -> (i, key, (1, D, H, W) float16, error).
+class Volumes:
+    """Preprocessed volumes of samples: load(i) -> (key, (1, D, H, W) float16).
 
     Kept on disk as float16 (19 MB at 64x384x384, rounding at most 2^-11 relative), keyed by the file's content, size and
-    preprocessing. What comes from the disk and what was just made are the same numbers. A volume that cannot be read
-    gives (i, None, None, sentence); `stream` turns that into the exception, for a worker process would wrap it in its
-    traceback.
+    preprocessing, until cache_gb are full: then the rest is read anew every time, for throwing some out to admit others
+    serves nobody when every epoch reads all. What comes from the disk and what was just made are the same numbers. Other
+    processes may use the same cache_dir; each volume is fetched once.
     """
 
-    def __init__(self, samples, size, cache_dir):
-        self.samples, self.size, self.cache_dir = samples, tuple(size), b2.local(cache_dir)
+    def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300):
+        self.samples, self.size, self.cache_dir = samples, tuple(size), b2.local_folder(cache_dir)
+        self.folder, self.limit, self.deadline = os.path.join(self.cache_dir, "volumes"), cache_gb * 1e9, deadline
+        self.stop = threading.Event()  # set: what is being fetched is given up
 
     def __len__(self):
         return len(self.samples)
 
-    def known_key(self, i):
-        """Key of volume i if its content was hashed before and the file has not changed since, else None."""
+    def key(self, i):
+        """Key of volume i: of its content, as the store tells it, or as it was hashed before; None for a local file that is new."""
+        source = self.samples[i].source
+        if b2.is_remote(source.path):
+            return self.key_of(source.checksum or f"{source.path} {source.id}")
         note = self.note(i)
         if not os.path.exists(note):
             return None
@@ -380,66 +476,145 @@ class Volumes(torch.utils.data.Dataset):
             key = f.read()
         return key if len(key) == 64 else None  # a power cut can leave it empty
 
+    def key_of(self, content):
+        return hashlib.sha256(f"{content} {self.size} {PREPROCESSING}".encode()).hexdigest()
+
     def note(self, i):
-        path, stat = os.path.abspath(self.samples[i].path), os.stat(self.samples[i].path)
+        path = os.path.abspath(self.samples[i].path)
+        stat = os.stat(path)
         identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {self.size} {PREPROCESSING}"
         return os.path.join(self.cache_dir, "keys", hashlib.sha256(identity.encode()).hexdigest())
 
-    def __getitem__(self, i):
-        try:
-            return i, *self.load(i), None
-        except (ValueError, OSError) as error:
-            return i, None, None, f"participant {self.samples[i].participant_id}: {error}"
+    def load(self, i, decode=None):
+        """-> key, (1, D, H, W) float16. ValueError for a volume that cannot be read; other errors are not its fault.
 
-    def load(self, i):
-        key = self.known_key(i)
-        if key is None:
-            content = f"{b2.sha256(self.samples[i].path)} {self.size} {PREPROCESSING}"
-            key = hashlib.sha256(content.encode()).hexdigest()
-        kept = os.path.join(self.cache_dir, "volumes", key + ".npy")
-        if os.path.exists(kept):
-            volume = load_array(kept, np.float16, self.size)
-        else:
-            tensor = preprocess(read_dicom(self.samples[i].path, self.size), self.size)
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{self.samples[i].path} has values that are not finite")
-            volume = tensor.numpy().astype(np.float16)
-            save_array(kept, volume)
-        b2.write(self.note(i), key)  # last, so that a key on disk belongs to a volume that could be read
+        decode: decode_volume, or something that runs it elsewhere.
+        """
+        source = self.samples[i].source
+        try:
+            key = self.key(i) or self.key_of(b2.checksum(source.path, "sha1"))
+        except FileNotFoundError:
+            raise ValueError(f"{source.path} is not there any more") from None
+        kept = os.path.join(self.folder, key + ".npy")
+        volume = load_array(kept, np.float16, self.size)
+        if volume is None:
+            with b2.locked(os.path.join(self.cache_dir, "locks", key), self.stop) as lock:
+                volume = load_array(kept, np.float16, self.size)  # another one was faster
+                if volume is None:
+                    volume = self.make(source, decode or decode_volume)
+                    self.admit(kept, volume)
+                os.remove(lock.name)
+        if not b2.is_remote(source.path):
+            b2.write(self.note(i), key)  # last, so that a key on disk belongs to a volume that could be read
         return key, torch.from_numpy(volume)[None]  # (D, H, W) -> (1, D, H, W)
+
+    def make(self, source, decode):
+        """Fetch, decode and preprocess -> (D, H, W) float16."""
+        if not b2.is_remote(source.path):
+            return decode(source.path, self.size)
+        try:
+            path = b2.fetch(source, os.path.join(self.cache_dir, "raw"), self.deadline, self.stop)
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
+        try:
+            return decode(path, self.size)
+        except ValueError as error:
+            raise ValueError(str(error).replace(path, source.path)) from error
+        finally:
+            os.remove(path)
+
+    def admit(self, path, volume):
+        """Keep a volume, if there is room."""
+        os.makedirs(self.folder, exist_ok=True)
+        with b2.locked(os.path.join(self.cache_dir, "locks", "admission"), self.stop):
+            used = 0
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(FileNotFoundError):  # a damaged one, that another process removes
+                    used += entry.stat().st_size
+            if used + volume.nbytes <= self.limit:
+                save_array(path, volume)
+
+
+def decode_volume(path, size):
+    """DICOM file -> preprocessed volume (D, H, W), float16. ValueError naming the file."""
+    tensor = preprocess(read_dicom(path, size), size)
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{path} has values that are not finite")
+    return tensor.numpy().astype(np.float16)
 
 
 def save_array(path, array):
     out = io.BytesIO()
     np.save(out, array)
-    b2.write(path, out.getvalue())
+    b2.write(path, out.getvalue() + hashlib.sha1(out.getbuffer()).digest())  # np.load does not mind what follows
 
 
 def load_array(path, dtype, shape):
+    """The array kept at path; None where there is none, or a damaged one: it is then removed, to be made anew."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"cache file {path} is damaged, delete it: {error}") from error
-    if array.dtype != dtype or array.shape != tuple(shape):
-        raise ValueError(f"cache file {path} is damaged, delete it: {array.dtype} {array.shape}, expected {np.dtype(dtype)} {tuple(shape)}")
-    return array
+        with open(path, "rb") as f:
+            content = memoryview(f.read())
+    except FileNotFoundError:
+        return None
+    if hashlib.sha1(content[:-20]).digest() == content[-20:]:
+        array = np.load(io.BytesIO(content[:-20]), allow_pickle=False)
+        if array.dtype == dtype and array.shape == tuple(shape):
+            return array
+    tqdm.write(f"cache file {path} is damaged; making it anew", file=sys.stderr)
+    with contextlib.suppress(FileNotFoundError):  # another process noticed too
+        os.remove(path)
+    return None
 
 
-def stream(dataset, order, num_workers):
-    """Yield (i, key, (1, D, H, W) float16) for i of `order`, decoded ahead by worker processes. Counts what arrives."""
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=order, num_workers=num_workers,
-        # not fork: the runtimes of CUDA and XLA do not survive it
-        multiprocessing_context="spawn" if num_workers else None,
-    )
-    arrived = 0
-    for i, key, volume, error in loader:
-        if error:
-            raise ValueError(error)
-        arrived += 1
-        yield i, key, volume
-    if arrived != len(order):
-        raise RuntimeError(f"the loader ended after {arrived} of {len(order)} volumes")
+def stream(volumes, ledger, order, cfg):
+    """Yield (i, key, (1, D, H, W) float16) for the samples i of `order`, in that order.
+
+    data.prefetch volumes are on their way at once: being fetched (by threads), decoded (by data.num_workers processes) or
+    waiting for the consumer; no more are in memory. A volume that cannot be read is struck off the ledger, and stops the
+    run unless data.max_missing covers it.
+    """
+    if cfg.data.num_workers:
+        # spawn: the runtimes of CUDA and XLA do not survive a fork
+        decoder = ProcessPoolExecutor(cfg.data.num_workers, multiprocessing.get_context("spawn"), start_worker)
+    else:
+        decoder = ThreadPoolExecutor(1)
+    fetchers = ThreadPoolExecutor(cfg.data.prefetch)
+
+    def load(i):
+        return volumes.load(i, lambda *args: decoder.submit(decode_volume, *args).result())
+
+    volumes.stop.clear()
+    todo, ahead = iter(order), deque()
+    try:
+        while True:
+            for i in itertools.islice(todo, cfg.data.prefetch - len(ahead)):
+                ahead.append((i, fetchers.submit(load, i)))
+            if not ahead:
+                return
+            i, future = ahead.popleft()
+            sample = volumes.samples[i]
+            try:
+                key, volume = future.result()
+            except ValueError as error:
+                ledger.strike(sample, str(error))
+                check_missing(ledger, cfg.data.max_missing)
+                continue
+            except OSError as error:
+                raise type(error)(f"participant {sample.participant_id}: {error}") from error
+            except BrokenProcessPool as error:
+                raise OSError("a process that decodes volumes died, out of memory perhaps; lower data.num_workers") from error
+            yield i, key, volume
+    finally:
+        volumes.stop.set()
+        fetchers.shutdown(cancel_futures=True)
+        decoder.shutdown(cancel_futures=True)
+
+
+def start_worker():
+    """In a process that decodes: one thread, and no life after its parent's."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -456,7 +631,7 @@ def main():
     cfg = config.load(args.config, args.overrides)
     phantom.prepare(cfg)
     ledger = read_ledger(cfg)
-    print(f"{cfg.paths.data}: {cfg.data.scanner}, {cfg.data.anatomic_region}\n{ledger_table(ledger)}")
+    print(f"{ledger.description}: {cfg.data.scanner}, {cfg.data.anatomic_region}\n{ledger_table(ledger)}")
     check_missing(ledger, cfg.data.max_missing)
 
 

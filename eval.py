@@ -28,6 +28,7 @@ import metrics
 import model
 
 BEST = "best_checkpoint_during_training.pt"
+CHANGEABLE = ("max_missing", "num_workers", "prefetch", "cache_gb", "fetch_deadline")  # keys of data: that do not change a score
 FEATURES = "v1"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
 SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",
                "auroc_macro_ovr": "AUROC (macro, one vs rest)", "log_loss": "log-loss"}
@@ -37,10 +38,11 @@ SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy",
 
 def open_encoder(cfg):
     """Encoder of the config, checked against it -> (encoder in eval mode, volume size (D, H, W), sha256 of its weights)."""
-    path = b2.local(cfg.paths.checkpoint_path)
-    if not os.path.isfile(path):
+    try:
+        path = b2.local(cfg.paths.checkpoint_path, b2.local_folder(cfg.paths.cache_dir), cfg.data.fetch_deadline)
+    except FileNotFoundError:
         raise FileNotFoundError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} is not there; put the pretrained encoder's file "
-                                "there, or set paths.checkpoint_path")
+                                "there, or set paths.checkpoint_path") from None
     encoder = model.load_encoder(path, cfg.model.encoder)
     dim = encoder.pos_embed.shape[-1]
     if dim != cfg.model.emb_dim:
@@ -52,40 +54,46 @@ def open_encoder(cfg):
     return encoder, tuple(size), model.weights_hash(encoder)
 
 
-def features(cfg, samples, encoder, size, encoder_hash, dev):
-    """Pooled features of every sample, in order -> float32 (len(samples), C), on the CPU.
+def features(cfg, ledger, samples, encoder, size, encoder_hash, dev):
+    """Pooled features -> (those of the samples that could be read, float32 (their number, C) on the CPU), in order.
 
     Each volume is encoded once for ever: its feature is kept under cache_dir, keyed by encoder weights, pooling, precision,
     preprocessing and the volume's content. One volume at a time, so that a feature does not depend on its neighbours.
     """
-    volumes = data.Volumes(samples, size, cfg.paths.cache_dir)
-    kind = f"{encoder_hash[:16]}-{cfg.model.pool_method}-{cfg.train.precision}-{FEATURES}"
+    volumes = data.Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
+    folder = os.path.join(volumes.cache_dir, "features", f"{encoder_hash[:16]}-{cfg.model.pool_method}-{cfg.train.precision}-{FEATURES}")
     dim = encoder.pos_embed.shape[-1]
 
-    def file(key):
-        return os.path.join(volumes.cache_dir, "features", kind, key + ".npy")
+    def kept(key):
+        return None if key is None else data.load_array(os.path.join(folder, key + ".npy"), np.float32, (dim,))
 
-    keys = [volumes.known_key(i) for i in range(len(samples))]
-    todo = [i for i, key in enumerate(keys) if key is None or not os.path.exists(file(key))]
+    found = [kept(volumes.key(i)) for i in range(len(samples))]
+    todo = [i for i, feature in enumerate(found) if feature is None]
     encoded = 0
     if todo:
         encoder = encoder.to(dev)
-        arriving = tqdm(data.stream(volumes, todo, cfg.data.num_workers), total=len(todo), desc="encode", unit="volume", mininterval=0.5)
+        arriving = tqdm(data.stream(volumes, ledger, todo, cfg), total=len(todo), desc="encode", unit="volume", mininterval=0.5)
         for i, key, volume in arriving:
-            keys[i] = key
-            if os.path.exists(file(key)):  # the same content under another path
-                continue
-            encoded += 1
-            with torch.no_grad(), device.autocast(dev, cfg.train.precision):
-                tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
-                feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
-            device.step_done(dev)
-            feature = feature.cpu().numpy()
-            if not np.isfinite(feature).all():
-                raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
-            data.save_array(file(key), feature)
-    print(f"features: {encoded} volumes encoded, {len(samples) - encoded} from {volumes.cache_dir}")
-    return torch.from_numpy(np.stack([data.load_array(file(key), np.float32, (dim,)) for key in keys]))
+            found[i] = kept(key)  # the same content under another path
+            if found[i] is None:
+                with torch.no_grad(), device.autocast(dev, cfg.train.precision):
+                    tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
+                    feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
+                device.step_done(dev)
+                found[i] = feature.cpu().numpy()
+                if not np.isfinite(found[i]).all():
+                    raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
+                data.save_array(os.path.join(folder, key + ".npy"), found[i])
+                encoded += 1
+    struck = {s.path for s, _ in ledger.unreadable}
+    lost = [i for i in todo if found[i] is None]
+    if [samples[i].path for i in lost] != [s.path for s in samples if s.path in struck]:
+        raise RuntimeError(f"{len(lost)} of {len(todo)} volumes did not arrive, and the ledger has another number of unreadable ones")
+    print(f"features: {encoded} volumes encoded, {len(samples) - encoded - len(lost)} from {volumes.cache_dir}" + (f", {len(lost)} unreadable" if lost else ""))
+    rest = [i for i in range(len(samples)) if found[i] is not None]
+    if not rest:
+        raise ValueError("none of the volumes could be read")
+    return [samples[i] for i in rest], torch.from_numpy(np.stack([found[i] for i in rest]))
 
 
 def predict(head, x):
@@ -117,10 +125,10 @@ def predictions_csv(ids, y_true, probabilities):
 
 def evaluate_run(ckpt, split, overrides=()):
     """Score a run's checkpoint (folder or .pt file) on a split; write everything beside it -> (result, folder)."""
-    fixed = [o for o in overrides if not o.startswith(("paths.", "device.", "data.num_workers=", "data.max_missing="))]
+    fixed = [o for o in overrides if not o.startswith(("paths.", "device.", *(f"data.{key}=" for key in CHANGEABLE)))]
     if fixed:
-        raise ValueError(f"{fixed[0]} would score something else than what was trained; only paths.*, device.*, data.num_workers and "
-                         "data.max_missing can change now")
+        raise ValueError(f"{fixed[0]} would score something else than what was trained; only paths.*, device.* and "
+                         f"{', '.join('data.' + key for key in CHANGEABLE)} can change now")
     path = os.path.join(ckpt, BEST) if os.path.isdir(ckpt) else ckpt
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--ckpt {ckpt}: {path} is not there; train first, or name a run folder or its {BEST}")
@@ -147,7 +155,7 @@ def evaluate_run(ckpt, split, overrides=()):
     if not samples:
         raise ValueError(f"no participant of split {split} has a volume")
     dev = device.get(cfg.device.backend)
-    x = features(cfg, samples, encoder, size, encoder_hash, dev)
+    samples, x = features(cfg, ledger, samples, encoder, size, encoder_hash, dev)
     head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
     try:
         head.load_state_dict(weights, strict=True)
@@ -164,15 +172,29 @@ def evaluate_run(ckpt, split, overrides=()):
     partly = [r.participant_id for r in ledger.rows if r.split == split and r.status == "used" and r.reason]
     if partly:
         result["alarms"].append(f"{len(partly)} participants of {split} lack some of their volumes: {data.few(partly)}")
-    if data.table_sha256(cfg, data.LABELS) != labels:
+    if ledger.sha256[data.LABELS] != labels:
         result["alarms"].append(f"{data.LABELS} is not the file that this run was trained with")
     result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),
-              "data": data.describe(cfg.paths.data), "encoder_sha256": encoder_hash, **result}
+              "data": ledger.description, "encoder_sha256": encoder_hash, **result}
+    result["unreadable"] = [{"participant_id": s.participant_id, "path": s.path, "reason": reason} for s, reason in ledger.unreadable]
+    update_ledger(os.path.join(folder, "ledger.csv"), ledger, split)
     b2.write(os.path.join(folder, f"predictions_{split}.csv"), predictions_csv(ids, y_true, probabilities))
     b2.write(os.path.join(folder, f"eval_{split}.json"), json.dumps(result, indent=1) + "\n")
     write_plots(folder, result)
     write_report(folder)
     return result, folder
+
+
+def update_ledger(path, ledger, split):
+    """Write what was found of the split's participants into the run's ledger; the other rows stay as training left them."""
+    earlier = {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", newline="") as f:
+            earlier = {row[0]: row for row in csv.reader(f)}
+    out = io.StringIO()
+    rows = csv.reader(io.StringIO(data.ledger_csv(ledger)))
+    csv.writer(out, lineterminator="\n").writerows(row if row[1] == split else earlier.get(row[0], row) for row in rows)
+    b2.write(path, out.getvalue())
 
 
 def score_rows(result):

@@ -429,7 +429,7 @@ def prepare(cfg):
         return
 
     def below(path):
-        return Path(cfg.demo.dir).resolve() in Path(path).resolve().parents
+        return "://" not in path and Path(cfg.demo.dir).resolve() in Path(path).resolve().parents
 
     encoder, data = cfg.paths.checkpoint_path, cfg.paths.data
     if below(encoder) and not os.path.exists(encoder):

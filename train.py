@@ -52,27 +52,26 @@ def better(new, old, min_delta=0.0):
 def main(rank, cfg):
     """The job, from data to saved checkpoint. rank is 0: there is one replica for now."""
     dev = device.get(cfg.device.backend)
-    run_dir, epochs = b2.local(cfg.paths.run_dir), cfg.train.epochs
+    run_dir, epochs = b2.local_folder(cfg.paths.run_dir), cfg.train.epochs
     check_run_dir(run_dir, cfg)
-    print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: {cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {data.describe(cfg.paths.data)}")
+    print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: {cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}")
     if cfg.train.warmup_epochs >= epochs:
         print(f"note: train.warmup_epochs={cfg.train.warmup_epochs} lasts the whole run of {epochs} epochs")
 
     # data: who is there, who is not
     ledger = data.read_ledger(cfg)
-    labels_sha256 = data.table_sha256(cfg, data.LABELS)
-    print(data.ledger_table(ledger))
+    print(f"{ledger.description}\n{data.ledger_table(ledger)}")
     data.check_missing(ledger, cfg.data.max_missing)
-    train, val = ledger.of("train"), ledger.of("val")
-    train_labels = torch.tensor([s.label for s in train])
-    participants = {s.participant_id: s.label for s in train}
-    weights = losses.class_weights(list(participants.values()), len(data.CLASSES), cfg.train.class_weights)
 
     # encoder: frozen, so every volume is encoded once, and the head trains on features
     encoder, size, encoder_hash = evaluation.open_encoder(cfg)
     encoder.requires_grad_(False)
-    x = evaluation.features(cfg, train + val, encoder, size, encoder_hash, dev)  # (volumes, C)
+    samples, x = evaluation.features(cfg, ledger, ledger.of("train") + ledger.of("val"), encoder, size, encoder_hash, dev)  # x (volumes, C)
+    train, val = ([s for s in samples if s.split == split] for split in ("train", "val"))
     x_train, x_val = x[:len(train)], x[len(train):]
+    train_labels = torch.tensor([s.label for s in train])
+    participants = {s.participant_id: s.label for s in train}
+    weights = losses.class_weights(list(participants.values()), len(data.CLASSES), cfg.train.class_weights)
 
     # head and optimizer; seeded here, for loading volumes draws random numbers and a full cache would not
     device.seed(cfg.seed, dev)
@@ -85,7 +84,7 @@ def main(rank, cfg):
     print(f"head: {sum(p.numel() for p in head.parameters())} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
 
     wandb_run = start_wandb(cfg, run_dir)  # first, for it may refuse, and an earlier run should then still be there
-    prepare_run_dir(run_dir, cfg, ledger, encoder_hash, labels_sha256, dev)
+    prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev)
     history, best, best_epoch, stop_reference, epochs_without = [], None, None, None, 0
     for epoch in range(1, epochs + 1):
         # train: the order depends on seed and epoch alone
@@ -127,7 +126,7 @@ def main(rank, cfg):
         # save: best first, so that last.pt never knows of a best that is not on disk
         checkpoint = {"head": head.state_dict(), "epoch": epoch, "val_balanced_accuracy": now[0], "val_loss": now[1], "config": config.to_dict(cfg),
                       "encoder_sha256": encoder_hash, "train_participants": list(participants),
-                      "labels_sha256": labels_sha256}
+                      "labels_sha256": ledger.sha256[data.LABELS]}
         if is_best:
             best, best_epoch = now, epoch
             b2.write(os.path.join(run_dir, evaluation.BEST), device.to_bytes(checkpoint))
@@ -144,6 +143,8 @@ def main(rank, cfg):
             break
 
     print(f"best: epoch {best_epoch}, val balanced accuracy {best[0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
+    if ledger.unreadable:
+        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
     wandb_run.finish()
 
 
@@ -155,7 +156,7 @@ def check_run_dir(run_dir, cfg):
     inside = set(os.listdir(run_dir)) - {"wandb"} if os.path.isdir(run_dir) else set()
     if os.path.exists(run_dir) and not os.path.isdir(run_dir) or inside and "provenance.json" not in inside:
         raise ValueError(f"paths.run_dir={run_dir} is not a run's folder and not empty; set paths.run_dir to another one")
-    if os.path.realpath(b2.local(cfg.paths.checkpoint_path)).startswith(os.path.realpath(run_dir) + os.sep):
+    if not b2.is_remote(cfg.paths.checkpoint_path) and os.path.realpath(os.path.expanduser(cfg.paths.checkpoint_path)).startswith(os.path.realpath(run_dir) + os.sep):
         raise ValueError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} lies in paths.run_dir={run_dir}, where an earlier run is replaced; "
                          "set paths.run_dir to another one")
     parent = os.path.abspath(run_dir)
@@ -165,7 +166,7 @@ def check_run_dir(run_dir, cfg):
         raise ValueError(f"paths.run_dir={run_dir} cannot be written, for {parent} cannot; set paths.run_dir to another one")
 
 
-def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, labels_sha256, dev):
+def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev):
     """Remove an earlier run's results, then write what this run is: provenance (by which a run's folder is known), config, ledger."""
     earlier = [evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "predictions_test.csv", "eval_val.json", "eval_test.json",
                "report.html", "config.yaml", "ledger.csv", "plots/confusion_val.png", "plots/confusion_test.png", "plots/training.png"]
@@ -188,9 +189,9 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, labels_sha256, dev):
         "git_changes": None if commit is None else bool(git("status", "--porcelain")),
         "versions": {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}},
         "encoder_sha256": encoder_hash,
-        "labels_sha256": labels_sha256,
-        "manifest_sha256": data.table_sha256(cfg, data.MANIFEST),
-        "data": data.describe(cfg.paths.data),
+        "labels_sha256": ledger.sha256[data.LABELS],
+        "manifest_sha256": ledger.sha256[data.MANIFEST],
+        "data": ledger.description,
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
         "seed": cfg.seed,
         "device": device.describe(dev),

@@ -2,6 +2,7 @@ import csv
 import glob
 import io
 import os
+import shutil
 
 import imagecodecs
 import numpy as np
@@ -258,7 +259,8 @@ def test_crlf_person_id_and_lower_case_flags(dataset, configure):
     before = data.read_ledger(configure(dataset))
     edit(dataset / "participants.tsv", lambda t: t.replace("participant_id", "person_id").replace("TRUE", "true").replace("\r\n", "\n").replace("\n", "\r\n"))
     edit(dataset / "retinal_oct" / "manifest.tsv", lambda t: t.replace("participant_id", "person_id").replace("\n", "\r\n"))
-    assert data.read_ledger(configure(dataset)) == before
+    after = data.read_ledger(configure(dataset))
+    assert (after.rows, after.samples, after.notes) == (before.rows, before.samples, before.notes)
 
 
 def test_missing_files_are_counted_and_stop_the_run_unless_allowed(dataset, configure):
@@ -273,7 +275,7 @@ def test_missing_files_are_counted_and_stop_the_run_unless_allowed(dataset, conf
     one_of_two = next(m for m in chosen if m["participant_id"] not in victims)
     os.remove(str(dataset) + one_of_two["filepath"])
     ledger = data.read_ledger(configure(dataset))
-    assert [r.participant_id for r in ledger.missing()] == victims and "files absent or empty" in ledger.missing()[0].reason
+    assert [r.participant_id for r in ledger.missing()] == victims and "files absent" in ledger.missing()[0].reason and "files empty" in ledger.missing()[1].reason
     partly = next(r for r in ledger.rows if r.participant_id == one_of_two["participant_id"])
     assert partly.status == "used" and partly.reason.startswith("1 of ") and any(partly.participant_id in n for n in ledger.notes)
     with pytest.raises(ValueError, match=f"2 of {len([p for p in people if p['retinal_oct'] == 'TRUE'])} labelled participants have no volume.*{victims[0]}.*set data.max_missing=2"):
@@ -380,9 +382,10 @@ def test_the_ledger_command(written, dataset, command):
 
 def test_volumes_are_cached_by_content(dataset, configure, tmp_path, monkeypatch):
     cfg = configure(dataset)
-    samples = data.read_ledger(cfg).samples[:4]
+    ledger = data.read_ledger(cfg)
+    samples = ledger.samples[:4]
     volumes = data.Volumes(samples, (16, 64, 64), cfg.paths.cache_dir)
-    first = {i: (key, volume) for i, key, volume in data.stream(volumes, range(4), 0)}
+    first = {i: (key, volume) for i, key, volume in data.stream(volumes, ledger, range(4), cfg)}
     for i, sample in enumerate(samples):
         exact = data.preprocess(data.read_dicom(sample.path), (16, 64, 64))
         assert first[i][1].shape == (1, 16, 64, 64) and first[i][1].dtype == torch.float16
@@ -390,57 +393,126 @@ def test_volumes_are_cached_by_content(dataset, configure, tmp_path, monkeypatch
 
     calls = []
     monkeypatch.setattr(data, "read_dicom", lambda *args, real=data.read_dicom: calls.append(args) or real(*args))
-    again = {i: (key, volume) for i, key, volume in data.stream(volumes, range(4), 0)}
+    again = {i: (key, volume) for i, key, volume in data.stream(volumes, ledger, range(4), cfg)}
     assert not calls and all(again[i][0] == first[i][0] and torch.equal(again[i][1], first[i][1]) for i in range(4))
     os.utime(samples[0].path, (0, 0))  # another time, the same content
-    assert [k for _, k, _ in data.stream(volumes, [0], 0)] == [first[0][0]] and not calls
+    assert [k for _, k, _ in data.stream(volumes, ledger, [0], cfg)] == [first[0][0]] and not calls
     content = open(samples[1].path, "rb").read()
     open(samples[0].path, "wb").write(content)  # another content under the same name
-    assert [k for _, k, _ in data.stream(volumes, [0], 0)] == [first[1][0]]
+    assert [k for _, k, _ in data.stream(volumes, ledger, [0], cfg)] == [first[1][0]]
     other_size = data.Volumes(samples, (8, 32, 32), cfg.paths.cache_dir)
-    assert [v.shape for _, _, v in data.stream(other_size, [2], 0)] == [(1, 8, 32, 32)] and len(calls) == 1
+    assert [v.shape for _, _, v in data.stream(other_size, ledger, [2], cfg)] == [(1, 8, 32, 32)] and len(calls) == 1
     assert not glob.glob(f"{cfg.paths.cache_dir}/**/*.part", recursive=True)
 
 
 def test_a_change_that_keeps_size_and_time_is_noticed(dataset, configure):
     cfg = configure(dataset)
-    sample = data.read_ledger(cfg).samples[0]
+    ledger = data.read_ledger(cfg)
+    sample = ledger.samples[0]
     volumes = data.Volumes([sample], (16, 64, 64), cfg.paths.cache_dir)
-    (_, before, _), = data.stream(volumes, [0], 0)
+    (_, before, _), = data.stream(volumes, ledger, [0], cfg)
     stat, content = os.stat(sample.path), bytearray(open(sample.path, "rb").read())
     content[200] ^= 1  # in the preamble's uid, not in the pixels
     with open(sample.path, "r+b") as f:
         f.write(content)
     os.utime(sample.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert volumes.known_key(0) is None
+    assert volumes.key(0) is None
 
 
 def test_an_emptied_key_file_is_made_again(dataset, configure):
     cfg = configure(dataset)
-    volumes = data.Volumes(data.read_ledger(cfg).samples[:3], (16, 64, 64), cfg.paths.cache_dir)
-    before = [k for _, k, _ in data.stream(volumes, range(3), 0)]
+    ledger = data.read_ledger(cfg)
+    volumes = data.Volumes(ledger.samples[:3], (16, 64, 64), cfg.paths.cache_dir)
+    before = [k for _, k, _ in data.stream(volumes, ledger, range(3), cfg)]
     for note in glob.glob(f"{cfg.paths.cache_dir}/keys/*"):
         open(note, "w").close()
-    assert [volumes.known_key(i) for i in range(3)] == [None] * 3
-    assert [k for _, k, _ in data.stream(volumes, range(3), 0)] == before and len(set(before)) == 3
+    assert [volumes.key(i) for i in range(3)] == [None] * 3
+    assert [k for _, k, _ in data.stream(volumes, ledger, range(3), cfg)] == before and len(set(before)) == 3
 
 
 def test_worker_processes_give_the_same_volumes_and_the_same_error(dataset, configure):
     cfg = configure(dataset)
-    samples = data.read_ledger(cfg).samples[:6]
-    alone = [(i, k, v.tolist()) for i, k, v in data.stream(data.Volumes(samples, (16, 64, 64), f"{cfg.paths.cache_dir}/a"), range(6), 0)]
-    workers = [(i, k, v.tolist()) for i, k, v in data.stream(data.Volumes(samples, (16, 64, 64), f"{cfg.paths.cache_dir}/b"), range(6), 2)]
-    assert alone == workers
+    with_workers = configure(dataset, "data.num_workers=2")
+    ledger = data.read_ledger(cfg)
+    samples = ledger.samples[:6]
+
+    def volumes(name):
+        return data.Volumes(samples, (16, 64, 64), f"{cfg.paths.cache_dir}/{name}")
+
+    alone = [(i, k, v.tolist()) for i, k, v in data.stream(volumes("a"), ledger, range(6), cfg)]
+    workers = [(i, k, v.tolist()) for i, k, v in data.stream(volumes("b"), ledger, range(6), with_workers)]
+    assert alone == workers and [i for i, _, _ in alone] == list(range(6))
     open(samples[3].path, "wb").write(b"damaged")
-    with pytest.raises(ValueError, match=f"^participant {samples[3].participant_id}: .* is not a readable OCT volume"):
-        list(data.stream(data.Volumes(samples, (16, 64, 64), f"{cfg.paths.cache_dir}/c"), range(6), 2))
+    for config_ in (cfg, with_workers):
+        ledger = data.read_ledger(cfg)
+        samples = ledger.samples[:6]
+        with pytest.raises(ValueError, match=f"1 volumes cannot be read, and data.max_missing is 0: participant {samples[3].participant_id} .*"
+                                             f"{os.path.basename(samples[3].path)} is not a readable OCT volume.*set data.max_missing=1"):
+            list(data.stream(volumes("c"), ledger, range(6), config_))
 
 
-def test_a_damaged_cache_file_is_named(dataset, configure):
-    cfg = configure(dataset)
-    volumes = data.Volumes(data.read_ledger(cfg).samples[:1], (16, 64, 64), cfg.paths.cache_dir)
-    list(data.stream(volumes, [0], 0))
+def test_unreadable_volumes_that_max_missing_covers_are_struck_off_the_ledger(dataset, configure):
+    first = data.read_ledger(configure(dataset)).samples
+    person, other = list(dict.fromkeys(s.participant_id for s in first))[:2]
+    bad = [s.path for s in first if s.participant_id == person] + [next(s.path for s in first if s.participant_id == other)]
+    for path in bad:
+        open(path, "wb").write(b"damaged")
+        open(path, "ab").write(path.encode())  # no two the same
+    cfg = configure(dataset, f"data.max_missing={len(bad)}")
+    ledger = data.read_ledger(cfg)
+    samples = list(ledger.samples)
+    arrived = [samples[i].path for i, _, _ in data.stream(data.Volumes(samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(len(samples)), cfg)]
+    assert arrived == [s.path for s in samples if s.path not in bad] == [s.path for s in ledger.samples]
+    rows = {r["participant_id"]: r for r in csv.DictReader(io.StringIO(data.ledger_csv(ledger)))}
+    assert (rows[person]["status"], rows[person]["volumes"]) == ("missing", "0") and bad[0] in rows[person]["reason"]
+    assert (rows[other]["status"], int(rows[other]["volumes"])) == ("used", sum(s.participant_id == other for s in first) - 1) and bad[-1] in rows[other]["reason"]
+    assert all(path in data.unreadable_table(ledger) for path in bad)
+    with pytest.raises(ValueError, match=f"{len(bad)} volumes cannot be read, and data.max_missing is {len(bad) - 1}"):
+        data.check_missing(ledger, len(bad) - 1)
+
+
+def damaged_at(content, position):
+    return content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1:]
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:500], lambda c: b"", lambda c: c[:-1], lambda c: damaged_at(c, 20), lambda c: damaged_at(c, len(c) // 2),
+                                    lambda c: damaged_at(c, len(c) - 5), lambda c: c + b"x", lambda c: b"\0" * len(c)],
+                         ids=["cut", "empty", "a byte short", "header", "middle", "digest", "longer", "zeros"])
+def test_a_damaged_cache_file_is_made_anew(written, configure, damage, capsys):
+    cfg = configure(written)
+    ledger = data.read_ledger(cfg)
+    volumes = data.Volumes(ledger.samples[:1], (16, 64, 64), cfg.paths.cache_dir)
+    (_, key, before), = data.stream(volumes, ledger, [0], cfg)
     kept, = glob.glob(f"{cfg.paths.cache_dir}/volumes/*.npy")
-    open(kept, "wb").write(open(kept, "rb").read()[:500])
-    with pytest.raises(ValueError, match="cache file .* is damaged, delete it"):
-        list(data.stream(volumes, [0], 0))
+    good = open(kept, "rb").read()
+    open(kept, "wb").write(damage(good))
+    (_, again, after), = data.stream(volumes, ledger, [0], cfg)
+    assert again == key and torch.equal(before, after) and open(kept, "rb").read() == good
+    assert f"cache file {kept} is damaged" in capsys.readouterr().err
+
+
+def test_the_cache_admits_until_it_is_full(written, configure):
+    cfg = configure(written)
+    ledger = data.read_ledger(cfg)
+    one = 16 * 64 * 64 * 2
+    volumes = data.Volumes(ledger.samples[:6], (16, 64, 64), cfg.paths.cache_dir, cache_gb=(3 * one + 3 * 200) / 1e9)  # three, with their headers
+    first = [v for _, _, v in data.stream(volumes, ledger, range(6), cfg)]
+    kept = sorted(glob.glob(f"{cfg.paths.cache_dir}/volumes/*"))
+    assert len(kept) == 3
+    second = [v for _, _, v in data.stream(volumes, ledger, range(6), cfg)]
+    assert sorted(glob.glob(f"{cfg.paths.cache_dir}/volumes/*")) == kept  # nothing is thrown out
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_content_that_several_files_share(dataset, configure):
+    before = data.read_ledger(configure(dataset))
+    a, b = next((s, o) for s in before.samples for o in before.samples if s is not o and s.participant_id == o.participant_id)
+    c = next(s for s in before.samples if s.participant_id != a.participant_id)
+    d = next(s for s in before.samples if s.participant_id not in (a.participant_id, c.participant_id))
+    shutil.copyfile(a.path, b.path)
+    shutil.copyfile(c.path, d.path)
+    ledger = data.read_ledger(configure(dataset))
+    assert {s.path for s in before.samples} - {s.path for s in ledger.samples} == {b.path, c.path, d.path}
+    assert any(f"participant {a.participant_id}" in n and "same content" in n and "used once" in n for n in ledger.notes)
+    row = next(r for r in ledger.rows if r.participant_id == c.participant_id)
+    assert f"with the same content as one of participant {d.participant_id}" in row.reason

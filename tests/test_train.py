@@ -126,7 +126,8 @@ def test_standardisation_uses_training_features_alone(written, configure):
     train.main(0, cfg)
     _, best, _ = read_run(cfg)
     encoder, size, encoder_hash = evaluation.open_encoder(cfg)
-    x = evaluation.features(cfg, data.read_ledger(cfg).of("train"), encoder, size, encoder_hash, torch.device("cpu"))
+    ledger = data.read_ledger(cfg)
+    _, x = evaluation.features(cfg, ledger, ledger.of("train"), encoder, size, encoder_hash, torch.device("cpu"))
     assert torch.allclose(best["head"]["0.mean"], x.mean(0)) and not torch.allclose(x.std(0), torch.ones(128))
 
 
@@ -198,17 +199,20 @@ def test_a_feature_belongs_to_the_content_of_its_volume(dataset, configure, monk
     cfg = configure(dataset)
     train.main(0, cfg)
     a, b = data.read_ledger(cfg).of("train")[:2]
-    os.replace(a.path, a.path + ".aside")
-    with open(a.path, "wb") as f:
-        f.write(open(b.path, "rb").read())
     calls = []
     monkeypatch.setattr(model.ViT3D, "forward", lambda self, x, real=model.ViT3D.forward: calls.append(1) or real(self, x))
     encoder, size, encoder_hash = evaluation.open_encoder(cfg)
-    x = evaluation.features(cfg, data.read_ledger(cfg).of("train"), encoder, size, encoder_hash, torch.device("cpu"))
-    assert not calls and torch.equal(x[0], x[1])  # a's content is b's now, which was encoded before
-    os.replace(a.path + ".aside", a.path)
-    y = evaluation.features(cfg, data.read_ledger(cfg).of("train"), encoder, size, encoder_hash, torch.device("cpu"))
-    assert not calls and not torch.equal(y[0], y[1]) and torch.equal(x[1:], y[1:])
+
+    def features():
+        ledger = data.read_ledger(cfg)
+        return evaluation.features(cfg, ledger, ledger.of("train"), encoder, size, encoder_hash, torch.device("cpu"))[1]
+
+    before = features()
+    for one, other in ((a.path, a.path + ".aside"), (b.path, a.path), (a.path + ".aside", b.path)):  # they change places
+        os.replace(one, other)
+    after = features()
+    assert not calls and not torch.equal(before[0], before[1])
+    assert torch.equal(after[0], before[1]) and torch.equal(after[1], before[0]) and torch.equal(after[2:], before[2:])
 
 
 @pytest.mark.parametrize("overrides", [["train.loss=focal"], ["train.class_weights=[1,2,3,4]"], ["model.head.hidden=16"], ["model.pool_method=max"],
@@ -354,13 +358,13 @@ def damage(root, kind):
     if kind == "truncated DICOM":
         content = open(path, "rb").read()
         open(path, "wb").write(content[:len(content) // 2])
-        return f"error: participant {participant}: {path} is not a readable OCT volume"
+        return f"participant {participant} ({path} is not a readable OCT volume"
     if kind == "DICOM without pixels":
         import pydicom
         ds = pydicom.dcmread(path)
         del ds.PixelData
         ds.save_as(path)
-        return f"error: participant {participant}: {path} is not a readable OCT volume: no pixel data"
+        return f"participant {participant} ({path} is not a readable OCT volume: no pixel data"
     if kind == "manifest points outside":
         edit(root / "retinal_oct" / "manifest.tsv", lambda t: t.replace("/retinal_oct/structural_oct", "/../secret", 1))
         return "points outside the data folder"
@@ -395,7 +399,8 @@ def test_bad_data_stops_with_a_sentence_and_writes_no_run(dataset, command, tmp_
 @pytest.mark.parametrize("override, message", [
     ("paths.checkpoint_path=/none/encoder.pt", "error: paths.checkpoint_path=/none/encoder.pt is not there"),
     ("paths.data=/none", "error: paths.data=/none: participants.tsv is not there; set paths.data"),
-    ("paths.data=b2://bucket/ai-readi", "error: b2://bucket/ai-readi: b2:// is not built yet"),
+    ("paths.data=s3://bucket/ai-readi", "error: s3://bucket/ai-readi is no place to read from: write b2://BUCKET/KEY"),
+    ("paths.cache_dir=b2://bucket/cache", "error: b2://bucket/cache: runs and caches are written to a local folder"),
     ("model.emb_dim=768", "error: model.emb_dim is 768, but the encoder of"),
     ("data.image_size=[16,64,128]", "do not fit the encoder"),
     ("train.lr_hed=1", "did you mean 'train.lr_head'?"),
