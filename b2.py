@@ -273,22 +273,23 @@ def diagnose(error, what):
         return 0
     if not isinstance(error, b2.B2Error):
         raise error
-    if isinstance(error, (b2.FileNotPresent, b2.ResourceNotFound)) and not isinstance(error, b2.NonExistentBucket):
+    if isinstance(error, b2.FileNotPresent):
         raise FileNotFoundError(f"{what} is not there") from error
     if isinstance(error, b2.NonExistentBucket):
         raise PermissionError(f"{what}: there is no such bucket, or B2_APPLICATION_KEY_ID is a key of another account") from error
-    if isinstance(error, (b2.RestrictedBucket, b2.Unauthorized, b2.AccessDenied)):
-        raise PermissionError(f"{what}: the key of B2_APPLICATION_KEY_ID may not read this ({' '.join(str(error).split())}); "
-                              "it needs listBuckets, listFiles and readFiles for this bucket") from error
-    if isinstance(error, b2.CapExceeded) or "cap_exceeded" in str(error):
-        raise PermissionError(f"{what}: a cap of the B2 account is reached ({error}); raise it on the account's page of caps and alerts") from error
+    text = " ".join(str(error).split())
+    if isinstance(error, b2.CapExceeded) or "cap_exceeded" in text:
+        raise PermissionError(f"{what}: a cap of the B2 account is reached ({text}); raise it on the account's page of caps and alerts") from error
+    if isinstance(error, (b2.RestrictedBucket, b2.Unauthorized, b2.AccessDenied)) or "error: 403" in text:  # HEAD has no body to tell more
+        raise PermissionError(f"{what}: the key of B2_APPLICATION_KEY_ID may not read this ({text}); it needs listBuckets, listFiles and "
+                              "readFiles for this bucket, and the account's caps must allow it") from error
     if isinstance(error, b2.UnknownError) or error.should_retry_http():  # UnknownError: an answer cut off, say
         try:
             wait = float(getattr(error, "retry_after_seconds", None) or 0)
         except ValueError:  # a date, or nonsense
             wait = 0
         return wait if 0 <= wait < float("inf") else 0
-    raise ConnectionError(f"{what}: {type(error).__name__} {' '.join(str(error).split())}") from error
+    raise ConnectionError(f"{what}: {type(error).__name__} {text}") from error
 
 
 # ------------------------------------------------------------------------------------------------------- bytes that arrive
@@ -339,20 +340,22 @@ def download(source, part, deadline, stop, bar):
         nonlocal digest
 
         def receive(data):
-            part.write(data)
+            left = memoryview(data)
+            while left:
+                left = left[part.write(left):]
             digest.update(data)
             progress.update(len(data))
             patience.received(len(data))
 
         if part.tell() < source.size:
             read(source, part.tell(), receive)
-            part.flush()
         if part.tell() == source.size and hexdigest in (None, digest.hexdigest()):
             return
         if part.tell() < source.size:
             raise Damaged(f"{part.tell()} of {source.size} bytes came")
         progress.reset()
-        part.truncate(0)
+        part.seek(0)
+        part.truncate()
         digest = hashlib.new(name)
         if next(downloads) == DOWNLOADS:
             raise ValueError(f"{source.path}: its content is not that of its {name.upper()}, in {DOWNLOADS} downloads; it was damaged before or "
@@ -396,7 +399,7 @@ def locked(path, stop=None):
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     while True:
-        with open(path, "a+b") as file:
+        with open(path, "a+b", buffering=0) as file:  # unbuffered: on a full disk, closing would fail too
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

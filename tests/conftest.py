@@ -1,3 +1,4 @@
+import contextlib
 import os
 import runpy
 import shutil
@@ -5,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from b2_server import B2Server
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -35,6 +37,25 @@ def configure(tmp_path):
 
     def make(root, *overrides):
         return config.load(os.path.join(ROOT, "configs", "demo.yaml"), [*settings(root, tmp_path), *overrides])
+    return make
+
+
+@pytest.fixture()
+def store(monkeypatch):
+    """with store({name: content}) as server: a B2 of our own on loopback, and the environment that b2.py needs for it."""
+    import b2
+
+    @contextlib.contextmanager
+    def make(files=(), **options):
+        b2.renew()  # no client of an earlier server
+        with B2Server(files, **options) as server:
+            for name, value in (("B2_APPLICATION_KEY_ID", server.key_id), ("B2_APPLICATION_KEY", server.key), ("B2_REALM", server.url)):
+                monkeypatch.setenv(name, value)
+            yield server
+        b2.renew()
+
+    monkeypatch.setattr(b2, "ENV_FILE", "/none")  # not the developer's own
+    monkeypatch.setattr(b2, "READ_TIMEOUT", 0.6)
     return make
 
 
