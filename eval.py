@@ -233,6 +233,8 @@ def print_table(result):
 
     print(f"\n{sentence(result)}\n")
     print("\n".join([*lines(SCORE_HEADER, score_rows(result)), "", *lines(CLASS_HEADER, class_rows(result))]))
+    for lost in result["unreadable"]:
+        print(f"unreadable: participant {lost['participant_id']}: {lost['reason']}")
     for alarm in result["alarms"]:
         print(f"ALARM: {alarm}")
     if not result["alarms"]:
