@@ -3,7 +3,7 @@ CKPT ?= demo
 PYTHON ?= python3.11
 RUN = runs/cls_$(CKPT)
 
-.PHONY: probe finetune check setup setup-xla test test-xla clean
+.PHONY: probe finetune check setup setup-xla test test-xla bench clean
 
 probe: setup
 	.venv/bin/python train.py --config configs/$(CKPT).yaml paths.run_dir=$(RUN)
@@ -34,6 +34,10 @@ test: setup
 
 test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py
+
+bench: setup
+	.venv/bin/python bench/decode.py
+	.venv/bin/python bench/stream.py
 
 clean:
 	rm -rf demo runs cache

@@ -546,18 +546,19 @@ def decode_volume(path, size):
 def save_array(path, array):
     out = io.BytesIO()
     np.save(out, array)
-    b2.write(path, out.getvalue() + hashlib.sha1(out.getbuffer()).digest())  # np.load does not mind what follows
+    out.write(hashlib.sha1(out.getbuffer()).digest())  # np.load does not mind what follows the array
+    b2.write(path, out.getbuffer())
 
 
 def load_array(path, dtype, shape):
     """The array kept at path; None where there is none, or a damaged one: it is then removed, to be made anew."""
     try:
         with open(path, "rb") as f:
-            content = memoryview(f.read())
+            content = f.read()
     except FileNotFoundError:
         return None
-    if hashlib.sha1(content[:-20]).digest() == content[-20:]:
-        array = np.load(io.BytesIO(content[:-20]), allow_pickle=False)
+    if hashlib.sha1(memoryview(content)[:-20]).digest() == content[-20:]:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
         if array.dtype == dtype and array.shape == tuple(shape):
             return array
     tqdm.write(f"cache file {path} is damaged; making it anew", file=sys.stderr)
