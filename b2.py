@@ -211,6 +211,8 @@ def b2_object(bucket, key, size, version):
 
 
 def gs_object(info):
+    if info["type"] != "file":
+        raise FileNotFoundError(info["name"])
     md5 = info.get("md5Hash")
     return Object("gs://" + info["name"].removeprefix("/"), info["size"], "md5:" + base64.b64decode(md5).hex() if md5 else "",
                   str(info.get("generation", "")))
@@ -267,14 +269,17 @@ def diagnose(error, what):
 
     if isinstance(error, (requests.RequestException, ConnectionError, TimeoutError, Damaged, b2.InvalidAuthToken, b2.UnknownHost)):
         return 0
+    if isinstance(error, (FileNotFoundError, b2.FileNotPresent)):
+        raise FileNotFoundError(f"{what} is not there") from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise OSError(error.errno, f"no space left on the disk for {what}; make room, or set paths.cache_dir to another disk") from error
-    if type(error).__module__.split(".")[0] in ("aiohttp", "gcsfs"):
+    if (package := type(error).__module__.split(".")[0]) in ("aiohttp", "gcsfs", "google"):  # not imported: gcsfs is optional
+        if getattr(error, "code", None) in (401, 403) or package == "google" and not getattr(error, "retryable", False):
+            raise PermissionError(f"{what}: Google Cloud does not allow this ({error}); run gcloud auth application-default login, or set "
+                                  "GOOGLE_APPLICATION_CREDENTIALS") from error
         return 0
     if not isinstance(error, b2.B2Error):
         raise error
-    if isinstance(error, b2.FileNotPresent):
-        raise FileNotFoundError(f"{what} is not there") from error
     if isinstance(error, b2.NonExistentBucket):
         raise PermissionError(f"{what}: there is no such bucket, or B2_APPLICATION_KEY_ID is a key of another account") from error
     text = " ".join(str(error).split())
@@ -369,9 +374,9 @@ def download(source, part, deadline, stop, bar):
 def read(source, start, receive):
     """Hand the bytes of a remote Object from start on to receive(bytes), in one stream."""
     if source.path.startswith("gs://"):
-        with client("gs", gs_files).open(source.path, "rb", cache_type="none") as f:
+        with client("gs", gs_files).open(source.path.removeprefix("gs://"), "rb", cache_type="none") as f:
             f.seek(start)
-            for data in iter(lambda: f.read(1 << 20), b""):
+            for data in iter(lambda: f.read(1 << 22), b""):
                 receive(data)
     else:
         answer = client("b2", b2_api).download_file_by_id(source.id, range_=(start, source.size - 1))

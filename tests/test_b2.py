@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import multiprocessing
 import os
 import shutil
@@ -413,3 +414,101 @@ def test_the_env_file(server, tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     assert b2.find(URL).size == len(CONTENT)  # B2_REALM of the environment wins
+
+
+def test_a_large_object_is_never_in_memory(store, tmp_path):
+    """Such as an encoder checkpoint of 1.4 GB."""
+    with open(tmp_path / "large.bin", "wb") as f:
+        f.truncate(400_000_000)
+    code = """
+        def peak():
+            return next(int(line.split()[1]) / 1000 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        before = peak()
+        path = b2.local("b2://bucket/large.bin", sys.argv[1])
+        assert path == b2.local("b2://bucket/large.bin", sys.argv[1])  # verified, not fetched
+        assert peak() - before < 40, (before, peak())
+        assert os.path.getsize(path) == 400_000_000 and path.endswith("-large.bin")
+    """
+    with store({NAME: b"", "large.bin": tmp_path / "large.bin"}) as server:
+        process = python("import os\n" + textwrap.dedent(code), tmp_path / "cache")
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert server.count("download") == 1 and "large.bin: 100%" in errors  # its progress is shown
+
+
+# ------------------------------------------------------------------------------------------------------------------ gs://
+
+
+def test_without_gcsfs_the_error_says_what_to_install():
+    with pytest.raises(ValueError, match="gs:// needs the package gcsfs: pip install gcsfs"):
+        b2.find("gs://bucket/key", 5)
+
+
+@pytest.fixture()
+def google():
+    """fsspec's file system in memory in place of gcsfs, telling md5Hash and generation as gcsfs does."""
+    import base64
+
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Google(MemoryFileSystem):
+        store, pseudo_dirs, opened, faults = {}, [""], [], []
+
+        def told(self, info):
+            if info["type"] == "file":
+                info |= {"md5Hash": base64.b64encode(hashlib.md5(self.cat(info["name"])).digest()).decode(), "generation": "17"}
+            return info
+
+        def info(self, path, **kwargs):
+            return self.told(super().info(path, **kwargs))
+
+        def find(self, path, detail=False, **kwargs):
+            found = super().find(path, detail=True, **kwargs)
+            return {name: self.told(info) for name, info in found.items()} if detail else list(found)
+
+        def _open(self, path, mode="rb", **kwargs):
+            file = super()._open(path, mode, **kwargs)
+            if kwargs.get("cache_type") == "none":  # from b2.read
+                self.opened.append(path)
+                file = File(file.getvalue())
+                if self.faults:
+                    self.faults.pop(0)(file)
+            return file
+
+    class File(io.BytesIO):
+        pass
+
+    fsspec.register_implementation("gs", Google, clobber=True)
+    b2.renew()
+    yield Google()
+    fsspec.register_implementation("gs", "gcsfs.GCSFileSystem", clobber=True)
+    b2.renew()
+
+
+def test_google_cloud_storage_through_fsspec(google, tmp_path):
+    google.pipe("/bucket/d/participants.tsv", b"table")
+    google.pipe("/bucket/d/s/a.dcm", CONTENT)
+    google.pipe("/bucket/d/s/b.dcm", b"")
+    a = b2.find("gs://bucket/d/s/a.dcm")
+    assert a == b2.Object("gs://bucket/d/s/a.dcm", len(CONTENT), "md5:" + hashlib.md5(CONTENT).hexdigest(), "17")
+    there = b2.find_all([f"gs://bucket/d/s/{name}.dcm" for name in "abc"])
+    assert there == {a.path: a, "gs://bucket/d/s/b.dcm": b2.find("gs://bucket/d/s/b.dcm")}
+    assert open(b2.local("gs://bucket/d/participants.tsv", tmp_path), "rb").read() == b"table"
+    with pytest.raises(FileNotFoundError):
+        b2.find("gs://bucket/none")
+
+    def breaks(file):
+        pieces = [file.read(1_000_000), file.read(1_000_000)]
+
+        def read(n):
+            if not pieces:
+                raise ConnectionResetError("reset")
+            return pieces.pop(0)
+        file.read = read
+
+    def wrong(file):
+        file.read = lambda n, real=file.read: real(n).replace(b"\7", b"\8")
+    google.faults[:] = [breaks, wrong]
+    google.opened.clear()
+    assert open(b2.fetch(a, tmp_path / "files"), "rb").read() == CONTENT and len(google.opened) == 3
