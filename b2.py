@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 ENV_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds without an answer
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 20  # seconds without an answer
 MAX_WAIT = 30  # seconds between two tries, whatever Retry-After says
 SLOWEST = 100_000  # bytes a second; a transfer that is slower loses time, and so meets its deadline
 DOWNLOADS = 3  # whole downloads of an object before its content counts as corrupt
@@ -116,6 +116,7 @@ def b2_api():
     """The authorized B2Api; tries once a call, for all retrying is done in `patiently`."""
     import dotenv
     from b2sdk import v3
+    from b2sdk.v3.exception import Unauthorized
 
     class Http(v3.B2Http):
         CONNECTION_TIMEOUT = CONNECT_TIMEOUT
@@ -147,7 +148,7 @@ def b2_api():
               check_download_hash=False)  # checked in `fetch`, which resumes
     try:
         api.authorize_account(os.environ["B2_APPLICATION_KEY_ID"].strip(), os.environ["B2_APPLICATION_KEY"].strip(), realm=realm)
-    except v3.exception.Unauthorized:
+    except Unauthorized:
         raise PermissionError("B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY "
                               f"(and B2_REALM, now {realm})") from None
     return api

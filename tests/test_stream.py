@@ -256,6 +256,20 @@ def start(script, *args, **options):
     return subprocess.Popen([sys.executable, script, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.parametrize("variable, value, path, message", [
+    ("B2_APPLICATION_KEY", "wrong", ROOT_URL, "error: B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY"),
+    ("B2_APPLICATION_KEY_ID", "", ROOT_URL, "error: b2:// needs a key: set B2_APPLICATION_KEY_ID in the environment or in"),
+    ("UNUSED", "", "b2://elsewhere/x", "error: b2://elsewhere/x/participants.tsv: there is no such bucket, or B2_APPLICATION_KEY_ID is a key of another account"),
+    ("UNUSED", "", "gs://bucket/x", "error: gs:// needs the package gcsfs: pip install gcsfs"),
+])
+def test_what_the_terminal_shows(written, bucket, tmp_path, monkeypatch, variable, value, path, message):
+    """In a fresh process: what another test imported must not help."""
+    with bucket(written):
+        monkeypatch.setenv(variable, value)
+        _, errors = start("data.py", "--config", "configs/demo.yaml", *remote(tmp_path), f"paths.data={path}").communicate(timeout=60)
+    assert errors.startswith(message) and len(errors.splitlines()) == 1
+
+
 def test_two_runs_at_once_fetch_each_volume_once(written, bucket, tmp_path):
     with bucket(written) as server:
         runs = [start("train.py", "--config", "configs/demo.yaml", *remote(tmp_path), f"paths.run_dir={tmp_path}/run{k}") for k in range(2)]
