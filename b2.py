@@ -257,7 +257,7 @@ class Patience:
             raise TimeoutError(f"{what}: given up after {self.seconds:g} s of failures (data.fetch_deadline), the last one {reason}") from error
         backoff = random.uniform(0.5, 1) * 2 ** min(self.failures - 2, 10)  # jittered, for many clients fail together
         wait = min(max(wait, backoff), MAX_WAIT, left)
-        if self.failures > 3:
+        if self.failures > 2:
             tqdm.write(f"{what}: {reason}; trying again in {wait:.0f} s", file=sys.stderr)
         if self.stop.wait(wait):
             raise Stopped

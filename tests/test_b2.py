@@ -411,7 +411,6 @@ def test_the_env_file(server, tmp_path, monkeypatch):
     (tmp_path / ".env").write_text(f"B2_APPLICATION_KEY_ID={server.key_id}\nB2_APPLICATION_KEY='{server.key}'\nB2_REALM=http://127.0.0.1:9\n")
     monkeypatch.setattr(b2, "ENV_FILE", str(tmp_path / ".env"))
     for name in ("B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"):
-        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     assert b2.find(URL).size == len(CONTENT)  # B2_REALM of the environment wins
 
@@ -508,7 +507,7 @@ def test_google_cloud_storage_through_fsspec(google, tmp_path):
         file.read = read
 
     def wrong(file):
-        file.read = lambda n, real=file.read: real(n).replace(b"\7", b"\8")
+        file.read = lambda n, real=file.read: real(n).replace(b"\x07", b"\x08")
     google.faults[:] = [breaks, wrong]
     google.opened.clear()
     assert open(b2.fetch(a, tmp_path / "files"), "rb").read() == CONTENT and len(google.opened) == 3
