@@ -149,126 +149,118 @@ def read_labels(path, name=None):
     return people
 
 
-def read_ledger(cfg):
-    """Who is there: labels joined with the manifest on the participant column, and with what the store holds -> Ledger.
-
-    Reads the two tables; of a bucket one listing besides. Opens no volume.
-    """
-    root, deadline, cache_dir = cfg.paths.data, cfg.data.fetch_deadline, b2.local_folder(cfg.paths.cache_dir)
-    tables = {}
-    for name in (LABELS, MANIFEST):
-        try:
-            tables[name] = b2.local(b2.join(root, name), cache_dir, deadline)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"paths.data={root}: {name} is not there; set paths.data to the folder that holds it") from None
-    people = read_labels(tables[LABELS], b2.join(root, LABELS))
-    manifest_name = b2.join(root, MANIFEST)
-    manifest = read_tsv(tables[MANIFEST], [("participant_id", "person_id"), "anatomic_region", "laterality", "filepath"], manifest_name)
-
-    rows_of, chosen_of, found_kinds, owner, unlabelled = Counter(), {}, Counter(), {}, set()
-    notes = []
-    for row in manifest:
+def read_manifest(path, people, cfg, notes, name):
+    """manifest.tsv -> samples of the configured scanner and region {participant_id: [Sample]}, rows of any kind per participant."""
+    chosen, rows_of, found_kinds, owner, unlabelled = {}, Counter(), Counter(), {}, set()
+    for row in read_tsv(path, [("participant_id", "person_id"), "anatomic_region", "laterality", "filepath"], name):
         pid, filepath = row["participant_id"], row["filepath"]
         try:
-            path = b2.join(root, filepath)
+            location = b2.join(cfg.paths.data, filepath)
         except ValueError as error:
-            raise ValueError(f"{manifest_name}: participant {pid}: {error}") from None
+            raise ValueError(f"{name}: participant {pid}: {error}") from None
         if pid not in people:
             unlabelled.add(pid or "(no id)")
             continue
-        parts = path.split("/")  # .../retinal_oct/structural_oct/<scanner>/<participant>/<file>
+        parts = location.split("/")  # .../retinal_oct/structural_oct/<scanner>/<participant>/<file>
         kind = (parts[-3] if len(parts) >= 3 else "", row["anatomic_region"])
         found_kinds[kind] += 1
         rows_of[pid] += 1
         if kind != (cfg.data.scanner, cfg.data.anatomic_region):
             continue
-        if path in owner:
-            if owner[path] != pid:
-                raise ValueError(f"{manifest_name}: {filepath} is listed for two participants, {owner[path]} and {pid}")
+        if location in owner:
+            if owner[location] != pid:
+                raise ValueError(f"{name}: {filepath} is listed for two participants, {owner[location]} and {pid}")
             notes.append(f"participant {pid}: {filepath} is listed twice; used once")
             continue
-        owner[path] = pid
-        chosen_of.setdefault(pid, []).append(Sample(pid, people[pid].split, people[pid].label, people[pid].site, row["laterality"], path))
-    if not chosen_of:
-        raise ValueError(f"{manifest_name} has no volume of data.scanner={cfg.data.scanner}, data.anatomic_region={cfg.data.anatomic_region}; "
+        owner[location] = pid
+        chosen.setdefault(pid, []).append(Sample(pid, people[pid].split, people[pid].label, people[pid].site, row["laterality"], location))
+    if not chosen:
+        raise ValueError(f"{name} has no volume of data.scanner={cfg.data.scanner}, data.anatomic_region={cfg.data.anatomic_region}; "
                          "it has " + "; ".join(f"{s} '{r}' ({n})" for (s, r), n in sorted(found_kinds.items())))
     if unlabelled:
         notes.append(f"{len(unlabelled)} participants of the manifest are not in {LABELS}: {few(sorted(unlabelled))}")
+    return chosen, rows_of
 
-    there = b2.find_all(list(owner), deadline)
-    doubtful = copies(there, owner)
-    for filepath, (original, pid) in doubtful.items():
-        if pid == owner[filepath]:
-            notes.append(f"participant {pid}: {relative(filepath, root)} has the same content as {relative(original, root)}; used once")
+
+def read_ledger(cfg):
+    """Who is there: labels joined with the manifest on the participant column, and with what the store holds -> Ledger.
+
+    Reads the two tables; of a bucket one listing besides. Opens no volume.
+    """
+    root, notes, tables = cfg.paths.data, [], {}
+    for name in (LABELS, MANIFEST):
+        try:
+            tables[name] = b2.local(b2.join(root, name), b2.local_folder(cfg.paths.cache_dir), cfg.data.fetch_deadline)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"paths.data={root}: {name} is not there; set paths.data to the folder that holds it") from None
+    people = read_labels(tables[LABELS], b2.join(root, LABELS))
+    chosen, rows_of = read_manifest(tables[MANIFEST], people, cfg, notes, b2.join(root, MANIFEST))
+
+    def short(paths, most=2):
+        return few([path.removeprefix(root.rstrip("/") + "/") for path in paths], most)
+
+    # what the store holds of that
+    owner = {s.path: pid for pid, samples in chosen.items() for s in samples}
+    there = b2.find_all(list(owner), cfg.data.fetch_deadline)
+    lost = {path: "absent" for path in owner if path not in there} | {path: "empty" for path, source in there.items() if source.size == 0}
+    copies = set()
+    for group in same_content(there):
+        owners = sorted({owner[path] for path in group})
+        if len(owners) == 1:
+            copies.update(group[1:])
+            notes.append(f"participant {owners[0]}: {short(group[1:])} has the same content as {short(group[:1])}; used once")
+        else:  # what several participants share cannot carry a label
+            lost |= {path: f"with content that participants {few(owners)} share" for path in group}
     unverified = [path for path, source in there.items() if b2.is_remote(path) and not source.checksum]
     if unverified:
-        notes.append(f"{len(unverified)} volumes have no checksum in the store and are verified by their size alone: {few([relative(p, root) for p in unverified], 2)}")
+        notes.append(f"{len(unverified)} volumes have no checksum in the store and are verified by their size alone: {short(unverified)}")
 
-    samples = []
+    used = []
     for pid, person in people.items():
-        chosen = chosen_of.get(pid, [])
+        samples = chosen.get(pid, [])
         if person.status == "no_oct":
-            if chosen:
-                notes.append(f"participant {pid}: retinal_oct is FALSE, yet the manifest has {len(chosen)} volumes; not used")
+            if samples:
+                notes.append(f"participant {pid}: retinal_oct is FALSE, yet the manifest has {len(samples)} volumes; not used")
             continue
-        used, lost = [], {}
-        for sample in chosen:
-            sample.source = there.get(sample.path)
-            copied_from = doubtful.get(sample.path, (None, None))[1]
-            if sample.source is None:
-                lost.setdefault("absent", []).append(sample.path)
-            elif sample.source.size == 0:
-                lost.setdefault("empty", []).append(sample.path)
-            elif copied_from not in (None, pid):
-                lost.setdefault(f"with the same content as one of participant {copied_from}", []).append(sample.path)
-            elif copied_from is None:
-                used.append(sample)
-        reasons = [f"{len(paths)} of {len(chosen)} files {why}: {few([relative(p, root) for p in paths], 2)}" for why, paths in lost.items()]
+        reasons = []
+        for why in dict.fromkeys(lost[s.path] for s in samples if s.path in lost):
+            paths = [s.path for s in samples if lost.get(s.path) == why]
+            reasons.append(f"{len(paths)} of {len(samples)} files {why}: {short(paths)}")
         if not rows_of[pid]:
             reasons.append("no row in the manifest")
-        elif not chosen:
+        elif not samples:
             reasons.append(f"no volume of {cfg.data.scanner}, {cfg.data.anatomic_region}")
-        person.volumes, person.reason = len(used), "; ".join(reasons)
-        if not used:
+        good = [s for s in samples if s.path not in lost and s.path not in copies]
+        for sample in good:
+            sample.source = there[sample.path]
+        used += good
+        person.volumes, person.reason = len(good), "; ".join(reasons)
+        if not good:
             person.status = "missing"
         elif reasons:
             notes.append(f"participant {pid}: {person.reason}")
-        samples += used
-    return Ledger(list(people.values()), samples, notes, describe(cfg), {name: b2.checksum(path, "sha256").split(":")[1] for name, path in tables.items()})
+    return Ledger(list(people.values()), used, notes, describe(cfg), {name: b2.checksum(path, "sha256").split(":")[1] for name, path in tables.items()})
 
 
-def relative(path, root):
-    return path.removeprefix(root.rstrip("/") + "/")
-
-
-def copies(there, owner):
-    """{path: (path with the same content, its participant)}: of a participant all but the first, of several participants all.
-
-    What several participants share cannot carry a label. A store tells its checksums; local files are read only where their
-    sizes and first bytes agree.
-    """
-    def shared(paths, content):
+def same_content(there):
+    """{path: b2.Object} -> lists of paths whose files hold the same bytes. A store tells checksums; local files are read only
+    where their sizes and first bytes agree."""
+    def same(paths, trait):
         groups = {}
         for path in paths:
-            groups.setdefault(content(path), []).append(path)
+            groups.setdefault(trait(path), []).append(path)
         return [group for group in groups.values() if len(group) > 1]
 
     def head(path):
         with open(path, "rb") as f:
             return f.read(4096)
 
-    found = {}
-    for same_size in shared([path for path, source in there.items() if source.size], lambda path: there[path].size):
-        if b2.is_remote(same_size[0]):
-            groups = shared(same_size, lambda path: there[path].checksum or path)
+    for group in same([path for path, source in there.items() if source.size], lambda path: there[path].size):
+        if b2.is_remote(group[0]):
+            yield from same(group, lambda path: there[path].checksum or path)
         else:
-            groups = [group for same_head in shared(same_size, head) for group in shared(same_head, lambda path: b2.checksum(path, "sha1"))]
-        for group in groups:
-            if len({owner[path] for path in group}) == 1:
-                found.update({path: (group[0], owner[path]) for path in group[1:]})
-            else:
-                found.update({path: next((other, owner[other]) for other in group if owner[other] != owner[path]) for path in group})
-    return found
+            for same_head in same(group, head):
+                yield from same(same_head, lambda path: b2.checksum(path, "sha1"))
 
 
 def describe(cfg):
@@ -384,8 +376,8 @@ def read_dicom(path_or_file, size=None):
             if volume is None:
                 volume = np.zeros((frames, *frame.shape), frame.dtype)
             volume[index] = frame
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise  # not the file's fault
     except Exception as error:  # pydicom and the decoders raise a dozen types for a damaged file
         raise ValueError(f"{name} is not a readable OCT volume: {' '.join(str(error).split())}") from error
     return volume
@@ -460,9 +452,6 @@ class Volumes:
         self.samples, self.size, self.cache_dir = samples, tuple(size), b2.local_folder(cache_dir)
         self.folder, self.limit, self.deadline = os.path.join(self.cache_dir, "volumes"), cache_gb * 1e9, deadline
         self.stop = threading.Event()  # set: what is being fetched is given up
-
-    def __len__(self):
-        return len(self.samples)
 
     def key(self, i):
         """Key of volume i: of its content, as the store tells it, or as it was hashed before; None for a local file that is new."""
@@ -572,7 +561,8 @@ def stream(volumes, ledger, order, cfg):
 
     data.prefetch volumes are on their way at once: being fetched (by threads), decoded (by data.num_workers processes) or
     waiting for the consumer; no more are in memory. A volume that cannot be read is struck off the ledger, and stops the
-    run unless data.max_missing covers it.
+    run unless data.max_missing covers it. Close the generator (contextlib.closing) where the consumer may fail: else what is
+    on its way still arrives before the process ends.
     """
     if cfg.data.num_workers:
         # spawn: the runtimes of CUDA and XLA do not survive a fork
@@ -601,7 +591,7 @@ def stream(volumes, ledger, order, cfg):
                 check_missing(ledger, cfg.data.max_missing)
                 continue
             except OSError as error:
-                raise type(error)(f"participant {sample.participant_id}: {error}") from error
+                raise OSError(f"participant {sample.participant_id}: {error}") from error
             except BrokenProcessPool as error:
                 raise OSError("a process that decodes volumes died, out of memory perhaps; lower data.num_workers") from error
             yield i, key, volume

@@ -9,6 +9,7 @@ a participant: probabilities are averaged over both eyes and repeated scans.
 
 import argparse
 import base64
+import contextlib
 import csv
 import html
 import io
@@ -72,19 +73,19 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev):
     encoded = 0
     if todo:
         encoder = encoder.to(dev)
-        arriving = tqdm(data.stream(volumes, ledger, todo, cfg), total=len(todo), desc="encode", unit="volume", mininterval=0.5)
-        for i, key, volume in arriving:
-            found[i] = kept(key)  # the same content under another path
-            if found[i] is None:
-                with torch.no_grad(), device.autocast(dev, cfg.train.precision):
-                    tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
-                    feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
-                device.step_done(dev)
-                found[i] = feature.cpu().numpy()
-                if not np.isfinite(found[i]).all():
-                    raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
-                data.save_array(os.path.join(folder, key + ".npy"), found[i])
-                encoded += 1
+        with contextlib.closing(data.stream(volumes, ledger, todo, cfg)) as arriving:
+            for i, key, volume in tqdm(arriving, total=len(todo), desc="encode", unit="volume", mininterval=0.5):
+                found[i] = kept(key)  # known, under another name or date
+                if found[i] is None:
+                    with torch.no_grad(), device.autocast(dev, cfg.train.precision):
+                        tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
+                        feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
+                    device.step_done(dev)
+                    found[i] = feature.cpu().numpy()
+                    if not np.isfinite(found[i]).all():
+                        raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
+                    data.save_array(os.path.join(folder, key + ".npy"), found[i])
+                    encoded += 1
     struck = {s.path for s, _ in ledger.unreadable}
     lost = [i for i in todo if found[i] is None]
     if [samples[i].path for i in lost] != [s.path for s in samples if s.path in struck]:

@@ -86,8 +86,8 @@ def epochs(folder, prefetch=8, size=(64, 192, 192)):
         cfg = config.load(os.path.join(ROOT, "configs", "demo.yaml"), [
             "paths.data=b2://bucket", f"paths.cache_dir={folder}/cache", "data.num_workers=0", f"data.prefetch={prefetch}"])
         ledger = data.read_ledger(cfg)
-        volumes = data.Volumes(ledger.samples, size, cfg.paths.cache_dir)
-        peaks, done = [0] * len(volumes), threading.Event()
+        volumes, count = data.Volumes(ledger.samples, size, cfg.paths.cache_dir), len(ledger.samples)
+        peaks, done = [0] * count, threading.Event()
 
         def watch():
             while not done.wait(0.005):
@@ -95,14 +95,14 @@ def epochs(folder, prefetch=8, size=(64, 192, 192)):
 
         at, watcher = 0, threading.Thread(target=watch)
         watcher.start()
-        for at, (_, _, volume) in enumerate(data.stream(volumes, ledger, range(len(volumes)), cfg)):
+        for at, (_, _, volume) in enumerate(data.stream(volumes, ledger, range(count), cfg)):
             peaks[at] = max(peaks[at], resident())
         done.set()
         watcher.join()
         before = store.requests()
-        for _ in data.stream(volumes, ledger, range(len(volumes)), cfg):
+        for _ in data.stream(volumes, ledger, range(count), cfg):
             pass
-        return store.requests() - before, len(volumes), len(volumes) * volume.nbytes, max(peaks[len(peaks) // 2:]), max(peaks[:len(peaks) // 10])
+        return store.requests() - before, count, count * volume.nbytes, max(peaks[len(peaks) // 2:]), max(peaks[:len(peaks) // 10])
 
 
 def main():

@@ -59,9 +59,9 @@ def train_and_eval(command, overrides):
 def test_from_a_faulty_store_as_from_a_folder_bit_for_bit(written, bucket, command, tmp_path):
     local, *_ = train_and_eval(command, settings(written, tmp_path))
     with bucket(written, key_id="0042key-id", key="K0042-application-key") as server:
-        faults = []
+        faults, far = [], [*remote(tmp_path), "log.wandb=offline"]
         server.fault = lambda *request: (fault := one_in_ten(*request)) and faults.append((request, fault)) or fault
-        far, trained, scored = train_and_eval(command, remote(tmp_path))
+        far, trained, scored = train_and_eval(command, far)
         assert len(faults) > 8 and len({fault for _, fault in faults}) > 4  # they came
         for name in ("predictions_val.csv", "predictions_test.csv", "ledger.csv", "metrics.jsonl"):
             assert content(f"{far}/{name}") == content(f"{local}/{name}"), name
@@ -70,13 +70,13 @@ def test_from_a_faulty_store_as_from_a_folder_bit_for_bit(written, bucket, comma
         assert len(used) == sum(int(row["volumes"]) for row in csv.DictReader(open(f"{far}/ledger.csv")))
         assert server.count("list") <= 4  # one a command, and what broke
 
-        # nothing secret anywhere: output, run folder, cache
+        # nothing secret anywhere: output, run folder (with W&B's files), cache
         tokens = server.tokens | server.expired
         text = trained.stdout + trained.stderr + scored.stdout + scored.stderr
         for path in glob.glob(f"{tmp_path}/remote*/**/*", recursive=True):
             if os.path.isfile(path):
                 text += open(path, encoding="latin-1").read()
-        assert len(tokens) > 1 and not [secret for secret in (server.key_id, server.key, *tokens) if secret in text]
+        assert "wandb" in os.listdir(far) and len(tokens) > 1 and not [secret for secret in (server.key_id, server.key, *tokens) if secret in text]
 
 
 def test_a_second_run_downloads_nothing(written, bucket, command, tmp_path):
@@ -151,8 +151,8 @@ def test_the_ledger_knows_the_bucket(written, bucket, command, configure, tmp_pa
         assert f"missing: {gone} " in result.stdout and f"{len(people[gone])} of {len(people[gone])} files absent" in result.stdout
         assert f"missing: {empty} " in result.stdout and "files empty" in result.stdout
         assert f"participant {twin}: " in result.stdout and "has the same content as" in result.stdout
-        for a, b in ((one, other), (other, one)):
-            assert f"participant {a}: 1 of {len(people[a])} files with the same content as one of participant {b}" in result.stdout
+        for pid in (one, other):
+            assert f"participant {pid}: 1 of {len(people[pid])} files with content that participants {', '.join(sorted([one, other]))} share: " in result.stdout
         ledger = data.read_ledger(configure(written, *remote(tmp_path)))
         assert {PREFIX + os.path.relpath(s.path, ROOT_URL) for s in ledger.samples} == {n for p in people for n in people[p] if p not in (gone, empty)} - {
             people[twin][1], people[one][0], people[other][0]}
@@ -279,6 +279,32 @@ def test_two_runs_at_once_fetch_each_volume_once(written, bucket, tmp_path):
         fetched = [name for kind, name in server.requests if kind == "download"]
         assert len(fetched) == len(set(fetched))
     assert content(f"{tmp_path}/run0/predictions_val.csv") == content(f"{tmp_path}/run1/predictions_val.csv")
+
+
+def test_a_decoder_that_is_killed_stops_the_run(written, bucket, configure, tmp_path):
+    with bucket(written) as server:
+        server.fault = lambda kind, name, n: Fault(rate=100_000) if name.endswith(".dcm") else None
+        cfg = configure(written, *remote(tmp_path), "data.num_workers=1", "data.prefetch=4")
+        ledger = data.read_ledger(cfg)
+        others = set(children_of(os.getpid()))
+        arriving = data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(len(ledger.samples)), cfg)
+        next(arriving)
+        for child in set(children_of(os.getpid())) - others:
+            os.kill(child, signal.SIGKILL)
+        with pytest.raises(OSError, match="a process that decodes volumes died, out of memory perhaps; lower data.num_workers"):
+            list(arriving)
+
+
+def test_a_consumer_that_fails_stops_what_is_on_its_way(written, bucket, configure, tmp_path):
+    with bucket(written) as server:
+        cfg = configure(written, *remote(tmp_path))
+        ledger = data.read_ledger(cfg)
+        server.fault = lambda kind, name, n: Fault(rate=20_000) if name.endswith(".dcm") and server.count("download") > 3 else None
+        arriving = data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(len(ledger.samples)), cfg)
+        next(arriving)
+        began = time.monotonic()
+        arriving.close()
+        assert time.monotonic() - began < 3 and not glob.glob(f"{cfg.paths.cache_dir}/raw/*.dcm")
 
 
 def test_kill_9_leaves_nothing_that_stops_the_next_run(written, bucket, tmp_path):
