@@ -66,11 +66,17 @@ def is_remote(path):
     return bool(separator)
 
 
-def local_folder(path):
-    """Path of a folder to write to, with ~ expanded. ValueError for a URL: results and caches are written locally."""
+def local_folder(path, key):
+    """Path of a folder to write to, with ~ expanded; it need not exist. ValueError naming the config key when it cannot be one."""
     if "://" in str(path):
-        raise ValueError(f"{path}: runs and caches are written to a local folder; set paths.run_dir and paths.cache_dir to one")
-    return os.path.expanduser(str(path))
+        raise ValueError(f"{key}={path}: results and caches are written to a local folder; set {key} to one")
+    path = os.path.expanduser(str(path))
+    there = os.path.abspath(path)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        raise ValueError(f"{key}={path} cannot be written, for {there} cannot; set {key} to another one")
+    return path
 
 
 def split(url):
@@ -304,7 +310,9 @@ def diagnose(error, what):
 def local(path, cache_dir, deadline=300):
     """Path of a local file with the content of path or URL; what comes from a store is kept by content below cache_dir."""
     source = find(path, deadline)
-    return fetch(source, os.path.join(cache_dir, "files"), deadline, bar=source.size > 20e6) if is_remote(path) else source.path
+    if not is_remote(path):
+        return source.path
+    return fetch(source, os.path.join(local_folder(cache_dir, "paths.cache_dir"), "files"), deadline, bar=source.size > 20e6)
 
 
 def fetch(source, folder, deadline=300, stop=None, bar=False):

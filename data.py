@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections import Counter, deque
@@ -190,7 +191,7 @@ def read_ledger(cfg):
     root, notes, tables = cfg.paths.data, [], {}
     for name in (LABELS, MANIFEST):
         try:
-            tables[name] = b2.local(b2.join(root, name), b2.local_folder(cfg.paths.cache_dir), cfg.data.fetch_deadline)
+            tables[name] = b2.local(b2.join(root, name), cfg.paths.cache_dir, cfg.data.fetch_deadline)
         except FileNotFoundError:
             raise FileNotFoundError(f"paths.data={root}: {name} is not there; set paths.data to the folder that holds it") from None
     people = read_labels(tables[LABELS], b2.join(root, LABELS))
@@ -267,7 +268,7 @@ def describe(cfg):
     """What data this is, for headings: synthetic data must never pass for real."""
     root = cfg.paths.data
     try:
-        mark = b2.local(b2.join(root, "phantom.json"), b2.local_folder(cfg.paths.cache_dir), cfg.data.fetch_deadline)
+        mark = b2.local(b2.join(root, "phantom.json"), cfg.paths.cache_dir, cfg.data.fetch_deadline)
     except FileNotFoundError:
         return f"data {root}"
     with open(mark, encoding="utf-8") as f:
@@ -449,7 +450,7 @@ class Volumes:
     """
 
     def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300):
-        self.samples, self.size, self.cache_dir = samples, tuple(size), b2.local_folder(cache_dir)
+        self.samples, self.size, self.cache_dir = samples, tuple(size), b2.local_folder(cache_dir, "paths.cache_dir")
         self.folder, self.limit, self.deadline = os.path.join(self.cache_dir, "volumes"), cache_gb * 1e9, deadline
         self.stop = threading.Event()  # set: what is being fetched is given up
 
@@ -602,8 +603,9 @@ def stream(volumes, ledger, order, cfg):
 
 
 def start_worker():
-    """In a process that decodes: one thread, and no life after its parent's."""
+    """In a process that decodes: one thread, no life after its parent's, and Ctrl-C is the parent's business."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -40,7 +40,7 @@ SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy",
 def open_encoder(cfg):
     """Encoder of the config, checked against it -> (encoder in eval mode, volume size (D, H, W), sha256 of its weights)."""
     try:
-        path = b2.local(cfg.paths.checkpoint_path, b2.local_folder(cfg.paths.cache_dir), cfg.data.fetch_deadline)
+        path = b2.local(cfg.paths.checkpoint_path, cfg.paths.cache_dir, cfg.data.fetch_deadline)
     except FileNotFoundError:
         raise FileNotFoundError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} is not there; put the pretrained encoder's file "
                                 "there, or set paths.checkpoint_path") from None

@@ -52,7 +52,7 @@ def better(new, old, min_delta=0.0):
 def main(rank, cfg):
     """The job, from data to saved checkpoint. rank is 0: there is one replica for now."""
     dev = device.get(cfg.device.backend)
-    run_dir, epochs = b2.local_folder(cfg.paths.run_dir), cfg.train.epochs
+    run_dir, epochs = b2.local_folder(cfg.paths.run_dir, "paths.run_dir"), cfg.train.epochs
     check_run_dir(run_dir, cfg)
     print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: {cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}")
     if cfg.train.warmup_epochs >= epochs:
@@ -156,14 +156,10 @@ def check_run_dir(run_dir, cfg):
     inside = set(os.listdir(run_dir)) - {"wandb"} if os.path.isdir(run_dir) else set()
     if os.path.exists(run_dir) and not os.path.isdir(run_dir) or inside and "provenance.json" not in inside:
         raise ValueError(f"paths.run_dir={run_dir} is not a run's folder and not empty; set paths.run_dir to another one")
-    if not b2.is_remote(cfg.paths.checkpoint_path) and os.path.realpath(os.path.expanduser(cfg.paths.checkpoint_path)).startswith(os.path.realpath(run_dir) + os.sep):
+    checkpoint = os.path.realpath(os.path.expanduser(cfg.paths.checkpoint_path))
+    if not b2.is_remote(cfg.paths.checkpoint_path) and checkpoint.startswith(os.path.realpath(run_dir) + os.sep):
         raise ValueError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} lies in paths.run_dir={run_dir}, where an earlier run is replaced; "
                          "set paths.run_dir to another one")
-    parent = os.path.abspath(run_dir)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise ValueError(f"paths.run_dir={run_dir} cannot be written, for {parent} cannot; set paths.run_dir to another one")
 
 
 def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev):
