@@ -51,10 +51,6 @@ class Stopped(Exception):
     """The caller wants no more bytes."""
 
 
-class Damaged(Exception):
-    """What came is not whole; another try may help."""
-
-
 # ---------------------------------------------------------------------------------------------------------------- paths
 
 
@@ -274,7 +270,7 @@ def diagnose(error, what):
     import requests
     from b2sdk.v3 import exception as b2
 
-    if isinstance(error, (requests.RequestException, ConnectionError, TimeoutError, Damaged, b2.InvalidAuthToken, b2.UnknownHost)):
+    if isinstance(error, (requests.RequestException, ConnectionError, TimeoutError, b2.InvalidAuthToken, b2.UnknownHost)):
         return 0
     if isinstance(error, (FileNotFoundError, b2.FileNotPresent)):
         raise FileNotFoundError(f"{what} is not there") from error
@@ -366,7 +362,7 @@ def download(source, part, deadline, stop, bar):
         if part.tell() == source.size and hexdigest in (None, digest.hexdigest()):
             return
         if part.tell() < source.size:
-            raise Damaged(f"{part.tell()} of {source.size} bytes came")
+            raise ConnectionError(f"{part.tell()} of {source.size} bytes came")
         progress.reset()
         part.seek(0)
         part.truncate()
@@ -374,7 +370,7 @@ def download(source, part, deadline, stop, bar):
         if next(downloads) == DOWNLOADS:
             raise ValueError(f"{source.path}: its content is not that of its {name.upper()}, in {DOWNLOADS} downloads; it was damaged before or "
                              "during its upload")
-        raise Damaged(f"the content that came is not that of its {name.upper()}")
+        raise ConnectionError(f"the content that came is not that of its {name.upper()}")
 
     with progress:
         patiently(attempt, source.path, deadline, stop)

@@ -62,7 +62,7 @@ def store(monkeypatch):
         b2.renew()
 
     monkeypatch.setattr(b2, "ENV_FILE", "/none")
-    monkeypatch.setattr(b2, "READ_TIMEOUT", 0.6)
+    monkeypatch.setattr(b2, "READ_TIMEOUT", 2)  # enough for a busy machine, and short enough to wait for
     return make
 
 

@@ -15,6 +15,7 @@ import torch
 from b2_server import HEADERS, Fault
 from conftest import ROOT, TINY, settings
 
+import b2
 import data
 
 PREFIX = "ai-readi/dataset/"
@@ -129,6 +130,19 @@ def test_the_order_is_the_samplers_and_the_window_is_bounded(written, bucket, co
             time.sleep(0.02)
             assert server.count("download") <= len(arrived) + 3  # no further ahead than the window
         assert arrived == order
+
+
+def test_many_objects_come_at_once_while_others_are_decoded(written, bucket, configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(b2, "READ_TIMEOUT", 10)
+    monkeypatch.setattr(data, "decode_volume", lambda *args, real=data.decode_volume: time.sleep(0.2) or real(*args))
+    with bucket(written) as server:
+        cfg = configure(written, *remote(tmp_path), "data.prefetch=8")
+        ledger = data.read_ledger(cfg)
+        server.fault = lambda kind, name, n: Fault(stall=1)
+        began = time.monotonic()
+        arrived = [i for i, _, _ in data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(16), cfg)]
+        # one by one: 16 * 1.2 s. Two windows of 1 s, and 16 * 0.2 s of decoding of which much lies within the second
+        assert arrived == list(range(16)) and time.monotonic() - began < 8
 
 
 # ------------------------------------------------------------------------------------------------- what is wrong in a store
