@@ -6,8 +6,8 @@
 
 Backblaze B2 needs B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY, from the environment or a file .env beside this one;
 B2_REALM is another endpoint's URL. gs:// needs the package gcsfs. What fails for a moment (a reset, a stall, 503, 429, a
-damaged transfer) is tried again until `deadline` seconds are lost; what cannot get better stops at once:
-FileNotFoundError (no such object), PermissionError (key, bucket or cap), ValueError (content differs from its checksum).
+damaged transfer) is tried again until `deadline` seconds have passed without progress; what cannot get better stops at once:
+Absent (no such object), PermissionError (key, bucket or cap), Corrupt (content differs from its checksum).
 Any number of threads and processes of a host may call these functions at once, also after fork.
 """
 
@@ -20,12 +20,12 @@ import itertools
 import os
 import posixpath
 import random
+import re
 import sys
 import threading
 import time
 import uuid
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -49,6 +49,14 @@ class Object:
 
 class Stopped(Exception):
     """The caller wants no more bytes."""
+
+
+class Absent(FileNotFoundError):
+    """There is no such file or object."""
+
+
+class Corrupt(ValueError):
+    """What the store holds is not what its checksum says."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- paths
@@ -145,9 +153,7 @@ def b2_api():
     realm = os.environ.get("B2_REALM", "").strip() or "production"
     if realm != "production" and not realm.startswith(("https://", "http://")):
         raise PermissionError(f"B2_REALM={realm} is no endpoint; write its URL with https://, or unset it")
-    api = Api(v3.InMemoryAccountInfo(), api_config=v3.B2HttpApiConfig(install_clock_skew_hook=False), max_download_workers=CONNECTIONS,
-              save_to_buffer_size=1 << 18,  # by default it reads a thousandth of this at a time, and threads wait for each other
-              check_download_hash=False)  # checked in `fetch`, which resumes
+    api = Api(v3.InMemoryAccountInfo(), api_config=v3.B2HttpApiConfig(install_clock_skew_hook=False))
     try:
         api.authorize_account(os.environ["B2_APPLICATION_KEY_ID"].strip(), os.environ["B2_APPLICATION_KEY"].strip(), realm=realm)
     except Unauthorized:
@@ -176,11 +182,11 @@ def gs_files():
 
 
 def find(path, deadline=300):
-    """The Object at path or URL. FileNotFoundError when there is none."""
+    """The Object at path or URL. Absent, a FileNotFoundError, when there is none."""
     if not is_remote(path):
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is not there")
+            raise Absent(f"{path} is not there")
         return Object(path, os.path.getsize(path))
     bucket, key = split(path)
     if path.startswith("gs://"):
@@ -197,8 +203,8 @@ def find_all(paths, deadline=300):
     if not paths or not is_remote(paths[0]):
         return {path: Object(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)}
     bucket = split(paths[0])[0]
-    folder = posixpath.commonpath([posixpath.dirname("/" + split(path)[1]) for path in paths])[1:]
-    prefix = folder and folder + "/"
+    folder, slash, _ = os.path.commonprefix([split(path)[1] for path in paths]).rpartition("/")  # commonpath would tidy keys up
+    prefix = folder + slash
 
     def ask(_):
         if paths[0].startswith("gs://"):
@@ -225,7 +231,7 @@ def gs_object(info):
 
 
 def patiently(attempt, what, deadline, stop=None):
-    """attempt(patience) until it succeeds; what fails for a moment is tried again until `deadline` seconds are lost."""
+    """attempt(patience) until it succeeds; what fails for a moment is tried again until `deadline` seconds have passed without progress."""
     patience = Patience(deadline, stop)
     while True:
         try:
@@ -235,7 +241,7 @@ def patiently(attempt, what, deadline, stop=None):
 
 
 class Patience:
-    """What is left of the seconds that one object may lose to waiting and failing. stop: an event that ends it at once."""
+    """What is left of the seconds that one object may fail without progress. stop: an event that ends it at once."""
 
     def __init__(self, seconds, stop=None):
         self.seconds, self.end, self.stop, self.failures = seconds, time.monotonic() + seconds, stop or threading.Event(), 0
@@ -243,7 +249,7 @@ class Patience:
     def received(self, count):
         """Bytes came: no time was lost, unless they come at less than SLOWEST."""
         self.failures = 0
-        self.end += count / SLOWEST
+        self.end = min(self.end + count / SLOWEST, time.monotonic() + self.seconds)
         if self.stop.is_set():
             raise Stopped
         if time.monotonic() > self.end:
@@ -255,10 +261,10 @@ class Patience:
         self.failures += 1
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         left = self.end - time.monotonic()
-        if left <= 0:
+        if left <= 0 and (self.failures > 1 or isinstance(error, TimeoutError)):  # one long wait for an answer is no reason not to ask again
             raise TimeoutError(f"{what}: given up after {self.seconds:g} s of failures (data.fetch_deadline), the last one {reason}") from error
         backoff = random.uniform(0.5, 1) * 2 ** min(self.failures - 2, 10)  # jittered, for many clients fail together
-        wait = min(max(wait, backoff), MAX_WAIT, left)
+        wait = min(max(wait, backoff), MAX_WAIT, max(left, 0.5))
         if self.failures > 2:
             tqdm.write(f"{what}: {reason}; trying again in {wait:.0f} s", file=sys.stderr)
         if self.stop.wait(wait):
@@ -268,17 +274,19 @@ class Patience:
 def diagnose(error, what):
     """Seconds to wait before the next try, as the store asks; raises, naming what to change, where no other try can help."""
     import requests
+    import urllib3
     from b2sdk.v3 import exception as b2
 
-    if isinstance(error, (requests.RequestException, ConnectionError, TimeoutError, b2.InvalidAuthToken, b2.UnknownHost)):
+    if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError, b2.InvalidAuthToken, b2.UnknownHost)):
         return 0
     if isinstance(error, (FileNotFoundError, b2.FileNotPresent)):
-        raise FileNotFoundError(f"{what} is not there") from error
+        raise Absent(f"{what} is not there") from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise OSError(error.errno, f"no space left on the disk for {what}; make room, or set paths.cache_dir to another disk") from error
-    if (package := type(error).__module__.split(".")[0]) in ("aiohttp", "gcsfs", "google"):  # not imported: gcsfs is optional
-        if getattr(error, "code", None) in (401, 403) or package == "google" and not getattr(error, "retryable", False):
-            raise PermissionError(f"{what}: Google Cloud does not allow this ({error}); run gcloud auth application-default login, or set "
+    forbidden = type(error) is OSError and "Forbidden" in str(error)  # how gcsfs says 403
+    if forbidden or (package := type(error).__module__.split(".")[0]) in ("aiohttp", "gcsfs", "google"):  # not imported: gcsfs is optional
+        if forbidden or getattr(error, "code", None) in (401, 403) or package == "google" and not getattr(error, "retryable", False):
+            raise PermissionError(f"{what}: Google Cloud does not allow this ({' '.join(str(error).split())}); run gcloud auth application-default login, or set "
                                   "GOOGLE_APPLICATION_CREDENTIALS") from error
         return 0
     if not isinstance(error, b2.B2Error):
@@ -318,7 +326,8 @@ def fetch(source, folder, deadline=300, stop=None, bar=False):
     left behind is resumed.
     """
     identity = source.checksum or f"{source.path} {source.id}"
-    path = os.path.join(folder, f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-{posixpath.basename(source.path)[-100:]}")
+    name = re.sub(r"[^\w.-]", "_", posixpath.basename(source.path), flags=re.ASCII)[-100:]
+    path = os.path.join(folder, f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-{name}")
     if is_whole(path, source):
         return path
     with locked(path + ".part", stop) as part:
@@ -332,7 +341,8 @@ def fetch(source, folder, deadline=300, stop=None, bar=False):
         except (Stopped, TimeoutError, KeyboardInterrupt):
             raise  # the next run goes on from here
         except BaseException:
-            os.remove(part.name)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(part.name)
             raise
         os.replace(part.name, path)
     return path
@@ -368,7 +378,7 @@ def download(source, part, deadline, stop, bar):
         part.truncate()
         digest = hashlib.new(name)
         if next(downloads) == DOWNLOADS:
-            raise ValueError(f"{source.path}: its content is not that of its {name.upper()}, in {DOWNLOADS} downloads; it was damaged before or "
+            raise Corrupt(f"{source.path}: its content is not that of its {name.upper()}, in {DOWNLOADS} downloads; it was damaged before or "
                              "during its upload")
         raise ConnectionError(f"the content that came is not that of its {name.upper()}")
 
@@ -385,7 +395,9 @@ def read(source, start, receive):
                 receive(data)
     else:
         answer = client("b2", b2_api).download_file_by_id(source.id, range_=(start, source.size - 1))
-        answer.save(SimpleNamespace(write=receive), allow_seeking=False)
+        with contextlib.closing(answer.response):  # not answer.save: it waits until 256 KB have come before it hands any on
+            for data in iter(lambda: answer.response.raw.read1(1 << 18), b""):
+                receive(data)
 
 
 def is_whole(path, source):
@@ -408,6 +420,7 @@ def locked(path, stop=None):
     The holder may remove or rename it. A holder that is killed lets go.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    began, told = time.monotonic(), False
     while True:
         with open(path, "a+b", buffering=0) as file:  # unbuffered: on a full disk, closing would fail too
             while True:
@@ -417,6 +430,9 @@ def locked(path, stop=None):
                 except BlockingIOError:
                     if (stop or threading.Event()).wait(0.05):
                         raise Stopped from None
+                    if time.monotonic() - began > 30 and not told:
+                        told = True
+                        tqdm.write(f"waiting for another thread or process that holds {path}", file=sys.stderr)
             try:
                 is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
             except FileNotFoundError:
@@ -439,7 +455,7 @@ def write(path, data):
             f.write(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
     except OSError as error:
-        reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
+        reason = "no space left on the disk; make room, or set paths.cache_dir and paths.run_dir to another one" if error.errno == errno.ENOSPC else error.strerror
         raise OSError(error.errno, f"not written: {reason}", path) from error
     finally:
         if os.path.exists(temporary):

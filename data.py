@@ -9,9 +9,9 @@ chosen by scanner and region. The ledger has a row for every labelled participan
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -40,6 +40,10 @@ CLASS_NAMES = ("healthy", "pre-diabetes", "oral medication", "insulin")
 SPLITS = ("train", "val", "test")
 LABELS, MANIFEST = "participants.tsv", "retinal_oct/manifest.tsv"
 PREPROCESSING = "zscore-trilinear-float16-v1"  # part of every cache key: change it with preprocess()
+
+
+class Unreadable(ValueError):
+    """A volume that is there and cannot be read."""
 
 
 # ------------------------------------------------------------------------------------------------------- the ledger
@@ -87,7 +91,9 @@ class Ledger:
         return [r for r in self.rows if r.status == "missing" and split in (None, r.split)]
 
     def strike(self, sample, reason):
-        """Take out a volume that cannot be read."""
+        """Take out a volume that cannot be read; once."""
+        if sample.path in {s.path for s, _ in self.unreadable}:
+            return
         self.unreadable.append((sample, reason))
         self.samples.remove(sample)
         row = next(r for r in self.rows if r.participant_id == sample.participant_id)
@@ -176,6 +182,8 @@ def read_manifest(path, people, cfg, notes, name):
         owner[location] = pid
         chosen.setdefault(pid, []).append(Sample(pid, people[pid].split, people[pid].label, people[pid].site, row["laterality"], location))
     if not chosen:
+        if not found_kinds:
+            raise ValueError(f"{name} has no row of a participant of {LABELS}")
         raise ValueError(f"{name} has no volume of data.scanner={cfg.data.scanner}, data.anatomic_region={cfg.data.anatomic_region}; "
                          "it has " + "; ".join(f"{s} '{r}' ({n})" for (s, r), n in sorted(found_kinds.items())))
     if unlabelled:
@@ -214,7 +222,7 @@ def read_ledger(cfg):
             lost |= {path: f"with content that participants {few(owners)} share" for path in group}
     unverified = [path for path, source in there.items() if b2.is_remote(path) and not source.checksum]
     if unverified:
-        notes.append(f"{len(unverified)} volumes have no checksum in the store and are verified by their size alone: {short(unverified)}")
+        notes.append(f"{len(unverified)} volumes have no checksum in the store and are verified by their size alone, and not compared with each other: {short(unverified)}")
 
     used = []
     for pid, person in people.items():
@@ -377,9 +385,11 @@ def read_dicom(path_or_file, size=None):
             if volume is None:
                 volume = np.zeros((frames, *frame.shape), frame.dtype)
             volume[index] = frame
-    except (FileNotFoundError, PermissionError, MemoryError):
-        raise  # not the file's fault
+    except MemoryError:
+        raise
     except Exception as error:  # pydicom and the decoders raise a dozen types for a damaged file
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's or the process's trouble; EINVAL: an absurd offset
+            raise
         raise ValueError(f"{name} is not a readable OCT volume: {' '.join(str(error).split())}") from error
     return volume
 
@@ -434,7 +444,7 @@ def preprocess(volume, size):
     values = out.numpy()
     values -= np.float32(values.mean(dtype=np.float64))
     std = np.float32(np.sqrt(np.square(values).mean(dtype=np.float64)))
-    return out.zero_() if std == 0 else out.div_(float(std))
+    return out.zero_() if std == 0 else out.div_(float(std) if np.isfinite(std) else float("nan"))
 
 
 # ------------------------------------------------------------------------------------------- volumes, with their cache
@@ -450,86 +460,99 @@ class Volumes:
     """
 
     def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300):
-        self.samples, self.size, self.cache_dir = samples, tuple(size), b2.local_folder(cache_dir, "paths.cache_dir")
+        self.samples, self.size, self.cache_dir = list(samples), tuple(size), b2.local_folder(cache_dir, "paths.cache_dir")
         self.folder, self.limit, self.deadline = os.path.join(self.cache_dir, "volumes"), cache_gb * 1e9, deadline
         self.stop = threading.Event()  # set: what is being fetched is given up
 
     def key(self, i):
-        """Key of volume i: of its content, as the store tells it, or as it was hashed before; None for a local file that is new."""
+        """Key of volume i in the cache; None for a local file whose content is not known yet."""
+        content = self.content(i)
+        return content and hashlib.sha256(f"{content} {self.size} {PREPROCESSING}".encode()).hexdigest()
+
+    def content(self, i):
+        """What identifies the content of volume i: the store's checksum, or the one that was taken of the local file before, else None."""
         source = self.samples[i].source
         if b2.is_remote(source.path):
-            return self.key_of(source.checksum or f"{source.path} {source.id}")
+            return source.checksum or f"{source.path} {source.id}"
         note = self.note(i)
         if not os.path.exists(note):
             return None
         with open(note, encoding="utf-8") as f:
-            key = f.read()
-        return key if len(key) == 64 else None  # a power cut can leave it empty
-
-    def key_of(self, content):
-        return hashlib.sha256(f"{content} {self.size} {PREPROCESSING}".encode()).hexdigest()
+            content = f.read()
+        return content if len(content) == len("sha1:") + 40 else None  # a power cut can leave it empty
 
     def note(self, i):
+        """File that remembers a local file's checksum, as long as nothing touches that file."""
         path = os.path.abspath(self.samples[i].path)
         stat = os.stat(path)
-        identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {self.size} {PREPROCESSING}"
-        return os.path.join(self.cache_dir, "keys", hashlib.sha256(identity.encode()).hexdigest())
+        identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        return os.path.join(self.cache_dir, "checksums", hashlib.sha256(identity.encode()).hexdigest())
 
     def load(self, i, decode=None):
-        """-> key, (1, D, H, W) float16. ValueError for a volume that cannot be read; other errors are not its fault.
+        """-> key, (1, D, H, W) float16. Unreadable for a volume that cannot be read; other errors are not its fault.
 
         decode: decode_volume, or something that runs it elsewhere.
         """
         source = self.samples[i].source
         try:
-            key = self.key(i) or self.key_of(b2.checksum(source.path, "sha1"))
+            if self.content(i) is None:
+                b2.write(self.note(i), b2.checksum(source.path, "sha1"))
         except FileNotFoundError:
-            raise ValueError(f"{source.path} is not there any more") from None
+            raise Unreadable(f"{source.path} is not there any more") from None
+        key = self.key(i)
         kept = os.path.join(self.folder, key + ".npy")
         volume = load_array(kept, np.float16, self.size)
         if volume is None:
-            with b2.locked(os.path.join(self.cache_dir, "locks", key), self.stop) as lock:
-                volume = load_array(kept, np.float16, self.size)  # another one was faster
-                if volume is None:
-                    volume = self.make(source, decode or decode_volume)
-                    self.admit(kept, volume)
-                os.remove(lock.name)
-        if not b2.is_remote(source.path):
-            b2.write(self.note(i), key)  # last, so that a key on disk belongs to a volume that could be read
+            name = hashlib.sha256(self.content(i).encode()).hexdigest()  # not the key: another size would share the file that is fetched
+            with b2.locked(os.path.join(self.cache_dir, "locks", name), self.stop) as lock:
+                try:
+                    volume = load_array(kept, np.float16, self.size)  # another one was faster
+                    if volume is None:
+                        volume = self.make(source, decode or decode_volume)
+                        self.admit(kept, volume)
+                finally:
+                    os.remove(lock.name)
         return key, torch.from_numpy(volume)[None]  # (D, H, W) -> (1, D, H, W)
 
     def make(self, source, decode):
         """Fetch, decode and preprocess -> (D, H, W) float16."""
-        if not b2.is_remote(source.path):
-            return decode(source.path, self.size)
+        is_remote, path = b2.is_remote(source.path), source.path
         try:
-            path = b2.fetch(source, os.path.join(self.cache_dir, "raw"), self.deadline, self.stop)
-        except FileNotFoundError as error:
-            raise ValueError(str(error)) from None
-        try:
+            if is_remote:
+                path = b2.fetch(source, os.path.join(self.cache_dir, "raw"), self.deadline, self.stop)
             return decode(path, self.size)
-        except ValueError as error:
-            raise ValueError(str(error).replace(path, source.path)) from error
+        except (b2.Absent, b2.Corrupt, Unreadable) as error:
+            raise Unreadable(str(error).replace(path, source.path)) from error
         finally:
-            os.remove(path)
+            if is_remote and path != source.path:
+                os.remove(path)
 
     def admit(self, path, volume):
         """Keep a volume, if there is room."""
         os.makedirs(self.folder, exist_ok=True)
-        with b2.locked(os.path.join(self.cache_dir, "locks", "admission"), self.stop):
+        with b2.locked(os.path.join(self.cache_dir, "locks", "admission"), self.stop):  # nobody else writes here now
             used = 0
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(FileNotFoundError):  # a damaged one, that another process removes
-                    used += entry.stat().st_size
+                    if entry.name.endswith(".part"):  # of a process that was killed
+                        os.remove(entry.path)
+                    else:
+                        used += entry.stat().st_size
             if used + volume.nbytes <= self.limit:
                 save_array(path, volume)
 
 
 def decode_volume(path, size):
-    """DICOM file -> preprocessed volume (D, H, W), float16. ValueError naming the file."""
-    tensor = preprocess(read_dicom(path, size), size)
+    """DICOM file -> preprocessed volume (D, H, W), float16. Unreadable, naming the file."""
+    try:
+        volume = read_dicom(path, size)
+        if len(volume) == 1:
+            raise ValueError(f"{path} has a single frame; that is no volume")
+        tensor = preprocess(volume, size)
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"{path} has values that are not finite")
+        raise Unreadable(f"{path} has values that are not finite")
     return tensor.numpy().astype(np.float16)
 
 
@@ -561,7 +584,7 @@ def stream(volumes, ledger, order, cfg):
     """Yield (i, key, (1, D, H, W) float16) for the samples i of `order`, in that order.
 
     data.prefetch volumes are on their way at once: being fetched (by threads), decoded (by data.num_workers processes) or
-    waiting for the consumer; no more are in memory. A volume that cannot be read is struck off the ledger, and stops the
+    waiting for the consumer, who has one more; memory holds no others. A volume that cannot be read is struck off the ledger, and stops the
     run unless data.max_missing covers it. Close the generator (contextlib.closing) where the consumer may fail: else what is
     on its way still arrives before the process ends.
     """
@@ -577,29 +600,38 @@ def stream(volumes, ledger, order, cfg):
 
     volumes.stop.clear()
     todo, ahead = iter(order), deque()
-    try:
-        while True:
-            for i in itertools.islice(todo, cfg.data.prefetch - len(ahead)):
+
+    def fill():
+        struck = {s.path for s, _ in ledger.unreadable}
+        for i in todo:
+            if volumes.samples[i].path not in struck:
                 ahead.append((i, fetchers.submit(load, i)))
-            if not ahead:
+            if len(ahead) >= cfg.data.prefetch:
                 return
+
+    try:
+        fill()
+        while ahead:
             i, future = ahead.popleft()
             sample = volumes.samples[i]
             try:
                 key, volume = future.result()
-            except ValueError as error:
+            except Unreadable as error:
                 ledger.strike(sample, str(error))
                 check_missing(ledger, cfg.data.max_missing)
+                fill()
                 continue
-            except OSError as error:
-                raise OSError(f"participant {sample.participant_id}: {error}") from error
+            except (OSError, MemoryError) as error:
+                raise OSError(f"participant {sample.participant_id}: {error or 'out of memory'}") from error
             except BrokenProcessPool as error:
                 raise OSError("a process that decodes volumes died, out of memory perhaps; lower data.num_workers") from error
+            fill()
             yield i, key, volume
     finally:
         volumes.stop.set()
+        decoder.shutdown(wait=False, cancel_futures=True)  # first: fetchers wait for it
         fetchers.shutdown(cancel_futures=True)
-        decoder.shutdown(cancel_futures=True)
+        decoder.shutdown()
 
 
 def start_worker():

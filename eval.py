@@ -44,13 +44,17 @@ def open_encoder(cfg):
     except FileNotFoundError:
         raise FileNotFoundError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} is not there; put the pretrained encoder's file "
                                 "there, or set paths.checkpoint_path") from None
-    encoder = model.load_encoder(path, cfg.model.encoder)
+    name = cfg.paths.checkpoint_path
+    try:
+        encoder = model.load_encoder(path, cfg.model.encoder)
+    except ValueError as error:
+        raise ValueError(str(error).replace(path, name)) from error
     dim = encoder.pos_embed.shape[-1]
     if dim != cfg.model.emb_dim:
-        raise ValueError(f"model.emb_dim is {cfg.model.emb_dim}, but the encoder of {path} is {dim} wide; set model.emb_dim={dim}")
+        raise ValueError(f"model.emb_dim is {cfg.model.emb_dim}, but the encoder of {name} is {dim} wide; set model.emb_dim={dim}")
     size = cfg.data.image_size or encoder.image_size
     if size is None:
-        raise ValueError(f"{path} does not say its image_size; set data.image_size=[depth, height, width]")
+        raise ValueError(f"{name} does not say its image_size; set data.image_size=[depth, height, width]")
     encoder.check_size(size)
     return encoder, tuple(size), model.weights_hash(encoder)
 

@@ -122,6 +122,34 @@ def test_a_trickle_gives_up(server, tmp_path, monkeypatch):
         fetch(tmp_path, deadline=0.5)
 
 
+@pytest.mark.parametrize("rate", [200, 2000])
+def test_a_trickle_of_few_bytes_gives_up_and_can_be_stopped(server, tmp_path, rate):
+    server.put("small", b"x" * 60_000)
+    server.fault = downloads(lambda n: Fault(rate=rate))
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="given up after 2 s of failures"):
+        fetch(tmp_path, deadline=2, url="b2://bucket/small")
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    with pytest.raises(b2.Stopped):
+        b2.fetch(b2.find("b2://bucket/small"), tmp_path / "files", stop=stop)
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("fault", [Fault(status=503), Fault(stall=30)], ids=["503", "stall"])
+def test_what_came_before_buys_no_time(server, tmp_path, fault):
+    server.fault = downloads(lambda n: Fault(truncate=2_500_000) if n == 1 else fault)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="given up after 3 s"):
+        fetch(tmp_path, deadline=3)
+    assert time.monotonic() - began < 8
+
+
+def test_one_failure_after_a_long_wait_is_tried_again(server):
+    server.fault = lambda kind, name, n: Fault(stall=1.5, status=503) if kind == "list" and n == 1 else None
+    assert list(b2.find_all([URL], 1)) == [URL] and server.count("list") == 2
+
+
 def test_a_slow_line_has_all_the_time_it_needs(server, tmp_path):
     server.fault = downloads(lambda n: Fault(rate=1_500_000))  # 2 s in all
     assert open(fetch(tmp_path, deadline=0.5), "rb").read() == CONTENT and server.count("download") == 1
@@ -389,6 +417,21 @@ def test_one_listing_tells_all_below_the_common_folder(store):
         assert server.requests[2:] == [("list", "d/s/")] * 2  # by 10,000
         assert list(b2.find_all(["b2://bucket/e/x", "b2://bucket/d/participants.tsv"])) == ["b2://bucket/e/x", "b2://bucket/d/participants.tsv"]
         assert b2.find_all(["b2://bucket/nothing/here"]) == {} == b2.find_all([])
+
+
+@pytest.mark.parametrize("root", ["ai//ds", "/ds", "a?b#c", ""])
+def test_no_character_of_a_key_has_a_meaning(store, root):
+    names = [f"{root}/s/{i}.dcm".removeprefix("" if root else "/") for i in range(3)]
+    with store(dict.fromkeys(names, b"1")) as server:
+        urls = [f"b2://bucket/{name}" for name in names]
+        assert list(b2.find_all(urls)) == urls == [b2.find(url).path for url in urls]
+        assert server.count("list") == 1
+
+
+def test_long_names(store, tmp_path):
+    name = "d/" + "眼" * 200 + ".dcm"
+    with store({name: b"1"}):
+        assert open(b2.local(f"b2://bucket/{name}", tmp_path), "rb").read() == b"1"
 
 
 def test_local_paths_come_back_as_they_are(tmp_path, monkeypatch):

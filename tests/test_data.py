@@ -3,6 +3,7 @@ import glob
 import io
 import os
 import shutil
+import time
 
 import imagecodecs
 import numpy as np
@@ -419,12 +420,12 @@ def test_a_change_that_keeps_size_and_time_is_noticed(dataset, configure):
     assert volumes.key(0) is None
 
 
-def test_an_emptied_key_file_is_made_again(dataset, configure):
+def test_an_emptied_checksum_file_is_made_again(dataset, configure):
     cfg = configure(dataset)
     ledger = data.read_ledger(cfg)
     volumes = data.Volumes(ledger.samples[:3], (16, 64, 64), cfg.paths.cache_dir)
     before = [k for _, k, _ in data.stream(volumes, ledger, range(3), cfg)]
-    for note in glob.glob(f"{cfg.paths.cache_dir}/keys/*"):
+    for note in glob.glob(f"{cfg.paths.cache_dir}/checksums/*"):
         open(note, "w").close()
     assert [volumes.key(i) for i in range(3)] == [None] * 3
     assert [k for _, k, _ in data.stream(volumes, ledger, range(3), cfg)] == before and len(set(before)) == 3
@@ -516,3 +517,72 @@ def test_content_that_several_files_share(dataset, configure):
     assert any(f"participant {a.participant_id}" in n and "same content" in n and "used once" in n for n in ledger.notes)
     row = next(r for r in ledger.rows if r.participant_id == c.participant_id)
     assert "with content that participants " in row.reason and d.participant_id in row.reason
+
+
+def test_a_second_epoch_after_a_volume_was_struck(dataset, configure):
+    bad = data.read_ledger(configure(dataset)).samples[2].path
+    open(bad, "wb").write(b"damaged")
+    cfg = configure(dataset, "data.max_missing=1")
+    ledger = data.read_ledger(cfg)
+    paths = [s.path for s in ledger.samples]
+    volumes = data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir)
+    for _ in range(2):
+        arrived = [(i, v) for i, _, v in data.stream(volumes, ledger, range(8), cfg)]
+        assert [i for i, _ in arrived] == [0, 1, 3, 4, 5, 6, 7] and len(ledger.unreadable) == 1
+        for i, volume in arrived:  # index and content still belong together
+            exact = data.preprocess(data.read_dicom(paths[i]), (16, 64, 64))
+            assert (volume[0].float() - exact).abs().max() <= 2**-8
+
+
+def test_stopping_does_not_wait_for_what_is_queued(written, configure, monkeypatch):
+    monkeypatch.setattr(data, "decode_volume", lambda *args, real=data.decode_volume: time.sleep(0.5) or real(*args))
+    cfg = configure(written, "data.prefetch=16")
+    ledger = data.read_ledger(cfg)
+    arriving = data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(40), cfg)
+    next(arriving)
+    began = time.monotonic()
+    arriving.close()
+    assert time.monotonic() - began < 3  # 16 decodes last 8 s
+
+
+def test_what_a_kill_left_of_a_cached_volume_takes_no_room(written, configure):
+    cfg = configure(written)
+    ledger = data.read_ledger(cfg)
+    folder = os.path.join(cfg.paths.cache_dir, "volumes")
+    os.makedirs(folder)
+    open(os.path.join(folder, "x.npy.17.part"), "wb").write(b"x" * 1_000_000)
+    list(data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir, cache_gb=1e-3), ledger, range(3), cfg))
+    assert len(os.listdir(folder)) == 3 and not glob.glob(f"{folder}/*.part")
+
+
+@pytest.mark.parametrize("frames, change, message", [
+    (1, {}, "has a single frame; that is no volume"),
+    (12, {"RescaleSlope": "1e38", "RescaleIntercept": "0"}, "has values that are not finite"),
+])
+def test_what_is_decoded_must_be_a_volume(tmp_path, frames, change, message):
+    volume = np.random.default_rng(0).integers(0, 255, (frames, 48, 40), dtype=np.uint8)
+    path = write_dicom(tmp_path / "a.dcm", volume, ExplicitVRLittleEndian, **change)
+    with pytest.raises(data.Unreadable, match=message):
+        data.decode_volume(path, (8, 32, 32))
+
+
+@pytest.mark.parametrize("number", ["EMFILE", "EIO"])
+def test_trouble_of_the_disk_is_no_fault_of_the_volume(written, configure, monkeypatch, number):
+    import errno
+
+    import pydicom
+
+    def fails(path):
+        raise OSError(getattr(errno, number), "trouble")
+    cfg = configure(written, "data.max_missing=10")
+    ledger = data.read_ledger(cfg)
+    monkeypatch.setattr(pydicom, "dcmread", fails)
+    with pytest.raises(OSError, match=f"participant {ledger.samples[0].participant_id}: .*trouble"):
+        list(data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(4), cfg))
+    assert ledger.unreadable == []
+
+
+def test_an_empty_manifest(dataset, configure):
+    edit(dataset / "retinal_oct" / "manifest.tsv", lambda t: t.splitlines(True)[0])
+    with pytest.raises(ValueError, match="manifest.tsv has no row of a participant of participants.tsv"):
+        data.read_ledger(configure(dataset))

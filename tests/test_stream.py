@@ -3,9 +3,11 @@
 import csv
 import glob
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 
@@ -192,6 +194,7 @@ def test_a_bad_volume_stops_the_run_or_is_counted(written, bucket, command, conf
             server.fault = lambda k, n, _: Fault(flip=50) if (k, n) == ("download", name) else None
         stopped = command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path))
         last = stopped.stderr.strip().splitlines()[-1]
+        assert os.listdir(f"{tmp_path}/remote-cache/locks") in ([], ["admission"])
         assert stopped.returncode == 1 and last.startswith(f"error: 1 volumes cannot be read, and data.max_missing is 0: participant {sample.participant_id} ({url}")
         assert "set data.max_missing=1" in last and not os.path.exists(f"{tmp_path}/remote-run")
 
@@ -263,6 +266,36 @@ def edit_bytes(path):
     open(path, "wb").write(content)
 
 
+def test_a_corrupt_encoder_is_named_as_the_config_names_it(written, bucket, command, tmp_path):
+    with bucket(written) as server:
+        server.put("encoders/tiny.pt", b"PK" * 5000)
+        result = command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path))
+        assert result.stderr.splitlines()[-1].startswith(f"error: {ENCODER_URL} is not a checkpoint")
+
+
+def test_with_a_window_of_one_the_next_comes_while_the_model_works(written, bucket, configure, tmp_path):
+    with bucket(written) as server:
+        cfg = configure(written, *remote(tmp_path), "data.prefetch=1")
+        ledger = data.read_ledger(cfg)
+        before = server.count("download")
+        arriving = data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(5), cfg)
+        next(arriving)
+        time.sleep(0.5)
+        assert server.count("download") == before + 2
+        arriving.close()
+
+
+def test_a_cache_folder_that_breaks_strikes_no_volume(written, bucket, configure, tmp_path):
+    with bucket(written) as server:
+        cfg = configure(written, *remote(tmp_path), "data.max_missing=10")
+        ledger = data.read_ledger(cfg)
+        server.fault = lambda kind, name, n: Fault(stall=0.5) if name.endswith(".dcm") else None
+        threading.Timer(0.3, lambda: shutil.rmtree(f"{cfg.paths.cache_dir}/raw")).start()
+        with pytest.raises(OSError, match="participant "):
+            list(data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(8), cfg))
+        assert ledger.unreadable == []
+
+
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
@@ -293,6 +326,25 @@ def test_two_runs_at_once_fetch_each_volume_once(written, bucket, tmp_path):
         fetched = [name for kind, name in server.requests if kind == "download"]
         assert len(fetched) == len(set(fetched))
     assert content(f"{tmp_path}/run0/predictions_val.csv") == content(f"{tmp_path}/run1/predictions_val.csv")
+
+
+def test_two_sizes_share_a_cache(written, bucket, tmp_path):
+    with bucket(written) as server:
+        server.fault = lambda kind, name, n: Fault(stall=0.05) if name.endswith(".dcm") else None
+        code = """if True:
+            import sys, config, data, b2
+            b2.ENV_FILE = "/none"
+            cfg = config.load("configs/demo.yaml", sys.argv[2:])
+            ledger = data.read_ledger(cfg)
+            n = int(sys.argv[1])
+            for i, key, volume in data.stream(data.Volumes(ledger.samples, (16, n, n), cfg.paths.cache_dir), ledger, range(30), cfg):
+                assert volume.shape == (1, 16, n, n)
+        """
+        runs = [start("-c", code, n, *remote(tmp_path)) for n in (64, 48, 32)]
+        for run in runs:
+            _, errors = run.communicate(timeout=100)
+            assert run.returncode == 0, errors
+    assert os.listdir(f"{tmp_path}/remote-cache/raw") == []
 
 
 def test_a_decoder_that_is_killed_stops_the_run(written, bucket, configure, tmp_path):
