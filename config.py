@@ -123,6 +123,7 @@ KEYS = {
     "train.class_weights": class_weights,
     "train.loss": one_of("ce", "focal"),
     "train.precision": one_of("fp32", "bf16"),
+    "train.resume": one_of("auto", "never"),
     "train.early_stopping.enabled": boolean,
     "train.early_stopping.patience": integer(1),
     "train.early_stopping.min_delta": number(0),
@@ -148,7 +149,6 @@ ONLY = {
     "data.augment.intensity_jitter": (False, "augmentation"),
     "data.augment.random_crop": (False, "augmentation"),
     "data.augment.rotation": (False, "augmentation"),
-    "device.processes": (1, "training in several processes"),
 }
 
 

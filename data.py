@@ -661,9 +661,6 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:  # python -X dev data.py ...: the traceback too
-            raise
-        sys.exit(f"error: {error}")
+    import device
+
+    device.run(main)

@@ -11,6 +11,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import functools
 import html
 import io
 import json
@@ -64,7 +65,9 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev):
 
     Each volume is encoded once for ever: its feature is kept under cache_dir, keyed by encoder weights, pooling, precision,
     preprocessing and the volume's content. One volume at a time, so that a feature does not depend on its neighbours.
+    Replicas share the work, and each ends with all features.
     """
+    rank, world = device.rank(), device.world()
     volumes = data.Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
     folder = os.path.join(volumes.cache_dir, "features", f"{encoder_hash[:16]}-{cfg.model.pool_method}-{cfg.train.precision}-{FEATURES}")
     dim = encoder.pos_embed.shape[-1]
@@ -72,33 +75,50 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev):
     def kept(key):
         return None if key is None else data.load_array(os.path.join(folder, key + ".npy"), np.float32, (dim,))
 
-    found = [kept(volumes.key(i)) for i in range(len(samples))]
-    todo = [i for i, feature in enumerate(found) if feature is None]
-    encoded = 0
+    mine = range(rank, len(samples), world)
+    found = {i: feature for i in mine if (feature := kept(volumes.key(i))) is not None}
+    todo = [i for i in mine if i not in found]
+    encoded, struck_before = 0, len(ledger.unreadable)
     if todo:
         encoder = encoder.to(dev)
+        model.Attention.kernel = staticmethod(device.attention(dev, model.attend))
         with contextlib.closing(data.stream(volumes, ledger, todo, cfg)) as arriving:
-            for i, key, volume in tqdm(arriving, total=len(todo), desc="encode", unit="volume", mininterval=0.5):
-                found[i] = kept(key)  # known, under another name or date
-                if found[i] is None:
+            for i, key, volume in tqdm(arriving, total=len(todo), desc="encode", unit="volume", mininterval=0.5, disable=rank > 0):
+                feature = kept(key)  # known, under another name or date
+                if feature is None:
                     with torch.no_grad(), device.autocast(dev, cfg.train.precision):
                         tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
                         feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
                     device.step_done(dev)
-                    found[i] = feature.cpu().numpy()
-                    if not np.isfinite(found[i]).all():
+                    feature = feature.cpu().numpy()
+                    if not np.isfinite(feature).all():
                         raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
-                    data.save_array(os.path.join(folder, key + ".npy"), found[i])
+                    data.save_array(os.path.join(folder, key + ".npy"), feature)
                     encoded += 1
-    struck = {s.path for s, _ in ledger.unreadable}
-    lost = [i for i in todo if found[i] is None]
-    if [samples[i].path for i in lost] != [s.path for s in samples if s.path in struck]:
-        raise RuntimeError(f"{len(lost)} of {len(todo)} volumes did not arrive, and the ledger has another number of unreadable ones")
-    print(f"features: {encoded} volumes encoded, {len(samples) - encoded - len(lost)} from {volumes.cache_dir}" + (f", {len(lost)} unreadable" if lost else ""))
-    rest = [i for i in range(len(samples)) if found[i] is not None]
+                found[i] = feature
+
+    # what the other replicas found: features, and volumes that cannot be read
+    own = ledger.unreadable[struck_before:]
+    index_of = {s.path: i for i, s in enumerate(samples)}
+    lost = {}
+    for part in device.gather([[index_of[s.path], reason] for s, reason in own], dev):
+        lost |= {i: reason for i, reason in part}
+    for i in sorted(lost):
+        if samples[i].path not in {s.path for s, _ in own}:
+            ledger.strike(samples[i], lost[i])
+    data.check_missing(ledger, cfg.data.max_missing)
+    x, count = torch.zeros(len(samples), dim), torch.zeros(len(samples), 1)
+    for i, feature in found.items():
+        x[i], count[i] = torch.from_numpy(feature), 1
+    x, count = device.all_sum(torch.cat([x, count], dim=1).to(dev)).cpu().split([dim, 1], dim=1)
+    rest = [i for i in range(len(samples)) if i not in lost]
     if not rest:
         raise ValueError("none of the volumes could be read")
-    return [samples[i] for i in rest], torch.from_numpy(np.stack([found[i] for i in rest]))
+    if count.flatten().tolist() != [float(i not in lost) for i in range(len(samples))]:
+        raise RuntimeError("features and unreadable volumes do not add up to the volumes that were asked for")
+    encoded = sum(device.gather(encoded, dev))
+    print(f"features: {encoded} volumes encoded, {len(rest) - encoded} from {volumes.cache_dir}" + (f", {len(lost)} unreadable" if lost else ""))
+    return [samples[i] for i in rest], x[rest]
 
 
 def predict(head, x):
@@ -128,8 +148,8 @@ def predictions_csv(ids, y_true, probabilities):
 # ------------------------------------------------------------------------------------------------------- score a run
 
 
-def evaluate_run(ckpt, split, overrides=()):
-    """Score a run's checkpoint (folder or .pt file) on a split; write everything beside it -> (result, folder)."""
+def open_run(ckpt, overrides=()):
+    """A run's checkpoint (folder or .pt file) -> (its content, its configuration with overrides, path, folder for the results)."""
     fixed = [o for o in overrides if not o.startswith(("paths.", "device.", *(f"data.{key}=" for key in CHANGEABLE)))]
     if fixed:
         raise ValueError(f"{fixed[0]} would score something else than what was trained; only paths.*, device.* and "
@@ -142,14 +162,20 @@ def evaluate_run(ckpt, split, overrides=()):
         folder = os.path.join(folder, os.path.splitext(os.path.basename(path))[0])
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        trained, trained_on, labels = saved["encoder_sha256"], set(saved["train_participants"]), saved["labels_sha256"]
-        weights = saved["head"]
+        if not {"encoder_sha256", "train_participants", "labels_sha256", "head", "epoch"} <= set(saved):
+            raise KeyError("head")
         cfg = config.resolve(saved["config"], overrides, path)
     except (OSError, ValueError):
         raise
     except Exception as error:  # torch, zip and pickle raise a dozen types for a file that is none of ours
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} {' '.join(str(error).split())[:200]}") from error
+    return saved, cfg, path, folder
 
+
+def evaluate_run(ckpt, split, overrides=()):
+    """Score a run's checkpoint (folder or .pt file) on a split, in every replica; rank 0 writes all beside it -> (result, folder)."""
+    saved, cfg, path, folder = open_run(ckpt, overrides)
+    trained, trained_on = saved["encoder_sha256"], set(saved["train_participants"])
     encoder, size, encoder_hash = open_encoder(cfg)
     if encoder_hash != trained:
         raise ValueError(f"{cfg.paths.checkpoint_path} holds encoder {encoder_hash[:16]}, the head was trained on {trained[:16]}; "
@@ -163,7 +189,7 @@ def evaluate_run(ckpt, split, overrides=()):
     samples, x = features(cfg, ledger, samples, encoder, size, encoder_hash, dev)
     head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
     try:
-        head.load_state_dict(weights, strict=True)
+        head.load_state_dict(saved["head"], strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path}: head not loaded: {' '.join(str(error).split())}") from error
     ids, y_true, probabilities = by_participant(samples, predict(head, x))
@@ -177,16 +203,17 @@ def evaluate_run(ckpt, split, overrides=()):
     partly = [r.participant_id for r in ledger.rows if r.split == split and r.status == "used" and r.reason]
     if partly:
         result["alarms"].append(f"{len(partly)} participants of {split} lack some of their volumes: {data.few(partly)}")
-    if ledger.sha256[data.LABELS] != labels:
+    if ledger.sha256[data.LABELS] != saved["labels_sha256"]:
         result["alarms"].append(f"{data.LABELS} is not the file that this run was trained with")
     result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),
               "data": ledger.description, "encoder_sha256": encoder_hash, **result}
     result["unreadable"] = [{"participant_id": s.participant_id, "path": s.path, "reason": reason} for s, reason in ledger.unreadable]
-    update_ledger(os.path.join(folder, "ledger.csv"), ledger, split)
-    b2.write(os.path.join(folder, f"predictions_{split}.csv"), predictions_csv(ids, y_true, probabilities))
-    b2.write(os.path.join(folder, f"eval_{split}.json"), json.dumps(result, indent=1) + "\n")
-    write_plots(folder, result)
-    write_report(folder)
+    if device.rank() == 0:
+        update_ledger(os.path.join(folder, "ledger.csv"), ledger, split)
+        b2.write(os.path.join(folder, f"predictions_{split}.csv"), predictions_csv(ids, y_true, probabilities))
+        b2.write(os.path.join(folder, f"eval_{split}.json"), json.dumps(result, indent=1) + "\n")
+        write_plots(folder, result)
+        write_report(folder)
     return result, folder
 
 
@@ -328,22 +355,22 @@ th:first-child {{ text-align: left }} img {{ max-width: 100%; height: auto }} .w
     b2.write(os.path.join(folder, "report.html"), page)
 
 
-def main():
+def main(rank, cfg, ckpt, split, overrides):
+    """The job, in every replica."""
+    result, folder = evaluate_run(ckpt, split, overrides)
+    print_table(result)
+    print(f"report: {os.path.join(os.path.relpath(folder), 'report.html')}")
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file in it")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as paths.data=ELSEWHERE")
     args = parser.parse_intermixed_args()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
-    result, folder = evaluate_run(args.ckpt, args.split, args.overrides)
-    print_table(result)
-    print(f"report: {os.path.join(os.path.relpath(folder), 'report.html')}")
 
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:  # python -X dev eval.py ...: the traceback too
-            raise
-        sys.exit(f"error: {error}")
+    def job():
+        cfg = open_run(args.ckpt, args.overrides)[1]
+        device.launch(functools.partial(main, ckpt=args.ckpt, split=args.split, overrides=args.overrides), cfg)
+    device.run(job)

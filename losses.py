@@ -29,18 +29,32 @@ def class_weights(labels, num_classes, scheme):
     return (counts.sum() / (num_classes * counts)).float()
 
 
+def cross_entropies(logits, targets):
+    """Cross-entropy of every row -> (B,)."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def focal_losses(logits, targets, gamma=2.0):
+    """Focal loss of every row, (1 - p_y)^gamma * CE (Lin et al. 2017, eq. 4) -> (B,); cross-entropy at gamma 0."""
+    log_p = F.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)  # (B,) log-probability of the true class
+    # clamp: where p_y rounds to 1, the gradient of 0^gamma would be NaN for gamma < 1
+    return (1 - log_p.exp()).clamp_min(torch.finfo(log_p.dtype).tiny) ** gamma * -log_p
+
+
+def weighted_mean(losses, targets, weight=None):
+    """sum w[y] * loss / sum w[y], as torch averages a weighted cross-entropy."""
+    w = torch.ones_like(losses) if weight is None else weight[targets]
+    return (w * losses).sum() / w.sum()
+
+
 def cross_entropy(logits, targets, weight=None):
-    """Weighted mean cross-entropy: sum w[y] * CE / sum w[y]."""
-    return F.cross_entropy(logits, targets, weight=weight)
+    """Weighted mean cross-entropy."""
+    return weighted_mean(cross_entropies(logits, targets), targets, weight)
 
 
 def focal_loss(logits, targets, weight=None, gamma=2.0):
-    """Focal loss, (1 - p_y)^gamma * CE (Lin et al. 2017, eq. 4), averaged like cross-entropy, to which it is equal at gamma 0."""
-    log_p = F.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)  # (B,) log-probability of the true class
-    w = torch.ones_like(log_p) if weight is None else weight[targets]
-    # clamp: where p_y rounds to 1, the gradient of 0^gamma would be NaN for gamma < 1
-    modulation = (1 - log_p.exp()).clamp_min(torch.finfo(log_p.dtype).tiny) ** gamma
-    return (w * modulation * -log_p).sum() / w.sum()
+    """Weighted mean focal loss."""
+    return weighted_mean(focal_losses(logits, targets, gamma), targets, weight)
 
 
-LOSSES = {"ce": cross_entropy, "focal": focal_loss}
+LOSSES = {"ce": cross_entropies, "focal": focal_losses}  # of every row: training adds them up over replicas

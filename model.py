@@ -24,7 +24,17 @@ from torch import nn
 HEAD_DIM = 64  # width of an attention head at pretraining; the weights do not tell it
 
 
+def attend(q, k, v, chunk=512):
+    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d). XLA would hold all N x N scores at once (4 GB a sample and layer at 9216
+    tokens), so there the queries go in chunks; elsewhere torch has kernels that do the like."""
+    if q.device.type != "xla":
+        return F.scaled_dot_product_attention(q, k, v)
+    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(chunk, dim=2)], dim=2)
+
+
 class Attention(nn.Module):
+    kernel = staticmethod(attend)  # or a faster one, where the backend has it: device.attention
+
     def __init__(self, dim):
         super().__init__()
         self.num_heads = dim // HEAD_DIM
@@ -34,7 +44,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, HEAD_DIM).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, 64)
-        x = F.scaled_dot_product_attention(*qkv.unbind(0))  # (B, heads, N, 64)
+        x = self.kernel(*qkv.unbind(0))  # (B, heads, N, 64)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))  # (B, N, C)
 
 
@@ -250,16 +260,21 @@ def pool(tokens, method):
 
 
 class HostDropout(nn.Module):
-    """Dropout whose mask is drawn by the host's generator, so that a seed gives the same run on CPU, GPU and TPU."""
+    """Dropout whose mask is drawn by the host's generator, so that a seed gives the same run on CPU, GPU and TPU.
+
+    rows: indices of x's rows in the global batch and that batch's size, where x is a share of it: the mask is drawn for the
+    whole batch, so that any number of replicas drops the same. Index -1 is padding.
+    """
 
     def __init__(self, p):
         super().__init__()
-        self.p = p
+        self.p, self.rows = p, None
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keep = torch.empty(x.shape).bernoulli_(1 - self.p) / (1 - self.p)
+        rows, size = self.rows or (slice(None), len(x))
+        keep = torch.empty(size, *x.shape[1:]).bernoulli_(1 - self.p)[rows] / (1 - self.p)
         return x * keep.to(x.device, x.dtype)
 
 
@@ -281,7 +296,10 @@ class Standardise(nn.Module):
 
 
 class Head(nn.Sequential):
-    """Features (B, C) -> logits (B, num_classes): standardise, dropout, linear; with hidden > 0 an MLP of one hidden layer."""
+    """Features (B, C) -> logits (B, num_classes): standardise, dropout, linear; with hidden > 0 an MLP of one hidden layer.
+
+    forward(x, rows): see HostDropout, where x is a replica's share of a batch.
+    """
 
     def __init__(self, dim, num_classes, hidden=0, dropout=0.0):
         layers = [nn.Linear(dim, hidden), nn.GELU()] if hidden else []
@@ -290,3 +308,10 @@ class Head(nn.Sequential):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.01)  # DINOv2's and V-JEPA's probes: start near uniform answers
                 nn.init.zeros_(layer.bias)
+
+    def forward(self, x, rows=None):
+        for layer in self:
+            if isinstance(layer, HostDropout):
+                layer.rows = rows
+            x = layer(x)
+        return x

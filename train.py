@@ -3,7 +3,9 @@
     python train.py --config configs/demo.yaml                                  # laptop, synthetic data, two minutes
     python train.py --config configs/single_domain_01.yaml                      # GPU or CPU, whichever is there
     python train.py --config configs/single_domain_01.yaml train.epochs=10 train.lr_head=3e-4
-    .venv-xla/bin/python train.py --config configs/single_domain_01.yaml        # one TPU core, through xmp.spawn
+    python train.py --config configs/single_domain_01.yaml device.processes=4   # four GPUs, or four CPU processes
+    python train.py --config configs/single_domain_01.yaml train.resume=auto    # go on after an interruption
+    .venv-xla/bin/python train.py --config configs/single_domain_01.yaml        # on every host of a TPU pod, through xmp.spawn
 
 then `python eval.py --ckpt RUN_DIR --split test`. The README says what a run leaves behind.
 """
@@ -16,6 +18,7 @@ import netrc
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.parse
@@ -35,6 +38,11 @@ import model
 import phantom
 
 
+# keys whose change on resuming does not change the result
+HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume", "data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline",
+            "data.max_missing")
+
+
 def lr_at(step, total_steps, warmup_steps, peak):
     """Learning rate of a step: linear warm-up to peak, then half a cosine to zero."""
     if step < warmup_steps:
@@ -50,7 +58,7 @@ def better(new, old, min_delta=0.0):
 
 
 def main(rank, cfg):
-    """The job, from data to saved checkpoint. rank is 0: there is one replica for now."""
+    """The job, from data to saved checkpoint, in every replica; rank 0 alone writes."""
     dev = device.get(cfg.device.backend)
     run_dir, epochs = b2.local_folder(cfg.paths.run_dir, "paths.run_dir"), cfg.train.epochs
     check_run_dir(run_dir, cfg)
@@ -80,33 +88,59 @@ def main(rank, cfg):
     head, x_train, x_val, train_labels, weights = (t.to(dev) for t in (head, x_train, x_val, train_labels, weights))
     optimizer = getattr(torch.optim, cfg.train.optimizer)(head.parameters(), lr=cfg.train.lr_head, weight_decay=cfg.train.weight_decay)
     loss_of = losses.LOSSES[cfg.train.loss]
-    steps_per_epoch = math.ceil(len(train) / cfg.data.batch_size)
+    batch_size = min(cfg.data.batch_size, len(train))
+    steps_per_epoch = math.ceil(len(train) / batch_size)
     print(f"head: {sum(p.numel() for p in head.parameters())} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
 
-    wandb_run = start_wandb(cfg, run_dir)  # first, for it may refuse, and an earlier run should then still be there
-    prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev)
-    history, best, best_epoch, stop_reference, epochs_without = [], None, None, None, 0
-    for epoch in range(1, epochs + 1):
+    # what the run is known by; resuming goes on with the same
+    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "train_participants": list(participants), "labels_sha256": ledger.sha256[data.LABELS]}
+    last = resume(run_dir, identity) if cfg.train.resume == "auto" else None
+    first_epoch, history, best, best_epoch, stop_reference, epochs_without = 1, [], None, None, None, 0
+    if last:
+        head.load_state_dict(last["head"])
+        optimizer.load_state_dict(last["optimizer"])
+        torch.set_rng_state(last["rng"])
+        first_epoch, history, best_epoch, epochs_without = last["epoch"] + 1, last["history"], last["best_epoch"], last["epochs_without"]
+        best, stop_reference = tuple(last["best"]), tuple(last["stop_reference"])
+        print(f"resuming after epoch {last['epoch']} of {run_dir}")
+    starts = device.gather(first_epoch, dev)
+    if len(set(starts)) > 1:
+        raise ValueError(f"the replicas would go on with epochs {starts}: every host needs the same {os.path.join(run_dir, 'last.pt')}; copy that of host 0")
+
+    wandb_run = start_wandb(cfg, run_dir, rank)  # first, for it may refuse, and an earlier run should then still be there
+    if rank == 0:
+        prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last)
+    stopping = device.sigterm()
+    patience = cfg.train.early_stopping.patience if cfg.train.early_stopping.enabled else math.inf
+    for epoch in range(first_epoch, epochs + 1):
+        if epochs_without >= patience:
+            break
         # train: the order depends on seed and epoch alone
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(cfg.seed * 100_003 + epoch))
         head.train()
         loss_sum = torch.zeros((), device=dev)
-        for i, batch in enumerate(order.split(cfg.data.batch_size)):
+        for i, batch in enumerate(order.split(batch_size)):
             lr = lr_at((epoch - 1) * steps_per_epoch + i, epochs * steps_per_epoch, cfg.train.warmup_epochs * steps_per_epoch, cfg.train.lr_head)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = batch.to(dev)
-            loss = loss_of(head(x_train[batch]), train_labels[batch], weights)
+            # the loss divides by the weights of the whole batch, and a replica adds up the rows that are its own; -1 is padding
+            places = device.share(torch.arange(len(batch)), batch_size)
+            whole = torch.full((batch_size,), -1).index_copy(0, torch.arange(len(batch)), batch).to(dev)
+            rows = torch.where(places < 0, -1, batch[places]).to(dev)
+            total = (weights[train_labels[whole]] * (whole >= 0)).sum()
+            targets = train_labels[rows]
+            loss = (loss_of(head(x_train[rows], (places, batch_size)), targets) * weights[targets] * (rows >= 0)).sum() / total
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            device.all_sum_gradients(head.parameters())
             optimizer.step()
-            loss_sum += loss.detach() * len(batch)
+            loss_sum += loss.detach() * (whole >= 0).sum()
             device.step_done(dev)
-        train_loss = loss_sum.item() / len(train)
+        train_loss = device.all_sum(loss_sum).item() / len(train)
         if not math.isfinite(train_loss):
             raise ValueError(f"train loss is {train_loss} in epoch {epoch}; lower train.lr_head={cfg.train.lr_head}, or look at train.class_weights")
 
-        # validate: by participant
+        # validate: by participant, alike in every replica
         ids, y_val, p_val = evaluation.by_participant(val, evaluation.predict(head, x_val))
         _, y_train, p_train = evaluation.by_participant(train, evaluation.predict(head, x_train))
         train_score, val_score = metrics.score(y_train, p_train), metrics.score(y_val, p_val)
@@ -122,25 +156,27 @@ def main(rank, cfg):
             "val/macro_f1": val_score["macro_f1"], **{f"val/f1_{k}": f1 for k, f1 in enumerate(val_score["f1_per_class"])}, "best": is_best,
         }
         history.append(record)
-
-        # save: best first, so that last.pt never knows of a best that is not on disk
-        checkpoint = {"head": head.state_dict(), "epoch": epoch, "val_balanced_accuracy": now[0], "val_loss": now[1], "config": config.to_dict(cfg),
-                      "encoder_sha256": encoder_hash, "train_participants": list(participants),
-                      "labels_sha256": ledger.sha256[data.LABELS]}
         if is_best:
             best, best_epoch = now, epoch
-            b2.write(os.path.join(run_dir, evaluation.BEST), device.to_bytes(checkpoint))
-            b2.write(os.path.join(run_dir, "predictions_val.csv"), evaluation.predictions_csv(ids, y_val, p_val))
-        b2.write(os.path.join(run_dir, "last.pt"), device.to_bytes({
-            **checkpoint, "optimizer": optimizer.state_dict(), "best": best, "best_epoch": best_epoch, "history": history,
-            "stop_reference": stop_reference, "epochs_without": epochs_without, "rng": torch.get_rng_state()}))
-        b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in history))
-        wandb_run.log(record)
+
+        # save: best first, so that last.pt never knows of a best that is not on disk
+        if rank == 0:
+            checkpoint = {**identity, "head": head.state_dict(), "epoch": epoch, "val_balanced_accuracy": now[0], "val_loss": now[1]}
+            if is_best:
+                b2.write(os.path.join(run_dir, evaluation.BEST), device.to_bytes(checkpoint))
+                b2.write(os.path.join(run_dir, "predictions_val.csv"), evaluation.predictions_csv(ids, y_val, p_val))
+            b2.write(os.path.join(run_dir, "last.pt"), device.to_bytes({
+                **checkpoint, "optimizer": optimizer.state_dict(), "best": best, "best_epoch": best_epoch, "history": history,
+                "stop_reference": stop_reference, "epochs_without": epochs_without, "rng": torch.get_rng_state()}))
+            b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in history))
+            wandb_run.log(record)
         print(f"epoch {epoch:3d}/{epochs}  lr {lr:.1e}  train loss {record['train/loss']:.3f} bal.acc {record['train/balanced_accuracy']:.3f}   "
               f"val loss {now[1]:.3f} acc {val_score['accuracy']:.3f} bal.acc {now[0]:.3f} macro F1 {val_score['macro_f1']:.3f}{'  *' if is_best else ''}")
-        if cfg.train.early_stopping.enabled and epochs_without >= cfg.train.early_stopping.patience:
-            print(f"stopped early: {epochs_without} epochs without improvement on val")
-            break
+        if device.all_sum(torch.tensor(float(stopping.is_set()), device=dev)).item():
+            print(f"stopped by SIGTERM after epoch {epoch}; train.resume=auto goes on from there")
+            raise SystemExit(128 + signal.SIGTERM)
+    if epochs_without >= patience:
+        print(f"stopped early: {epochs_without} epochs without improvement on val")
 
     print(f"best: epoch {best_epoch}, val balanced accuracy {best[0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
     if ledger.unreadable:
@@ -162,8 +198,33 @@ def check_run_dir(run_dir, cfg):
                          "set paths.run_dir to another one")
 
 
-def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev):
-    """Remove an earlier run's results, then write what this run is: provenance (by which a run's folder is known), config, ledger."""
+def resume(run_dir, identity):
+    """The run's last.pt to go on from, None where there is none yet. ValueError when going on would not give the run's result."""
+    path = os.path.join(run_dir, "last.pt")
+    if not os.path.exists(path):
+        return None
+    last = torch.load(path, map_location="cpu", weights_only=True)
+    old, new = (config.flatten(part["config"]) for part in (last, identity))
+    changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key] and not key.startswith(HARMLESS)]
+    changed += [f"{what} is another" for what in ("encoder_sha256", "labels_sha256", "train_participants") if last[what] != identity[what]]
+    if changed:
+        raise ValueError(f"{run_dir} holds a run whose result this would change: {'; '.join(changed)}; set that back, or train.resume=never to "
+                         "replace the run, or paths.run_dir to another one")
+    return last
+
+
+def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
+    """Remove an earlier run's results, then write what this run is: provenance (by which a run's folder is known), config, ledger.
+
+    last: where a run is resumed, its last.pt; everything stays then, and provenance.json notes it.
+    """
+    if last:
+        b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in last["history"]))
+        with open(os.path.join(run_dir, "provenance.json"), encoding="utf-8") as f:
+            provenance = json.load(f)
+        provenance.setdefault("resumed", []).append({"after_epoch": last["epoch"], "command": command(), "device": device.describe(dev), "world_size": device.world()})
+        b2.write(os.path.join(run_dir, "provenance.json"), json.dumps(provenance, indent=1) + "\n")
+        return
     earlier = [evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "predictions_test.csv", "eval_val.json", "eval_test.json",
                "report.html", "config.yaml", "ledger.csv", "plots/confusion_val.png", "plots/confusion_test.png", "plots/training.png"]
     earlier = [os.path.join(run_dir, name) for name in earlier if os.path.exists(os.path.join(run_dir, name))]
@@ -188,18 +249,22 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev):
         "labels_sha256": ledger.sha256[data.LABELS],
         "manifest_sha256": ledger.sha256[data.MANIFEST],
         "data": ledger.description,
-        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "command": command(),
         "seed": cfg.seed,
         "device": device.describe(dev),
-        "world_size": 1,
+        "world_size": device.world(),
     }, indent=1) + "\n")
     b2.write(os.path.join(run_dir, "config.yaml"), yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
     b2.write(os.path.join(run_dir, "ledger.csv"), data.ledger_csv(ledger))
 
 
-def start_wandb(cfg, run_dir):
-    """The W&B run, or an object that ignores everything when log.wandb=disabled."""
-    if cfg.log.wandb == "disabled":
+def command():
+    return shlex.join([os.path.basename(sys.executable), *sys.argv])
+
+
+def start_wandb(cfg, run_dir, rank):
+    """The W&B run, or an object that ignores everything when log.wandb=disabled, and on ranks above 0."""
+    if cfg.log.wandb == "disabled" or rank:
         return SimpleNamespace(log=lambda record: None, finish=lambda: None)
     try:
         import wandb
@@ -227,11 +292,9 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
-    try:
+
+    def job():
         cfg = config.load(args.config, args.overrides)
         phantom.prepare(cfg)
         device.launch(main, cfg)
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:  # python -X dev train.py ...: the traceback too
-            raise
-        sys.exit(f"error: {error}")
+    device.run(job)
