@@ -66,7 +66,6 @@ def test_child_overrides_parent_and_command_line_overrides_both(tmp_path):
     ("model.pool_method=attentive", "attentive pooling, which is not built yet"),
     ("data.augment.flip=true", "augmentation, which is not built yet"),
     ("data.sampler=stratified", "stratified sampling, which is not built yet"),
-    ("device.processes=4", "several processes, which is not built yet"),
 ])
 def test_bad_values_are_refused_by_name(override, message):
     with pytest.raises(ValueError) as error:

@@ -91,3 +91,15 @@ def test_a_real_checkpoint_that_is_not_there(project):
 def test_finetune_is_refused_with_a_sentence(project):
     done = make(project, "finetune", "CKPT=demo")
     assert done.returncode != 0 and "not built yet" in done.stderr
+
+
+def test_tpu_targets_print_what_they_would_run(project):
+    setup = make(project, "tpu-setup", "DRY=1", "TPU=pod", "ZONE=here")
+    assert setup.returncode == 0 and all("--zone=here --worker=all" in line for line in setup.stdout.splitlines() if line.startswith("gcloud"))
+    trained = make(project, "tpu-train", "DRY=1", "TPU=pod", "ZONE=here", "CKPT=multi_domain")
+    on_all = [line for line in trained.stdout.splitlines() if line.startswith("gcloud compute tpus tpu-vm ssh pod --zone=here --worker=all --command=")]
+    assert trained.returncode == 0 and len(on_all) == 2
+    assert "train.py --config configs/multi_domain.yaml device.backend=xla paths.run_dir=runs/cls_multi_domain train.resume=auto" in on_all[0]
+    assert "eval.py --ckpt runs/cls_multi_domain --split test" in on_all[1]
+    failed = make(project, "tpu-setup", "GCLOUD=false", "TPU=pod")
+    assert failed.returncode != 0

@@ -1,6 +1,9 @@
 """The probe through xmp.spawn on torch_xla's CPU device: the same predictions as the plain CPU run. Runs in .venv-xla (make test-xla)."""
 
+import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -45,8 +48,86 @@ def test_the_job_goes_through_spawn(monkeypatch):
     monkeypatch.setattr(xmp, "spawn", lambda fn, args, nprocs: calls.append((fn, args, nprocs)))
     cfg = config.load(os.path.join(ROOT, "configs", "demo.yaml"))
     assert device.choose("auto") == "xla"
-    device.launch(print, cfg)
-    assert calls == [(print, (cfg,), 1)]
+    for pjrt, nprocs in (("CPU", 1), ("TPU", None)):  # None: a replica for every core
+        monkeypatch.setenv("PJRT_DEVICE", pjrt)
+        device.launch(print, cfg)
+        assert calls.pop() == (device.replica_xla, (print, cfg), nprocs)
+    cfg.device.processes = 2
+    with pytest.raises(ValueError, match="on XLA there is a replica for every core: set device.processes=1"):
+        device.launch(print, cfg)
+
+
+COUNT = """
+import sys, json
+import torch_xla.debug.metrics as met
+import config, device, train
+compiled, step_done, epoch = [], device.step_done, device.sigterm
+def counting(dev):
+    step_done(dev)
+    compiled.append((met.metric_data("CompileTime") or [0])[0])
+device.step_done = counting
+train.main(0, config.load("configs/demo.yaml", sys.argv[1:]))
+print("COMPILED", json.dumps(compiled))
+"""
+
+
+def test_nothing_is_compiled_after_the_first_steps(written, tmp_path):
+    """Uneven batches, early stopping's counter, a changing learning rate: shapes and graph stay the same."""
+    overrides = [*settings(written, tmp_path), "device.backend=xla", "data.batch_size=13", "train.epochs=6", "model.head.hidden=8"]
+    done = subprocess.run([sys.executable, "-c", COUNT, *overrides], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PJRT_DEVICE": "CPU"}, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout.split("COMPILED")[1])
+    volumes = int(done.stdout.split("features: ")[1].split()[0])
+    steps = (len(compiled) - volumes) // 6
+    encoding, first, later = compiled[:volumes], compiled[volumes:volumes + steps], compiled[volumes + steps:]
+    assert steps * 6 + volumes == len(compiled) and steps >= 4
+    assert len(set(encoding[2:])) == 1  # eval of the encoder, one volume a time
+    assert len(set(first[2:])) == 1  # training, with the last batch that is not full
+    assert len(set(later[2:])) == 1  # from the second epoch on, predictions of val and train between them
+
+
+SHARDS = """
+import sys, json
+import torch
+import torch_xla
+import torch_xla.distributed.xla_multiprocessing as xmp
+import device
+def main(index):
+    dev = torch_xla.device()
+    layer = torch.nn.Linear(3, 2).to(dev)
+    layer(torch.ones(1, 3, device=dev)).sum().backward()
+    device.all_sum_gradients(layer.parameters())
+    reductions = torch_xla._XLAC._get_xla_tensors_hlo([layer.weight.grad]).count(" all-reduce(")  # lowered, never run: not supported here
+    sys.stdout.write("SAID " + json.dumps([device.rank(), device.world(), device.share(torch.arange(37), 40).tolist(), reductions]) + "\\n")
+if __name__ == "__main__":
+    xmp.spawn(main)
+"""
+
+
+def test_sixteen_replicas_share_a_batch_and_their_step_holds_the_reduction(tmp_path):
+    (tmp_path / "shards.py").write_text(SHARDS)
+    done = subprocess.run([sys.executable, tmp_path / "shards.py"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+                          env={**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "16", "PYTHONPATH": ROOT})
+    said = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("SAID")]
+    assert sorted(rank for rank, *_ in said) == list(range(16)), done.stderr
+    assert sorted(i for *_, share, _ in said for i in share if i >= 0) == list(range(37))
+    assert {(world, len(share), reductions) for _, world, share, reductions in said} == {(16, 3, 1)}
+
+
+def test_attention_never_holds_all_scores():
+    import torch
+    import torch_xla
+
+    import model
+
+    q, k, v = (torch.randn(1, 2, 1300, 64) for _ in range(3))
+    here = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    there = model.attend(*(t.to(torch_xla.device()) for t in (q, k, v))).cpu()
+    assert (here - there).abs().max() < 1e-5
+    q, k, v = (torch.zeros(1, 12, 9216, 64, device=torch_xla.device()) for _ in range(3))
+    shapes = set(re.findall(r"f32\[([\d,]+)\]", torch_xla._XLAC._get_xla_tensors_hlo([model.attend(q, k, v)])))
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert largest == 12 * 512 * 9216 and "1,12,9216,64" in shapes
 
 
 def test_an_error_under_spawn_is_one_sentence(written, tmp_path):
