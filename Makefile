@@ -3,7 +3,7 @@ CKPT ?= demo
 PYTHON ?= python3.11
 RUN = runs/cls_$(CKPT)
 
-.PHONY: probe finetune check setup setup-xla test test-xla bench clean
+.PHONY: probe finetune check setup setup-xla test test-slow test-xla bench tpu-setup tpu-train tpu-fetch clean
 
 probe: setup
 	.venv/bin/python train.py --config configs/$(CKPT).yaml paths.run_dir=$(RUN)
@@ -30,7 +30,10 @@ setup-xla: .venv-xla/installed
 	touch $@
 
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "not slow" tests
+
+test-slow: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m slow tests
 
 test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py
@@ -38,6 +41,38 @@ test-xla: setup-xla
 bench: setup
 	.venv/bin/python bench/decode.py
 	.venv/bin/python bench/stream.py
+	.venv/bin/python bench/processes.py
+
+# A TPU pod, from your own machine: the same command line on every host. DRY=1 only prints. TPU and ZONE name the TPU VM.
+TPU ?= TPU-NAME
+ZONE ?= ZONE
+GCLOUD = gcloud compute tpus tpu-vm
+ON_ALL = $(GCLOUD) ssh $(TPU) --zone=$(ZONE) --worker=all --command
+XLA = cd octprobe && PJRT_DEVICE=TPU .venv-xla/bin/python
+
+define do
+@echo '$(1)'
+$(if $(DRY),,@$(1))
+
+endef
+
+tpu-setup:
+	$(call do,git archive --format=tar.gz --output=octprobe.tar.gz HEAD)
+	$(call do,$(GCLOUD) scp octprobe.tar.gz .env $(TPU): --zone=$(ZONE) --worker=all)
+	$(call do,$(ON_ALL)="sudo apt-get update && sudo apt-get install -y make python3.11 python3.11-venv")
+	$(call do,$(ON_ALL)="mkdir -p octprobe/runs && tar xzf octprobe.tar.gz -C octprobe && mv .env octprobe && cd octprobe && make setup-xla")
+	$(call do,$(ON_ALL)="octprobe/.venv-xla/bin/pip install torch_xla[tpu]==2.9.0")
+
+tpu-train:
+	$(if $(wildcard $(RUN)),$(call do,$(GCLOUD) scp --recurse $(RUN) $(TPU):octprobe/runs --zone=$(ZONE) --worker=all))
+	$(call do,$(ON_ALL)="$(XLA) train.py --config configs/$(CKPT).yaml device.backend=xla paths.run_dir=$(RUN) train.resume=auto")
+	$(call do,$(GCLOUD) scp --recurse $(TPU):octprobe/$(RUN) runs --zone=$(ZONE) --worker=0)
+	$(call do,$(GCLOUD) scp --recurse $(RUN) $(TPU):octprobe/runs --zone=$(ZONE) --worker=all)
+	$(call do,$(ON_ALL)="$(XLA) eval.py --ckpt $(RUN) --split val && PJRT_DEVICE=TPU .venv-xla/bin/python eval.py --ckpt $(RUN) --split test")
+	$(call do,$(GCLOUD) scp --recurse $(TPU):octprobe/$(RUN) runs --zone=$(ZONE) --worker=0)
+
+tpu-fetch:
+	$(call do,$(GCLOUD) scp --recurse $(TPU):octprobe/$(RUN) runs --zone=$(ZONE) --worker=0)
 
 clean:
 	rm -rf demo runs cache
