@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 import torch.distributed as dist
@@ -51,7 +53,10 @@ def launch(main, cfg):
 
         if processes != 1:
             raise ValueError("device.processes is for CPU and CUDA; on XLA there is a replica for every core: set device.processes=1")
-        xmp.spawn(replica_xla, args=(main, cfg), nprocs=1 if os.environ.get("PJRT_DEVICE") == "CPU" else None)
+        try:
+            xmp.spawn(replica_xla, args=(main, cfg), nprocs=1 if os.environ.get("PJRT_DEVICE") == "CPU" else None)
+        except BrokenProcessPool:
+            sys.exit(1)  # the replica that failed has said why
     elif processes == 1:
         main(0, cfg)
     else:
@@ -92,7 +97,8 @@ def first_failure(replicas, pipes):
         number = -replicas[killed[0]].exitcode
         return f"error: replica {killed[0]} of {len(replicas)} was ended by {signal.Signals(number).name}" + (
             ", out of memory perhaps; lower device.processes" if number == signal.SIGKILL else "")
-    return min(pipe.recv() for pipe, _ in pipes if pipe.poll())[1]
+    failures = [pipe.recv() for pipe, _ in pipes if pipe.poll()]
+    return min(failures)[1] if failures else 1  # without a word: it failed before main, and its traceback is on the screen
 
 
 def replica(rank, world, main, cfg, backend, meeting, pipe):

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from b2_server import HEADERS, B2Server, Fault
+from b2_server import HEADERS, Fault
 from conftest import ROOT
 
 import b2

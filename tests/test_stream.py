@@ -250,7 +250,7 @@ def test_a_store_that_fails_in_mid_run_stops_it_soon(written, bucket, command, t
 
 
 def test_a_damaged_cache_heals(written, bucket, configure, command, tmp_path):
-    with bucket(written) as server:
+    with bucket(written):
         run, *_ = train_and_eval(command, remote(tmp_path))
         before = content(f"{run}/predictions_test.csv")
         for pattern in ("volumes/*", "features/*/*", "files/*"):
