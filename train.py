@@ -93,7 +93,8 @@ def main(rank, cfg):
     print(f"head: {sum(p.numel() for p in head.parameters())} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
 
     # what the run is known by; resuming goes on with the same
-    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "train_participants": list(participants), "labels_sha256": ledger.sha256[data.LABELS]}
+    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
+                "train_participants": list(participants), "volumes": [len(train), len(val)]}
     last = resume(run_dir, identity) if cfg.train.resume == "auto" else None
     first_epoch, history, best, best_epoch, stop_reference, epochs_without = 1, [], None, None, None, 0
     if last:
@@ -206,7 +207,7 @@ def resume(run_dir, identity):
     last = torch.load(path, map_location="cpu", weights_only=True)
     old, new = (config.flatten(part["config"]) for part in (last, identity))
     changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key] and not key.startswith(HARMLESS)]
-    changed += [f"{what} is another" for what in ("encoder_sha256", "labels_sha256", "train_participants") if last[what] != identity[what]]
+    changed += [f"{what} is another" for what in ("encoder_sha256", "labels_sha256", "train_participants", "volumes") if last[what] != identity[what]]
     if changed:
         raise ValueError(f"{run_dir} holds a run whose result this would change: {'; '.join(changed)}; set that back, or train.resume=never to "
                          "replace the run, or paths.run_dir to another one")

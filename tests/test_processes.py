@@ -310,10 +310,13 @@ def test_a_change_that_would_change_the_result_is_refused(written, alone, comman
 
 def test_another_data_set_is_no_resumption(dataset, alone, command):
     path = data.read_ledger(config.load(os.path.join(ROOT, "configs", "demo.yaml"), overrides(dataset, alone))).of("train")[0].path
+    os.remove(path)  # one of the volumes of a participant, then all
+    result = command("train.py", "--config", "configs/demo.yaml", *overrides(dataset, alone, "train.resume=auto"))
+    assert result.returncode == 1 and "would change: volumes is another; set that back" in result.stderr
     for name in os.listdir(os.path.dirname(path)):
         os.remove(os.path.join(os.path.dirname(path), name))
-    run = command("train.py", "--config", "configs/demo.yaml", *overrides(dataset, alone, "train.resume=auto", "data.max_missing=1"))
-    assert run.returncode == 1 and "train_participants is another" in run.stderr
+    result = command("train.py", "--config", "configs/demo.yaml", *overrides(dataset, alone, "train.resume=auto", "data.max_missing=1"))
+    assert result.returncode == 1 and "train_participants is another" in result.stderr
 
 
 def test_focal_and_weights_are_those_of_the_whole_batch(written, tmp_path):
