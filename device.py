@@ -116,7 +116,6 @@ def replica(rank, world, main, cfg, backend, meeting, pipe):
     try:
         dist.init_process_group("nccl" if backend == "cuda" else "gloo", init_method=meeting, rank=rank, world_size=world)
         quietly(main, rank, cfg)
-        dist.barrier()
         dist.destroy_process_group()
     except SystemExit as exit_:
         code = exit_.code

@@ -183,6 +183,7 @@ def main(rank, cfg):
     if ledger.unreadable:
         print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
     wandb_run.finish()
+    device.barrier(dev)  # nobody ends before rank 0 has written all
 
 
 # ------------------------------------------------------------------------------------------- the run folder and W&B

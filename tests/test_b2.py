@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -481,6 +482,7 @@ def test_a_large_object_is_never_in_memory(store, tmp_path):
 # ------------------------------------------------------------------------------------------------------------------ gs://
 
 
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_without_gcsfs_the_error_says_what_to_install():
     with pytest.raises(ValueError, match="gs:// needs the package gcsfs: pip install gcsfs"):
         b2.find("gs://bucket/key", 5)

@@ -307,7 +307,6 @@ def start(script, *args, **options):
     ("B2_APPLICATION_KEY", "wrong", ROOT_URL, "error: B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY"),
     ("B2_APPLICATION_KEY_ID", "", ROOT_URL, "error: b2:// needs a key: set B2_APPLICATION_KEY_ID in the environment or in"),
     ("UNUSED", "", "b2://elsewhere/x", "error: b2://elsewhere/x/participants.tsv: there is no such bucket, or B2_APPLICATION_KEY_ID is a key of another account"),
-    ("UNUSED", "", "gs://bucket/x", "error: gs:// needs the package gcsfs: pip install gcsfs"),
 ])
 def test_what_the_terminal_shows(written, bucket, tmp_path, monkeypatch, variable, value, path, message):
     """In a fresh process: what another test imported must not help."""
