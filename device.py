@@ -67,6 +67,8 @@ def launch(main, cfg):
 
 def spawn(main, cfg, backend, world):
     context = multiprocessing.get_context("spawn")
+    # replicas end by os._exit; the semaphores that they leave are cleared away without telling the user
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
