@@ -33,7 +33,7 @@ test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "not slow" tests
 
 test-slow: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m slow tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m slow tests
 
 test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py

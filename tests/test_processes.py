@@ -44,7 +44,7 @@ def alone(written, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)])
 def test_any_number_of_processes_gives_one_result(written, alone, tmp_path, processes):
     output = train(written, tmp_path, f"device.processes={processes}")
     a, b = predictions(alone), predictions(tmp_path)
@@ -248,7 +248,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(written, uninterrupted, command, tmp_path, seed):
     """Killed at a random moment, and (the odd ones) in the midst of a save."""
     chance, arguments = random.Random(seed), ["--config", "configs/demo.yaml", *overrides(written, tmp_path, *LONG)]
@@ -271,7 +271,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(written, uninterrup
     assert [r["after_epoch"] for r in json.load(open(f"{tmp_path}/run/provenance.json"))["resumed"]] == [killed]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_and_exits_and_another_world_goes_on(written, uninterrupted, tmp_path, processes):
     run = start("train.py", "--config", "configs/demo.yaml", *overrides(written, tmp_path, *LONG, f"device.processes={processes}"))
     for line in run.stdout:
@@ -319,6 +319,7 @@ def test_another_data_set_is_no_resumption(dataset, alone, command):
     assert result.returncode == 1 and "train_participants is another" in result.stderr
 
 
+@pytest.mark.slow
 def test_focal_and_weights_are_those_of_the_whole_batch(written, tmp_path):
     """Class weights, padding and the loss: three processes that share uneven batches."""
     more = ["train.loss=focal", "train.class_weights=[1,2,3,10]", "data.batch_size=5"]
