@@ -277,8 +277,8 @@ def diagnose(error, what):
     import urllib3
     from b2sdk.v3 import exception as b2
 
-    if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError, b2.InvalidAuthToken, b2.UnknownHost)):
-        return 0
+    if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError, UnicodeDecodeError, b2.InvalidAuthToken, b2.UnknownHost)):
+        return 0  # UnicodeDecodeError: garbage where JSON was due
     if isinstance(error, (FileNotFoundError, b2.FileNotPresent)):
         raise Absent(f"{what} is not there") from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -11,7 +11,8 @@ fault injected into any request and every request counted.
 
 Requests: `server.requests` is a list of (kind, name) in order of arrival. Kind and name are one of
     authorize ""    list_buckets BUCKET ("": all)    list PREFIX    download OBJECT    head OBJECT    info OBJECT
-A download by id is listed under its object's name. `server.ranges[name]` lists the Range header (or None) of its downloads.
+A download by id is listed under its object's name; any other call is refused with 400 and listed as unknown PATH.
+`server.ranges[name]` lists the Range header (or None) of its downloads.
 
 Faults: server.fault(kind, name, n) is asked at every request, n = 1, 2, ... being the how many-th of that kind for that name;
 it returns a Fault or None. It is called by one thread at a time, so it may keep state. Examples, besides the one above:
@@ -25,12 +26,14 @@ Objects: server.put(name, content, sha1="header"), server.remove(name). `sha1` s
 Keys: another key_id or key is refused with 401; restricted_to="other" restricts the key to that bucket. expire_tokens() makes
 every token issued so far invalid, so that the SDK authorizes again.
 
-Leaving the `with` closes every connection at once and raises what went wrong inside the server (a fault() that raised, ...).
-The server runs in threads of this process, so another process may use its url; children may be forked.
+Leaving the `with` closes every connection at once, waits for the server's threads and raises what went wrong in them (a fault()
+that raised, ...). Another process may use the url; children may be forked at any time, and have no part of the server.
 """
 
 import base64
 import bisect
+import contextlib
+import fcntl
 import hashlib
 import io
 import itertools
@@ -40,13 +43,15 @@ import re
 import socket
 import struct
 import sys
+import termios
 import threading
 import time
 import weakref
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from urllib.parse import parse_qsl, quote, unquote_plus, urlsplit
 
 HEADERS = -1  # an offset: before the status line is sent
@@ -63,29 +68,29 @@ CODES = {400: "bad_request", 401: "unauthorized", 403: "access_denied", 404: "no
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong with one answer; several may be combined. Offsets count the bytes of this answer's body (of a range: from
-    its start); HEADERS is before the status line; an offset behind the end does nothing."""
+    its start); HEADERS is before the status line; an offset at or behind the end does nothing, so none does to a HEAD."""
     status: int = 0                # this status and B2's JSON error in place of the answer
     code: str = ""                 # of that error: expired_auth_token, transaction_cap_exceeded, ...; "": CODES[status]
     retry_after: object = None     # Retry-After header: seconds or any text
-    reset: int | None = None       # after so many bytes the connection is reset (ECONNRESET); the client gets at most so many
+    reset: int | None = None       # after so many bytes the connection is reset (ECONNRESET)
     truncate: int | None = None    # after so many bytes the connection is closed cleanly, short of Content-Length
     flip: int | None = None        # this byte of the body is inverted; the headers stay right
     stall: float = 0               # seconds of silence ...
     stall_at: int = HEADERS        # ... after so many bytes
-    rate: float = 0                # bytes a second; 0: as fast as it goes
+    rate: float = 0                # bytes of the body a second; 0: as fast as it goes
 
 
 @dataclass(frozen=True)
 class Object:
     name: str
     id: str
-    content: bytes | Path
+    content: bytes | str | Path  # or where it is
     size: int
     header: str  # what the SHA-1 header and the listing say
     info: dict
 
     def open(self):
-        return open(self.content, "rb") if isinstance(self.content, Path) else io.BytesIO(self.content)
+        return io.BytesIO(self.content) if isinstance(self.content, bytes) else open(self.content, "rb")
 
     def listed(self):
         return {"accountId": ACCOUNT, "action": "upload", "bucketId": BUCKET_ID, "contentLength": self.size, "contentMd5": None,
@@ -106,7 +111,7 @@ class Refused(Exception):
 
 class B2Server:
     def __init__(self, files=(), bucket="bucket", key_id="keyid", key="secret", restricted_to=None, prefix=""):
-        """files: {object name: content} or a folder, whose files are read when asked for. prefix goes before every name."""
+        """files: {name: bytes, or path of a file} or a folder; files are read when asked for. prefix goes before every name."""
         self.bucket, self.key_id, self.key, self.restricted_to = bucket, key_id, key, restricted_to
         self.fault = lambda kind, name, n: None
         self.requests, self.ranges, self.errors = [], defaultdict(list), []
@@ -117,25 +122,30 @@ class B2Server:
         for name, content in dict(files).items():
             self.put(prefix + name, content)
         self.http = Http(("127.0.0.1", 0), Handler)
-        self.http.site = self
+        self.http.site, self.http.connections = self, set()
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
     def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         servers.add(self)
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
         return self
 
     def __exit__(self, kind, *_):
+        if not self.thread.is_alive():
+            return  # in a forked child
         self.closing.set()
         self.http.shutdown()
-        self.http.server_close()
+        self.thread.join()
         for connection in list(self.http.connections):
-            self.http.shut(connection)
+            with contextlib.suppress(OSError):  # the client was faster
+                connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for the next request
+        self.http.server_close()  # waits for the threads of the connections
         if self.errors and not kind:
             raise self.errors[0]
 
     def put(self, name, content, sha1="header"):
-        """Add or replace an object; a version that was replaced can still be read by its id."""
+        """Add or replace an object; a version that was replaced can still be read by its id. content: bytes, or path of a file."""
         with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as f:
             digest = hashlib.file_digest(f, "sha1").hexdigest()
             size = f.seek(0, io.SEEK_END)
@@ -219,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
                     "unknown": url.path}.get(kind, object_.name if object_ else params.get("fileId")) or ""
         fault = site.note(kind, name, self.headers.get("Range"))
         if fault.stall_at == HEADERS:
-            site.closing.wait(fault.stall)
+            self.pause(fault.stall)
         if fault.reset == HEADERS:
             return self.reset()
         try:
@@ -232,8 +242,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply_json(200, site.list_buckets(name), fault)
             if kind == "list":
                 return self.reply_json(200, site.list(params), fault)
-            if object_ is None:
-                raise Refused(404)
+            if object_ is None or kind == "unknown":
+                raise Refused(400 if kind == "unknown" else 404)
             if kind == "info":
                 return self.reply_json(200, object_.listed(), fault)
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -256,28 +266,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, headers, body, start, stop, fault):
         """Status, headers and bytes [start, stop) of the open file body, going wrong as fault says."""
-        if fault.truncate == HEADERS:
-            self.close_connection = True
-            return
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": stop - start}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
         with body:
-            sent, length, began = 0, stop - start if self.command != "HEAD" else 0, time.monotonic()
+            if fault.truncate == HEADERS:
+                raise ConnectionAbortedError  # closes it
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": stop - start}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
             body.seek(start)
-            breaks = sorted(at for at in (fault.reset, fault.truncate, fault.stall_at) if at is not None and 0 <= at < length)
-            while True:
+            sent, length, began = 0, stop - start if self.command != "HEAD" else 0, time.monotonic()
+            largest = min(CHUNK, int(fault.rate / 20) or 1) if fault.rate else CHUNK
+            breaks = [at for at in (fault.reset, fault.truncate, fault.stall_at) if at is not None]
+            while sent < length:
                 if sent == fault.stall_at:
-                    self.server.site.closing.wait(fault.stall)
-                if sent == fault.reset and sent < length:
+                    self.pause(fault.stall)
+                if sent == fault.reset:
                     return self.reset()
-                if sent == fault.truncate and sent < length:
-                    self.close_connection = True
-                    return
-                if sent == length:
-                    return
-                largest = min(CHUNK, int(fault.rate / 20) or 1) if fault.rate else CHUNK
+                if sent == fault.truncate:
+                    raise ConnectionAbortedError
                 data = body.read(min([largest, length - sent, *(at - sent for at in breaks if at > sent)]))
                 if fault.flip is not None and sent <= fault.flip < sent + len(data):
                     data = bytearray(data)
@@ -285,57 +291,54 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(data)
                 sent += len(data)
                 if fault.rate:
-                    time.sleep(max(0, began + sent / fault.rate - time.monotonic()))
+                    self.pause(max(0, began + sent / fault.rate - time.monotonic()))
+
+    def pause(self, seconds):
+        if self.server.site.closing.wait(seconds):
+            raise ConnectionAbortedError  # rather than send the rest all at once
 
     def reset(self):
+        for _ in range(100):  # a reset discards what is still on its way: let the client have it, within a second
+            if not any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))):
+                break
+            self.pause(0.01)
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        release(self.connection)
+        with forking:
+            os.close(self.connection.detach())  # at once; socket.close() waits for the files made of it
 
     def log_message(self, *_):
         pass
 
 
-class Http(ThreadingHTTPServer):
+class Http(ThreadingTCPServer):
     request_queue_size = 128  # with 5, the default, a burst of connections waits a second for a second SYN
-    server_bind = ThreadingHTTPServer.__mro__[3].server_bind  # TCPServer's: HTTPServer's looks its own name up in the DNS
 
-    def __init__(self, *args):
-        self.connections = set()
-        super().__init__(*args)
-
-    def process_request(self, request, address):
-        self.connections.add(request)
-        super().process_request(request, address)
+    def get_request(self):
+        with forking:
+            request, address = super().get_request()
+            self.connections.add(request)
+        return request, address
 
     def shutdown_request(self, request):
-        self.connections.discard(request)
         super().shutdown_request(request)
-
-    def shut(self, connection):
-        try:
-            connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for the next request
-        except OSError:
-            pass  # the client was faster
+        self.connections.discard(request)
 
     def handle_error(self, request, address):
-        error = sys.exc_info()[1]
-        if not isinstance(error, ConnectionError):  # a client may leave when it likes
-            self.site.errors.append(error)
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may leave when it likes
+            self.site.errors.append(sys.exc_info()[1])
 
 
-def release(connection):
-    """Close the descriptor now; socket.close() waits for the files made of it."""
-    descriptor = connection.detach()
-    if descriptor >= 0:
-        os.close(descriptor)
+servers, forking = weakref.WeakSet(), threading.Lock()  # no fork while a connection is open and forget() could not find it
 
 
-def release_all():
+def forget():
+    """In a forked child: a connection that it holds would survive its reset."""
+    forking.release()
     for server in servers:
         for connection in [server.http.socket, *server.http.connections]:
-            release(connection)
+            if connection.fileno() >= 0:
+                os.close(connection.detach())
 
 
-servers = weakref.WeakSet()
-os.register_at_fork(after_in_child=release_all)  # a reset reaches the client only when no other process holds the connection
+os.register_at_fork(before=forking.acquire, after_in_parent=forking.release, after_in_child=forget)
