@@ -446,15 +446,24 @@ def locked(path, stop=None):
 
 
 def write(path, data):
-    """Write bytes or text to path: to a temporary name first, then moved, so that a reader sees all of it or nothing."""
+    """Write bytes or text to path: to a temporary name first, then moved, so that a reader sees all of it or nothing.
+
+    data may be a function that writes to the open file it is given, for what should not lie in memory a second time.
+    """
     path = str(path)
     temporary = f"{path}.{uuid.uuid4().hex}.part"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            if callable(data):
+                data(f)
+            else:
+                f.write(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as raised:
+        error = raised if isinstance(raised, OSError) else raised.__context__  # torch.save hides the disk's error in its own
+        if not isinstance(error, OSError):
+            raise
         reason = "no space left on the disk; make room, or set paths.cache_dir and paths.run_dir to another one" if error.errno == errno.ENOSPC else error.strerror
         raise OSError(error.errno, f"not written: {reason}", path) from error
     finally:

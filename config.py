@@ -1,6 +1,7 @@
 """Configuration: a YAML file with at most one `base:` parent, then `section.key=value` overrides.
 
     cfg = load("configs/demo.yaml", ["train.epochs=10", "train.lr_head=3e-4"])
+    cfg = load(["configs/demo.yaml", "configs/finetune.yaml"])      # the second over the first
     cfg.train.lr_head
 
 `base:` is a path relative to the file that names it, or absolute. KEYS below lists every key there is and what it may
@@ -39,6 +40,16 @@ def number(low, below=float("inf")):
         if type(value) is not float or not low <= value < below:
             raise ValueError(f"a number >= {low:g}" + (f" and < {below:g}" if below < float("inf") else ""))
         return value
+    return check
+
+
+def strength(below):
+    """A switch with its strength: false, true (the usual strength) or a number."""
+    def check(value):
+        try:
+            return value if type(value) is bool else number(0, below)(value)
+        except ValueError as error:
+            raise ValueError(f"true, false or {error}") from None
     return check
 
 
@@ -102,20 +113,23 @@ KEYS = {
     "data.fetch_deadline": number(1),
     "data.max_missing": integer(0),
     "data.sampler": one_of("shuffle", "stratified"),
-    "data.augment.flip": boolean,
-    "data.augment.intensity_jitter": boolean,
-    "data.augment.random_crop": boolean,
-    "data.augment.rotation": boolean,
+    "data.augment.flip": strength(1.001),
+    "data.augment.intensity_jitter": strength(1),
+    "data.augment.random_crop": strength(1),
+    "data.augment.rotation": strength(181),
+    "data.augment_views": integer(0),
     "model.emb_dim": integer(1),
     "model.encoder": one_of("context", "target"),
     "model.freeze_encoder": boolean,
     "model.unfreeze_at_epoch": integer(-1),
+    "model.drop_path": number(0, 1),
     "model.pool_method": one_of("mean", "max", "attentive"),
     "model.head.hidden": integer(0),
     "model.head.dropout": number(0, 1),
     "train.epochs": integer(1),
     "train.lr_head": number(0),
     "train.lr_encoder": number(0),
+    "train.layer_decay": number(0),
     "train.weight_decay": number(0),
     "train.optimizer": one_of("AdamW"),
     "train.scheduler": one_of("cosine"),
@@ -123,7 +137,11 @@ KEYS = {
     "train.class_weights": class_weights,
     "train.loss": one_of("ce", "focal"),
     "train.precision": one_of("fp32", "bf16"),
+    "train.micro_batch": integer(1),
+    "train.activation_checkpointing": boolean,
+    "train.grad_clip": number(0),
     "train.resume": one_of("auto", "never"),
+    "train.save_every": integer(0),
     "train.early_stopping.enabled": boolean,
     "train.early_stopping.patience": integer(1),
     "train.early_stopping.min_delta": number(0),
@@ -140,16 +158,21 @@ KEYS = {
 SECTIONS = {key[:i] for key in KEYS for i, letter in enumerate(key) if letter == "."}  # "train", "train.early_stopping", ...
 
 # Known keys whose other values ask for what is not built yet. Refused here: a value that nothing reads would be a lie.
-ONLY = {
-    "model.freeze_encoder": (True, "fine-tuning the encoder"),
-    "model.unfreeze_at_epoch": (-1, "fine-tuning the encoder"),
-    "model.pool_method": (("mean", "max"), "attentive pooling"),
-    "data.sampler": ("shuffle", "stratified sampling"),
-    "data.augment.flip": (False, "augmentation"),
-    "data.augment.intensity_jitter": (False, "augmentation"),
-    "data.augment.random_crop": (False, "augmentation"),
-    "data.augment.rotation": (False, "augmentation"),
-}
+ONLY = {"model.pool_method": (("mean", "max"), "attentive pooling")}
+
+
+def check_together(cfg):
+    """Values that are fine each, and contradict each other or ask for nothing: ValueError."""
+    unfreeze = cfg.model.unfreeze_at_epoch
+    if not cfg.model.freeze_encoder and unfreeze > 0:
+        raise ValueError(f"model.freeze_encoder=false trains the encoder from the start, and model.unfreeze_at_epoch={unfreeze} later; set "
+                         "model.freeze_encoder=true, or model.unfreeze_at_epoch=-1")
+    if unfreeze >= cfg.train.epochs:
+        raise ValueError(f"model.unfreeze_at_epoch={unfreeze} is never reached in train.epochs={cfg.train.epochs}; set more epochs, or "
+                         "model.unfreeze_at_epoch=-1")
+    if cfg.data.augment_views > 1 and not any(vars(cfg.data.augment).values()):
+        raise ValueError(f"data.augment_views={cfg.data.augment_views} asks for augmented views, and every switch of data.augment is off; set one of "
+                         f"{', '.join('data.augment.' + name for name in vars(cfg.data.augment))}")
 
 
 def flatten(tree, prefix=""):
@@ -232,8 +255,15 @@ def read(path, children=()):
 
 
 def load(path, overrides=()):
-    """Configuration file and "section.key=value" overrides -> nested namespace of every key, checked; defaults from configs/base.yaml."""
-    return resolve(read(path), overrides, path)
+    """Configuration file and "section.key=value" overrides -> nested namespace of every key, checked; defaults from configs/base.yaml.
+
+    path: one, or a list of files, of which a later one lies over the earlier.
+    """
+    paths = [path] if isinstance(path, (str, os.PathLike)) else path
+    flat = {}
+    for file in paths:
+        flat |= read(file)
+    return resolve(flat, overrides, ", ".join(map(str, paths)))
 
 
 def resolve(tree, overrides, where):
@@ -251,11 +281,11 @@ def resolve(tree, overrides, where):
         except ValueError as error:
             raise ValueError(f"{name} must be {error}; got {flat[name]!r}") from None
     for name, (allowed, feature) in ONLY.items():
-        allowed = allowed if isinstance(allowed, tuple) else (allowed,)
         if flat[name] not in allowed:
-            choices = " or ".join(yaml.safe_dump(a).split("\n")[0] for a in allowed)
-            raise ValueError(f"{name}={flat[name]} asks for {feature}, which is not built yet; set {name}={choices}")
-    return to_namespace(nest({name: flat[name] for name in KEYS}))
+            raise ValueError(f"{name}={flat[name]} asks for {feature}, which is not built yet; set {name}={' or '.join(allowed)}")
+    cfg = to_namespace(nest({name: flat[name] for name in KEYS}))
+    check_together(cfg)
+    return cfg
 
 
 def to_namespace(tree):

@@ -13,8 +13,10 @@ import errno
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import threading
@@ -447,6 +449,78 @@ def preprocess(volume, size):
     return out.zero_() if std == 0 else out.div_(float(std) if np.isfinite(std) else float("nan"))
 
 
+# ------------------------------------------------------------------------------------------- augmentation and sampling
+
+AUGMENTATION = "v1"  # part of the key of every augmented view's feature: change it with augment()
+USUAL = {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.2, "rotation": 10.0}  # what `true` asks for
+
+
+def strengths(cfg):
+    """data.augment as {name: strength}, without what is off or 0."""
+    how = cfg.data.augment
+    asked = {"flip": how.flip, "intensity_jitter": how.intensity_jitter, "random_crop": how.random_crop, "rotation": how.rotation}
+    return {name: USUAL[name] if value is True else value for name, value in asked.items() if value}
+
+
+def augment(volume, strength, key):
+    """Volume (1, D, H, W) -> another view of it, of the same shape and dtype. `key`, a text, alone decides which.
+
+    strength, of which any may be left out:
+      flip              probability to mirror the frames (D), and to mirror the columns (W); never the rows, which are depth
+      intensity_jitter  a: contrast times 1 - a to 1 + a, then brightness -a to a (SD of the volume)
+      random_crop       a: of each axis, up to this share is cut off, and the rest resized back
+      rotation          degrees: -a to a in the lateral plane (D, W), and -a to a in the B-scan (H, W)
+    All 0 is the identity. Planes are rotated in units of their own half-width and half-height.
+    """
+    chance = random.Random(key)
+    draw = {name: [chance.random() for _ in range(6)] for name in USUAL}  # the same numbers, whatever is switched on
+    flips = [p < strength.get("flip", 0) for p in draw["flip"][:2]]
+    gain, shift = (strength.get("intensity_jitter", 0) * (2 * u - 1) for u in draw["intensity_jitter"][:2])
+    scale = [1 - strength.get("random_crop", 0) * u for u in draw["random_crop"][:3]]  # of D, H, W
+    centre = [(1 - s) * (2 * u - 1) for s, u in zip(scale, draw["random_crop"][3:])]
+    lateral, scan = (math.radians(strength.get("rotation", 0) * (2 * u - 1)) for u in draw["rotation"][:2])
+
+    out = volume[0].float()  # (D, H, W)
+    out = resample(out, scan, scale[1:], centre[1:])  # every frame's (H, W)
+    out = resample(out.transpose(0, 1), lateral, (scale[0], 1), (centre[0], 0)).transpose(0, 1)  # every row's (D, W)
+    out = out.flip([axis for axis, flip in zip((0, 2), flips) if flip])
+    if gain or shift:
+        out = out * (1 + gain) + shift
+    return out.to(volume.dtype)[None]
+
+
+def resample(planes, angle, scale, centre):
+    """Planes (K, rows, columns) -> the same shape, seen through a window of `scale` (rows, columns) at `centre`, turned by angle."""
+    if angle == 0 and tuple(scale) == (1, 1):
+        return planes
+    cos, sin = math.cos(angle), math.sin(angle)
+    window = torch.tensor([[scale[1] * cos, -scale[1] * sin, centre[1]], [scale[0] * sin, scale[0] * cos, centre[0]]])
+    grid = F.affine_grid(window[None], [1, 1, *planes.shape[1:]], align_corners=False)  # (1, rows, columns, 2)
+    return F.grid_sample(planes[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+
+
+def epoch_order(labels, sampler, seed, epoch):
+    """The epoch's len(labels) draws, as indices of labels (n,); seed and epoch alone decide them.
+
+    "shuffle": everything once. "stratified": the classes in turn, so that any num_classes draws in a row hold each class once;
+    within a class, everything once before anything again.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    if sampler == "shuffle":
+        return torch.randperm(len(labels), generator=generator)
+    rounds = -(-len(labels) // len(CLASSES))
+    columns = []
+    for k in range(len(CLASSES)):
+        own = (labels == k).nonzero().flatten()
+        if not len(own):
+            raise ValueError(f"data.sampler=stratified draws every class, and no training volume is of class {k} ({CLASS_NAMES[k]}); set data.sampler=shuffle")
+        again = -(-rounds // len(own))
+        columns.append(torch.cat([own[torch.randperm(len(own), generator=generator)] for _ in range(again)])[:rounds])
+    table = torch.stack(columns, dim=1)  # (rounds, num_classes)
+    turns = torch.rand(table.shape, generator=generator).argsort(dim=1)
+    return table.gather(1, turns).flatten()[:len(labels)]
+
+
 # ------------------------------------------------------------------------------------------- volumes, with their cache
 
 
@@ -580,12 +654,13 @@ def load_array(path, dtype, shape):
     return None
 
 
-def stream(volumes, ledger, order, cfg):
+def stream(volumes, ledger, order, cfg, transform=None):
     """Yield (i, key, (1, D, H, W) float16) for the samples i of `order`, in that order.
 
     data.prefetch volumes are on their way at once: being fetched (by threads), decoded (by data.num_workers processes) or
-    waiting for the consumer, who has one more; memory holds no others. A volume that cannot be read is struck off the ledger, and stops the
-    run unless data.max_missing covers it. Close the generator (contextlib.closing) where the consumer may fail: else what is
+    waiting for the consumer, who has one more; memory holds no others. A volume that cannot be read is struck off the ledger, and
+    stops the run unless data.max_missing covers it; where ledger is None, none may be missing. transform(key, volume) -> volume
+    is called by the threads that fetch. Close the generator (contextlib.closing) where the consumer may fail: else what is
     on its way still arrives before the process ends.
     """
     if cfg.data.num_workers:
@@ -596,13 +671,14 @@ def stream(volumes, ledger, order, cfg):
     fetchers = ThreadPoolExecutor(cfg.data.prefetch)
 
     def load(i):
-        return volumes.load(i, lambda *args: decoder.submit(decode_volume, *args).result())
+        key, volume = volumes.load(i, lambda *args: decoder.submit(decode_volume, *args).result())
+        return key, transform(key, volume) if transform else volume
 
     volumes.stop.clear()
     todo, ahead = iter(order), deque()
 
     def fill():
-        struck = {s.path for s, _ in ledger.unreadable}
+        struck = {s.path for s, _ in ledger.unreadable} if ledger else ()
         for i in todo:
             if volumes.samples[i].path not in struck:
                 ahead.append((i, fetchers.submit(load, i)))
@@ -617,6 +693,8 @@ def stream(volumes, ledger, order, cfg):
             try:
                 key, volume = future.result()
             except Unreadable as error:
+                if ledger is None:
+                    raise ValueError(f"participant {sample.participant_id}: a volume that could be read before cannot be read now: {error}") from error
                 ledger.strike(sample, str(error))
                 check_missing(ledger, cfg.data.max_missing)
                 fill()

@@ -12,8 +12,8 @@ same order. Needs torch alone; torch_xla where it is chosen.
 """
 
 import contextlib
+import functools
 import importlib.util
-import io
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -248,6 +248,17 @@ def attention(dev, default):
     return default
 
 
+def checkpointing(dev):
+    """f(module, *args) that keeps none of the module's activations and computes them again in the backward pass."""
+    if dev.type == "xla":
+        from torch_xla.utils.checkpoint import checkpoint  # torch's own crashes there
+
+        return checkpoint
+    from torch.utils.checkpoint import checkpoint
+
+    return functools.partial(checkpoint, use_reentrant=False)
+
+
 def step_done(dev):
     """Marks the end of a step: XLA compiles and runs what was recorded; elsewhere nothing is to be done."""
     if dev.type == "xla":
@@ -322,10 +333,3 @@ def to_host(value):
     if isinstance(value, dict):
         return {k: to_host(v) for k, v in value.items()}
     return type(value)(to_host(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def to_bytes(value):
-    """What torch.save would write, with all tensors on the CPU."""
-    out = io.BytesIO()
-    torch.save(to_host(value), out)
-    return out.getvalue()

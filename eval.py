@@ -12,6 +12,7 @@ import base64
 import contextlib
 import csv
 import functools
+import hashlib
 import html
 import io
 import json
@@ -60,17 +61,31 @@ def open_encoder(cfg):
     return encoder, tuple(size), model.weights_hash(encoder)
 
 
-def features(cfg, ledger, samples, encoder, size, encoder_hash, dev):
+def encode(cfg, encoder, volume, dev):
+    """Volume (1, D, H, W) -> its pooled feature (C,), as numpy."""
+    with torch.no_grad(), device.autocast(dev, cfg.train.precision):
+        tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
+    feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
+    device.step_done(dev)
+    return feature.cpu().numpy()
+
+
+def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
     """Pooled features -> (those of the samples that could be read, float32 (their number, C) on the CPU), in order.
 
     Each volume is encoded once for ever: its feature is kept under cache_dir, keyed by encoder weights, pooling, precision,
     preprocessing and the volume's content. One volume at a time, so that a feature does not depend on its neighbours.
-    Replicas share the work, and each ends with all features.
+    Replicas share the work, and each ends with all features. view: 0 is the volume as it is, others are augmented.
     """
     rank, world = device.rank(), device.world()
+    model.Attention.kernel = staticmethod(device.attention(dev, model.attend))
     volumes = data.Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
     folder = os.path.join(volumes.cache_dir, "features", f"{encoder_hash[:16]}-{cfg.model.pool_method}-{cfg.train.precision}-{FEATURES}")
     dim = encoder.pos_embed.shape[-1]
+    strength, transform = data.strengths(cfg), None
+    if view:
+        folder = os.path.join(folder, hashlib.sha256(f"{data.AUGMENTATION} {strength} {cfg.seed} {view}".encode()).hexdigest()[:16])
+        transform = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} view {view} {key}")
 
     def kept(key):
         return None if key is None else data.load_array(os.path.join(folder, key + ".npy"), np.float32, (dim,))
@@ -80,17 +95,12 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev):
     todo = [i for i in mine if i not in found]
     encoded, struck_before = 0, len(ledger.unreadable)
     if todo:
-        encoder = encoder.to(dev)
-        model.Attention.kernel = staticmethod(device.attention(dev, model.attend))
-        with contextlib.closing(data.stream(volumes, ledger, todo, cfg)) as arriving:
-            for i, key, volume in tqdm(arriving, total=len(todo), desc="encode", unit="volume", mininterval=0.5, disable=rank > 0):
+        encoder.to(dev)
+        with contextlib.closing(data.stream(volumes, ledger, todo, cfg, transform)) as arriving:
+            for i, key, volume in tqdm(arriving, total=len(todo), desc=f"encode view {view}" if view else "encode", unit="volume", mininterval=0.5, disable=rank > 0):
                 feature = kept(key)  # known, under another name or date
                 if feature is None:
-                    with torch.no_grad(), device.autocast(dev, cfg.train.precision):
-                        tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
-                        feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
-                    device.step_done(dev)
-                    feature = feature.cpu().numpy()
+                    feature = encode(cfg, encoder, volume, dev)
                     if not np.isfinite(feature).all():
                         raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
                     data.save_array(os.path.join(folder, key + ".npy"), feature)
@@ -119,6 +129,18 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev):
     encoded = sum(device.gather(encoded, dev))
     print(f"features: {encoded} volumes encoded, {len(rest) - encoded} from {volumes.cache_dir}" + (f", {len(lost)} unreadable" if lost else ""))
     return [samples[i] for i in rest], x[rest]
+
+
+def features_now(cfg, samples, encoder, size, dev, desc):
+    """Pooled features (num_volumes, C) by an encoder that is being trained: nothing is kept, and every volume must be readable."""
+    volumes = data.Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
+    mine = range(device.rank(), len(samples), device.world())
+    x = torch.zeros(len(samples), encoder.pos_embed.shape[-1])
+    encoder.eval()
+    with contextlib.closing(data.stream(volumes, None, mine, cfg)) as arriving:
+        for i, _, volume in tqdm(arriving, total=len(mine), desc=desc, unit="volume", mininterval=0.5, leave=False, disable=device.rank() > 0):
+            x[i] = torch.from_numpy(encode(cfg, encoder, volume, dev))
+    return device.all_sum(x.to(dev)).cpu()
 
 
 def predict(head, x):
@@ -161,7 +183,7 @@ def open_run(ckpt, overrides=()):
     if os.path.basename(path) != BEST:  # last.pt, say: its results must not pass for those of the best checkpoint
         folder = os.path.join(folder, os.path.splitext(os.path.basename(path))[0])
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a fine-tuned encoder is large, and asked for once
         if not {"encoder_sha256", "train_participants", "labels_sha256", "head", "epoch"} <= set(saved):
             raise KeyError("head")
         cfg = config.resolve(saved["config"], overrides, path)
@@ -180,6 +202,14 @@ def evaluate_run(ckpt, split, overrides=()):
     if encoder_hash != trained:
         raise ValueError(f"{cfg.paths.checkpoint_path} holds encoder {encoder_hash[:16]}, the head was trained on {trained[:16]}; "
                          "set paths.checkpoint_path to that one, or train again")
+    try:
+        if "encoder" in saved:  # fine-tuned
+            encoder.load_state_dict(saved["encoder"], strict=True)
+            encoder_hash = model.weights_hash(encoder)
+        head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
+        head.load_state_dict(saved["head"], strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not loaded: {' '.join(str(error).split())}") from error
     ledger = data.read_ledger(cfg)
     data.check_missing(ledger, cfg.data.max_missing)
     samples = ledger.of(split)
@@ -187,11 +217,6 @@ def evaluate_run(ckpt, split, overrides=()):
         raise ValueError(f"no participant of split {split} has a volume")
     dev = device.get(cfg.device.backend)
     samples, x = features(cfg, ledger, samples, encoder, size, encoder_hash, dev)
-    head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
-    try:
-        head.load_state_dict(saved["head"], strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: head not loaded: {' '.join(str(error).split())}") from error
     ids, y_true, probabilities = by_participant(samples, predict(head, x))
 
     result = metrics.evaluate(y_true, probabilities, len(data.CLASSES))

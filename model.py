@@ -5,6 +5,9 @@
     features = pool(tokens, "mean")                                # (B, N, C) -> (B, C)
     logits = Head(C, num_classes=4)(features)                      # (B, C) -> (B, 4)
 
+To train the encoder too, call encoder.train(); set encoder.drop_path and encoder.checkpoint as you like, and give
+parameter_groups(...) to the optimizer.
+
 D, H, W are depth (frames), height (rows) and width (columns) of a volume; C is the width of the embedding.
 Needs torch alone.
 """
@@ -16,12 +19,36 @@ import re
 import types
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 HEAD_DIM = 64  # width of an attention head at pretraining; the weights do not tell it
+
+
+@dataclass
+class Noise:
+    """The random numbers of one training step: `key` alone decides them, on any backend, in any number of replicas and micro-batches.
+
+    key: a whole number of the step. places: (B,) where in the step's batch these B samples stand, -1 for padding; size: of
+    that batch. Masks are drawn on the host for the whole batch, and each sample takes its own row.
+    """
+
+    key: int
+    places: torch.Tensor
+    size: int
+
+    def keep(self, p, shape, layer):
+        """Dropout's factors (B, *shape): 0 with probability p, else 1 / (1 - p). layer: a number for every layer that asks."""
+        generator = torch.Generator().manual_seed(self.key + layer)
+        return torch.empty(self.size, *shape).bernoulli_(1 - p, generator=generator)[self.places] / (1 - p)
+
+
+def any_noise(x):
+    """Noise for a batch by itself, from torch's global generator."""
+    return Noise(torch.randint(2**62, ()).item(), torch.arange(len(x)), len(x))
 
 
 def attend(q, k, v, chunk=512):
@@ -66,9 +93,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, keep=(1, 1)):
+        """Tokens x (B, N, C) -> the same; keep (2, B, 1, 1): factors of the two branches (drop-path)."""
+        x = x + self.attn(self.norm1(x)) * keep[0]
+        return x + self.mlp(self.norm2(x)) * keep[1]
 
 
 class PatchEmbed(nn.Module):
@@ -81,7 +109,15 @@ class PatchEmbed(nn.Module):
 
 
 class ViT3D(nn.Module):
-    """Pre-norm 3D ViT without CLS token, learned absolute positions: (B, 1, D, H, W) float -> tokens (B, N, C)."""
+    """Pre-norm 3D ViT without CLS token, learned absolute positions: (B, 1, D, H, W) float -> tokens (B, N, C).
+
+    In training mode, a sample skips a block's branch with a probability that grows to drop_path at the last block (Huang et al.
+    2016), and `checkpoint` (called as torch.utils.checkpoint.checkpoint is) runs each block, to compute it again in the
+    backward pass instead of keeping what lies within.
+    """
+
+    drop_path = 0.0
+    checkpoint = None
 
     def __init__(self, dim, depth, num_tokens, hidden=None, patch_size=(4, 16, 16)):
         super().__init__()
@@ -92,11 +128,16 @@ class ViT3D(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, hidden or 4 * dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
-    def forward(self, volume):
+    def forward(self, volume, noise=None):
         self.check_size(volume.shape[-3:])
         x = self.patch_embed(volume) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
+        noise = noise or (any_noise(x) if self.training and self.drop_path else None)
+        for i, block in enumerate(self.blocks):
+            args = [x]
+            if self.training and self.drop_path:
+                keep = noise.keep(self.drop_path * (i + 1) / len(self.blocks), (2, 1, 1), layer=i)
+                args.append(keep.transpose(0, 1).to(x.device, x.dtype))  # (B, 2, 1, 1) -> (2, B, 1, 1)
+            x = self.checkpoint(block, *args) if self.training and self.checkpoint else block(*args)
         return self.norm(x)
 
     def check_size(self, size):
@@ -260,21 +301,16 @@ def pool(tokens, method):
 
 
 class HostDropout(nn.Module):
-    """Dropout whose mask is drawn by the host's generator, so that a seed gives the same run on CPU, GPU and TPU.
-
-    rows: indices of x's rows in the global batch and that batch's size, where x is a share of it: the mask is drawn for the
-    whole batch, so that any number of replicas drops the same. Index -1 is padding.
-    """
+    """Dropout whose mask is drawn on the host, so that a seed gives the same run on CPU, GPU and TPU; see Noise."""
 
     def __init__(self, p):
         super().__init__()
-        self.p, self.rows = p, None
+        self.p = p
 
-    def forward(self, x):
+    def forward(self, x, noise=None):
         if not self.training or self.p == 0:
             return x
-        rows, size = self.rows or (slice(None), len(x))
-        keep = torch.empty(size, *x.shape[1:]).bernoulli_(1 - self.p)[rows] / (1 - self.p)
+        keep = (noise or any_noise(x)).keep(self.p, x.shape[1:], layer=-1)
         return x * keep.to(x.device, x.dtype)
 
 
@@ -297,8 +333,6 @@ class Standardise(nn.Module):
 
 class Head(nn.Sequential):
     """Features (B, C) -> logits (B, num_classes): standardise, dropout, linear; with hidden > 0 an MLP of one hidden layer.
-
-    forward(x, rows): see HostDropout, where x is a replica's share of a batch.
     """
 
     def __init__(self, dim, num_classes, hidden=0, dropout=0.0):
@@ -309,9 +343,25 @@ class Head(nn.Sequential):
                 nn.init.normal_(layer.weight, std=0.01)  # DINOv2's and V-JEPA's probes: start near uniform answers
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x, rows=None):
+    def forward(self, x, noise=None):
         for layer in self:
-            if isinstance(layer, HostDropout):
-                layer.rows = rows
-            x = layer(x)
+            x = layer(x, noise) if isinstance(layer, HostDropout) else layer(x)
         return x
+
+
+def parameter_groups(head, encoder, lr_head, lr_encoder, layer_decay, weight_decay):
+    """Groups for an optimizer: those of the head, and of the encoder unless it is None; `peak` is a group's learning rate.
+
+    Layer l of the encoder learns at lr_encoder * layer_decay ** (depth + 1 - l): patches and positions are layer 0, block i is
+    layer i + 1, the last norm is layer depth + 1 (BEiT, MAE). Biases, norms and positions do not decay.
+    """
+    found = {}
+    for name, parameter in head.named_parameters():
+        found.setdefault(("head", lr_head, parameter.ndim > 1), []).append(parameter)
+    for name, parameter in encoder.named_parameters() if encoder else ():
+        top = len(encoder.blocks) + 1
+        block = re.match(r"blocks\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else top if name.startswith("norm.") else 0
+        found.setdefault(("encoder", lr_encoder * layer_decay ** (top - layer), parameter.ndim > 1 and name != "pos_embed"), []).append(parameter)
+    return [{"part": part, "params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay if decays else 0.0}
+            for (part, peak, decays), parameters in found.items()]

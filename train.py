@@ -1,8 +1,9 @@
-"""Train a head on a pretrained OCT encoder. Reads from top to bottom; copy it and hack on it.
+"""Train a head on a pretrained OCT encoder, and the encoder too if asked. Reads from top to bottom; copy it and hack on it.
 
     python train.py --config configs/demo.yaml                                  # laptop, synthetic data, two minutes
     python train.py --config configs/single_domain_01.yaml                      # GPU or CPU, whichever is there
     python train.py --config configs/single_domain_01.yaml train.epochs=10 train.lr_head=3e-4
+    python train.py --config configs/single_domain_01.yaml --config configs/finetune.yaml   # the encoder trains too
     python train.py --config configs/single_domain_01.yaml device.processes=4   # four GPUs, or four CPU processes
     python train.py --config configs/single_domain_01.yaml train.resume=auto    # go on after an interruption
     .venv-xla/bin/python train.py --config configs/single_domain_01.yaml        # on every host of a TPU pod, through xmp.spawn
@@ -11,11 +12,13 @@ then `python eval.py --ckpt RUN_DIR --split test`. The README says what a run le
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
 import netrc
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -25,7 +28,9 @@ import urllib.parse
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 import yaml
+from tqdm import tqdm
 
 import b2
 import config
@@ -39,8 +44,8 @@ import phantom
 
 
 # keys whose change on resuming does not change the result
-HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume", "data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline",
-            "data.max_missing")
+HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume", "train.save_every", "train.micro_batch",
+            "train.activation_checkpointing", "data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline", "data.max_missing")
 
 
 def lr_at(step, total_steps, warmup_steps, peak):
@@ -63,127 +68,263 @@ def main(rank, cfg):
     run_dir, epochs = b2.local_folder(cfg.paths.run_dir, "paths.run_dir"), cfg.train.epochs
     check_run_dir(run_dir, cfg)
     print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: {cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}")
-    if cfg.train.warmup_epochs >= epochs:
-        print(f"note: train.warmup_epochs={cfg.train.warmup_epochs} lasts the whole run of {epochs} epochs")
+    for note in doubts(cfg):
+        print(f"note: {note}")
 
     # data: who is there, who is not
     ledger = data.read_ledger(cfg)
     print(f"{ledger.description}\n{data.ledger_table(ledger)}")
     data.check_missing(ledger, cfg.data.max_missing)
 
-    # encoder: frozen, so every volume is encoded once, and the head trains on features
+    # features of the pretrained encoder: while it is frozen, every volume is encoded once, and the head trains on these
     encoder, size, encoder_hash = evaluation.open_encoder(cfg)
     encoder.requires_grad_(False)
     samples, x = evaluation.features(cfg, ledger, ledger.of("train") + ledger.of("val"), encoder, size, encoder_hash, dev)  # x (volumes, C)
     train, val = ([s for s in samples if s.split == split] for split in ("train", "val"))
-    x_train, x_val = x[:len(train)], x[len(train):]
-    train_labels = torch.tensor([s.label for s in train])
+    unfreeze = first_epoch_of_encoder(cfg)
+    strength = data.strengths(cfg)
+    views = [x[:len(train)]]
+    for view in range(1, 1 + cfg.data.augment_views) if strength and unfreeze > 1 else ():
+        views.append(evaluation.features(cfg, ledger, train, encoder, size, encoder_hash, dev, view)[1])
+    x_train, x_val = torch.stack(views, dim=1), x[len(train):]  # (volumes, views, C) and (volumes, C)
+    labels = torch.tensor([s.label for s in train])
     participants = {s.participant_id: s.label for s in train}
     weights = losses.class_weights(list(participants.values()), len(data.CLASSES), cfg.train.class_weights)
 
-    # head and optimizer; seeded here, for loading volumes draws random numbers and a full cache would not
+    # model and optimizer; seeded here, for loading volumes draws random numbers and a full cache would not
     device.seed(cfg.seed, dev)
     head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
-    head[0].fit(x_train)
-    head, x_train, x_val, train_labels, weights = (t.to(dev) for t in (head, x_train, x_val, train_labels, weights))
-    optimizer = getattr(torch.optim, cfg.train.optimizer)(head.parameters(), lr=cfg.train.lr_head, weight_decay=cfg.train.weight_decay)
+    head[0].fit(x_train.flatten(0, 1))
+    head, x_train, x_val = (t.to(dev) for t in (head, x_train, x_val))
+    if unfreeze <= epochs:
+        encoder.to(dev)
+        encoder.drop_path = cfg.model.drop_path
+        encoder.checkpoint = device.checkpointing(dev) if cfg.train.activation_checkpointing else None
+    groups = model.parameter_groups(head, encoder if unfreeze <= epochs else None, cfg.train.lr_head, cfg.train.lr_encoder, cfg.train.layer_decay,
+                                    cfg.train.weight_decay)
+    optimizer = getattr(torch.optim, cfg.train.optimizer)(groups)
     loss_of = losses.LOSSES[cfg.train.loss]
     batch_size = min(cfg.data.batch_size, len(train))
     steps_per_epoch = math.ceil(len(train) / batch_size)
-    print(f"head: {sum(p.numel() for p in head.parameters())} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
+    print(f"head: {count(head)} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
+    if unfreeze <= epochs:
+        print(f"encoder: {count(encoder)} parameters, trains from epoch {unfreeze} on")
 
-    # what the run is known by; resuming goes on with the same
+    # what the run is known by, and how far it is; resuming goes on with the same
     identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
                 "train_participants": list(participants), "volumes": [len(train), len(val)]}
     last = resume(run_dir, identity) if cfg.train.resume == "auto" else None
-    first_epoch, history, best, best_epoch, stop_reference, epochs_without = 1, [], None, None, None, 0
+    at = {"epoch": 0, "step": steps_per_epoch, "history": [], "best": None, "best_epoch": None, "stop_reference": None, "epochs_without": 0, "wandb": None}
     if last:
         head.load_state_dict(last["head"])
+        if "encoder" in last:
+            encoder.load_state_dict(last["encoder"])
         optimizer.load_state_dict(last["optimizer"])
-        torch.set_rng_state(last["rng"])
-        first_epoch, history, best_epoch, epochs_without = last["epoch"] + 1, last["history"], last["best_epoch"], last["epochs_without"]
-        best, stop_reference = tuple(last["best"]), tuple(last["stop_reference"])
-        print(f"resuming after epoch {last['epoch']} of {run_dir}")
-    starts = device.gather(first_epoch, dev)
-    if len(set(starts)) > 1:
-        raise ValueError(f"the replicas would go on with epochs {starts}: every host needs the same {os.path.join(run_dir, 'last.pt')}; copy that of host 0")
+        at = {name: last[name] for name in at}
+        print(f"resuming after {position(at, steps_per_epoch)} of {run_dir}")
+    starts = device.gather([at["epoch"], at["step"]], dev)
+    if any(start != starts[0] for start in starts):
+        raise ValueError(f"the replicas would go on after [epoch, step] {starts}: every host needs the same {os.path.join(run_dir, 'last.pt')}; copy that of host 0")
 
-    wandb_run = start_wandb(cfg, run_dir, rank)  # first, for it may refuse, and an earlier run should then still be there
+    wandb_run = start_wandb(cfg, run_dir, rank, at["wandb"])  # first, for it may refuse, and an earlier run should then still be there
+    at["wandb"] = wandb_run.id
     if rank == 0:
         prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last)
     stopping = device.sigterm()
     patience = cfg.train.early_stopping.patience if cfg.train.early_stopping.enabled else math.inf
-    for epoch in range(first_epoch, epochs + 1):
-        if epochs_without >= patience:
-            break
-        # train: the order depends on seed and epoch alone
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(cfg.seed * 100_003 + epoch))
-        head.train()
-        loss_sum = torch.zeros((), device=dev)
-        for i, batch in enumerate(order.split(batch_size)):
-            lr = lr_at((epoch - 1) * steps_per_epoch + i, epochs * steps_per_epoch, cfg.train.warmup_epochs * steps_per_epoch, cfg.train.lr_head)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # the loss divides by the weights of the whole batch, and a replica adds up the rows that are its own; -1 is padding
-            places = device.share(torch.arange(len(batch)), batch_size)
-            whole = torch.full((batch_size,), -1).index_copy(0, torch.arange(len(batch)), batch).to(dev)
-            rows = torch.where(places < 0, -1, batch[places]).to(dev)
-            total = (weights[train_labels[whole]] * (whole >= 0)).sum()
-            targets = train_labels[rows]
-            loss = (loss_of(head(x_train[rows], (places, batch_size)), targets) * weights[targets] * (rows >= 0)).sum() / total
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            device.all_sum_gradients(head.parameters())
-            optimizer.step()
-            loss_sum += loss.detach() * (whole >= 0).sum()
-            device.step_done(dev)
-        train_loss = device.all_sum(loss_sum).item() / len(train)
-        if not math.isfinite(train_loss):
-            raise ValueError(f"train loss is {train_loss} in epoch {epoch}; lower train.lr_head={cfg.train.lr_head}, or look at train.class_weights")
 
-        # validate: by participant, alike in every replica
+    def weights_now():
+        return {"head": head.state_dict(), **({"encoder": encoder.state_dict()} if at["epoch"] >= unfreeze else {})}
+
+    def save_last(**more):
+        """What resuming needs, from all replicas; and whether SIGTERM has come to any."""
+        if rank == 0:
+            content = {**identity, **at, **weights_now(), "optimizer": optimizer.state_dict(), **more}
+            b2.write(os.path.join(run_dir, "last.pt"), lambda file: torch.save(device.to_host(content), file))
+        if device.all_sum(torch.tensor(float(stopping.is_set()), device=dev)).item():
+            print(f"stopped by SIGTERM after {position(at, steps_per_epoch)}; train.resume=auto goes on from there")
+            raise SystemExit(128 + signal.SIGTERM)
+
+    while at["epoch"] < epochs or at["step"] < steps_per_epoch:
+        if at["step"] == steps_per_epoch:
+            if at["epochs_without"] >= patience:
+                break
+            at |= {"epoch": at["epoch"] + 1, "step": 0}
+        epoch, first_step = at["epoch"], at["step"]
+        encoder_trains = epoch >= unfreeze
+        encoder.requires_grad_(encoder_trains).train(encoder_trains)
+        head.train()
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+        # order, views and every other random number depend on seed, epoch, step and volume alone
+        batches = data.epoch_order(labels, cfg.data.sampler, cfg.seed, epoch).split(batch_size)
+        parts = [micro_batches(batch, batch_size, cfg.train.micro_batch if encoder_trains else batch_size) for batch in batches]
+        view = torch.randint(x_train.shape[1], (len(train),), generator=torch.Generator().manual_seed(cfg.seed * 100_003 + epoch))
+        x_epoch = x_train[torch.arange(len(train)), view].to(dev)  # (volumes, views, C) -> (volumes, C)
+        augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
+
+        # what the steps saw: loss and probabilities, added up for each volume; weighted loss and gradient norm, for each step
+        seen, sums = torch.zeros(len(train), 1 + len(data.CLASSES), device=dev), torch.zeros(2, device=dev)
+        if first_step and rank == 0:
+            seen, sums = last["seen"].to(dev), last["sums"].to(dev)
+
+        bar = tqdm(total=steps_per_epoch, initial=first_step, desc=f"epoch {epoch}", unit="step", leave=False, disable=rank > 0 or not encoder_trains)
+        with bar, contextlib.closing(volumes_of(train, parts[first_step:], size, cfg, augment)) as volumes:
+            for step in range(first_step, steps_per_epoch):
+                for group in optimizer.param_groups:
+                    start = 0 if group["part"] == "head" else unfreeze - 1  # a part's schedule begins when the part does
+                    group["lr"] = lr_at((epoch - 1 - start) * steps_per_epoch + step, (epochs - start) * steps_per_epoch,
+                                        cfg.train.warmup_epochs * steps_per_epoch, group["peak"]) if epoch > start else 0.0
+                key = random.Random(f"{cfg.seed} {epoch} {step}").getrandbits(62)
+                whole = weights[labels[batches[step]]].sum()  # the loss is divided by it, and the replicas' gradients are added up
+                for places, rows in parts[step]:
+                    noise = model.Noise(key, places, batch_size)
+                    if encoder_trains:
+                        with device.autocast(dev, cfg.train.precision):
+                            tokens = encoder(next(volumes).to(dev).float(), noise)  # (b, 1, D, H, W) -> (b, N, C)
+                        x = model.pool(tokens.float(), cfg.model.pool_method)  # (b, C)
+                    else:
+                        x = x_epoch[rows.to(dev)]
+                    logits = head(x, noise)  # (b, num_classes)
+                    targets = labels[rows]
+                    row_losses = loss_of(logits, targets.to(dev))  # (b,)
+                    loss = (row_losses * (weights[targets] * (rows >= 0) / whole).to(dev)).sum()
+                    loss.backward()
+                    with torch.no_grad():
+                        row_seen = torch.cat([row_losses[:, None], logits.softmax(dim=1)], dim=1) * (rows >= 0).to(dev)[:, None]  # (b, 1 + num_classes)
+                        seen.index_add_(0, rows.clamp(min=0).to(dev), row_seen)
+                        sums[0] += loss * len(batches[step])
+                    if rows is not parts[step][-1][1]:
+                        device.step_done(dev)
+                device.all_sum_gradients(trained)
+                sums[1] += torch.nn.utils.clip_grad_norm_(trained, cfg.train.grad_clip or math.inf) / device.world()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+                device.step_done(dev)
+                bar.update()
+                at["step"] = step + 1
+                is_due = cfg.train.save_every and at["step"] % cfg.train.save_every == 0 or device.world() == 1 and stopping.is_set()
+                if is_due and at["step"] < steps_per_epoch:
+                    save_last(seen=device.all_sum(seen), sums=check_finite(device.all_sum(sums), at, cfg))
+        train_loss, grad_norm = check_finite(device.all_sum(sums), at, cfg).tolist()
+
+        # what the steps saw, and validation: by participant, alike in every replica
+        seen, draws = device.all_sum(seen).cpu().double(), torch.cat(batches).bincount(minlength=len(train))
+        drawn = draws.nonzero().flatten()  # a stratified epoch leaves some out
+        _, y_train, p_train = evaluation.by_participant([train[i] for i in drawn], (seen[drawn, 1:] / seen[drawn, 1:].sum(dim=1, keepdim=True)).numpy())
+        train_score = metrics.score(y_train, p_train)
+        draws_of, loss_of_class = ([values[labels == k].sum().item() for k in range(len(data.CLASSES))] for values in (draws, seen[:, 0]))
+        if encoder_trains:
+            x_val = evaluation.features_now(cfg, val, encoder, size, dev, f"val of epoch {epoch}").to(dev)
         ids, y_val, p_val = evaluation.by_participant(val, evaluation.predict(head, x_val))
-        _, y_train, p_train = evaluation.by_participant(train, evaluation.predict(head, x_train))
-        train_score, val_score = metrics.score(y_train, p_train), metrics.score(y_val, p_val)
+        val_score = metrics.score(y_val, p_val)
         now = (val_score["balanced_accuracy"], val_score["log_loss"])
-        is_best = best is None or better(now, best)
-        if stop_reference is None or better(now, stop_reference, cfg.train.early_stopping.min_delta):
-            stop_reference, epochs_without = now, 0
-        else:
-            epochs_without += 1
-        record = {
-            "epoch": epoch, "train/lr": lr, "train/loss": train_loss, "train/balanced_accuracy": train_score["balanced_accuracy"],
-            "val/loss": val_score["log_loss"], "val/accuracy": val_score["accuracy"], "val/balanced_accuracy": val_score["balanced_accuracy"],
-            "val/macro_f1": val_score["macro_f1"], **{f"val/f1_{k}": f1 for k, f1 in enumerate(val_score["f1_per_class"])}, "best": is_best,
-        }
-        history.append(record)
+        is_best = at["best"] is None or better(now, at["best"])
+        if at["stop_reference"] is None or better(now, at["stop_reference"], cfg.train.early_stopping.min_delta):
+            at |= {"stop_reference": now, "epochs_without": 0}
+        elif not epoch < unfreeze <= epochs:  # patience begins when all that is to train does
+            at["epochs_without"] += 1
         if is_best:
-            best, best_epoch = now, epoch
+            at |= {"best": now, "best_epoch": epoch}
+        record = {
+            "epoch": epoch,
+            **{f"train/lr_{part}": max([g["lr"] for g in optimizer.param_groups if g["part"] == part], default=0.0) for part in ("head", "encoder")},
+            "train/loss": train_loss / len(train), "train/balanced_accuracy": train_score["balanced_accuracy"], "train/grad_norm": grad_norm / steps_per_epoch,
+            **{f"train/loss_{k}": loss / n if n else None for k, (loss, n) in enumerate(zip(loss_of_class, draws_of))},
+            **{f"train/drawn_{k}": n for k, n in enumerate(draws_of)},
+            **{f"train/predicted_share_{k}": n / len(y_train) for k, n in enumerate(train_score["predicted_counts"])},
+            "val/loss": val_score["log_loss"], "val/accuracy": val_score["accuracy"], "val/balanced_accuracy": val_score["balanced_accuracy"],
+            "val/macro_f1": val_score["macro_f1"], **{f"val/f1_{k}": f1 for k, f1 in enumerate(val_score["f1_per_class"])},
+            **{f"val/predicted_share_{k}": n / len(y_val) for k, n in enumerate(val_score["predicted_counts"])},
+            "gap/balanced_accuracy": train_score["balanced_accuracy"] - val_score["balanced_accuracy"], "best": is_best,
+        }
+        at["history"].append(record)
 
         # save: best first, so that last.pt never knows of a best that is not on disk
+        at_best = {"val_balanced_accuracy": now[0], "val_loss": now[1]}
         if rank == 0:
-            checkpoint = {**identity, "head": head.state_dict(), "epoch": epoch, "val_balanced_accuracy": now[0], "val_loss": now[1]}
             if is_best:
-                b2.write(os.path.join(run_dir, evaluation.BEST), device.to_bytes(checkpoint))
+                content = {**identity, "epoch": epoch, **weights_now(), **at_best}
+                b2.write(os.path.join(run_dir, evaluation.BEST), lambda file: torch.save(device.to_host(content), file))
                 b2.write(os.path.join(run_dir, "predictions_val.csv"), evaluation.predictions_csv(ids, y_val, p_val))
-            b2.write(os.path.join(run_dir, "last.pt"), device.to_bytes({
-                **checkpoint, "optimizer": optimizer.state_dict(), "best": best, "best_epoch": best_epoch, "history": history,
-                "stop_reference": stop_reference, "epochs_without": epochs_without, "rng": torch.get_rng_state()}))
-            b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in history))
+            b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in at["history"]))
             wandb_run.log(record)
-        print(f"epoch {epoch:3d}/{epochs}  lr {lr:.1e}  train loss {record['train/loss']:.3f} bal.acc {record['train/balanced_accuracy']:.3f}   "
-              f"val loss {now[1]:.3f} acc {val_score['accuracy']:.3f} bal.acc {now[0]:.3f} macro F1 {val_score['macro_f1']:.3f}{'  *' if is_best else ''}")
-        if device.all_sum(torch.tensor(float(stopping.is_set()), device=dev)).item():
-            print(f"stopped by SIGTERM after epoch {epoch}; train.resume=auto goes on from there")
-            raise SystemExit(128 + signal.SIGTERM)
-    if epochs_without >= patience:
-        print(f"stopped early: {epochs_without} epochs without improvement on val")
+        print(epoch_lines(record, epochs))
+        save_last(**at_best)
+    if at["epochs_without"] >= patience:
+        print(f"stopped early: {at['epochs_without']} epochs without improvement on val")
 
-    print(f"best: epoch {best_epoch}, val balanced accuracy {best[0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
+    print(f"best: epoch {at['best_epoch']}, val balanced accuracy {at['best'][0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
     if ledger.unreadable:
         print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
     wandb_run.finish()
     device.barrier(dev)  # nobody ends before rank 0 has written all
+
+
+# -------------------------------------------------------------------------------------------------- the parts of a step
+
+
+def micro_batches(batch, batch_size, size):
+    """This replica's share of a batch of sample indices -> [(their places in the batch, the indices)], each (size,), -1: padding."""
+    places = device.share(torch.arange(len(batch)), batch_size)
+    size = min(size, len(places))
+    places = F.pad(places, (0, -len(places) % size), value=-1)
+    return [(part, torch.where(part < 0, -1, batch[part])) for part in places.split(size)]
+
+
+def volumes_of(samples, parts, size, cfg, augment):
+    """Yield the volumes (b, 1, D, H, W) of every micro-batch of every step, float16; padding is zeros."""
+    volumes = data.Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
+    micro = [rows.tolist() for step in parts for _, rows in step]
+    with contextlib.closing(data.stream(volumes, None, [row for rows in micro for row in rows if row >= 0], cfg, augment)) as arriving:
+        for rows in micro:
+            yield torch.stack([next(arriving)[2] if row >= 0 else torch.zeros(1, *size, dtype=torch.float16) for row in rows])
+
+
+def check_finite(sums, at, cfg):
+    """sums on the host; ValueError before weights that are no numbers any more are saved."""
+    sums = sums.cpu()
+    if not torch.isfinite(sums).all():
+        raise ValueError(f"train loss or gradient is not finite in epoch {at['epoch']}; lower train.lr_head={cfg.train.lr_head} or "
+                         f"train.lr_encoder={cfg.train.lr_encoder}, or look at train.class_weights")
+    return sums
+
+
+def first_epoch_of_encoder(cfg):
+    """The epoch, counted from 1, from which on the encoder trains; infinity: never."""
+    if not cfg.model.freeze_encoder:
+        return 1
+    return cfg.model.unfreeze_at_epoch + 1 if cfg.model.unfreeze_at_epoch >= 0 else math.inf
+
+
+def doubts(cfg):
+    """Settings that are allowed and seldom meant."""
+    if cfg.train.warmup_epochs >= cfg.train.epochs:
+        yield f"train.warmup_epochs={cfg.train.warmup_epochs} lasts the whole run of {cfg.train.epochs} epochs"
+    if cfg.data.sampler == "stratified" and cfg.train.class_weights != "none":
+        yield (f"data.sampler=stratified and train.class_weights={cfg.train.class_weights} correct the imbalance twice; set one of them to "
+               "shuffle or none")
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def position(at, steps_per_epoch):
+    return f"epoch {at['epoch']}" if at["step"] == steps_per_epoch else f"step {at['step']} of epoch {at['epoch']}"
+
+
+def epoch_lines(record, epochs):
+    """What the terminal shows of an epoch."""
+    def by_class(name, form):
+        return "/".join("-" if record[f"{name}_{k}"] is None else form.format(record[f"{name}_{k}"]) for k in range(len(data.CLASSES)))
+
+    lr = "  ".join(f"{part} lr {record[f'train/lr_{part}']:.1e}" for part in ("head", "encoder") if record[f"train/lr_{part}"])
+    return (f"epoch {record['epoch']:3d}/{epochs}  train loss {record['train/loss']:.3f} bal.acc {record['train/balanced_accuracy']:.3f}   "
+            f"val loss {record['val/loss']:.3f} acc {record['val/accuracy']:.3f} bal.acc {record['val/balanced_accuracy']:.3f} "
+            f"macro F1 {record['val/macro_f1']:.3f}   gap {record['gap/balanced_accuracy']:+.3f}{'  *' if record['best'] else ''}\n"
+            f"    {lr}  gradient {record['train/grad_norm']:.2g}   by class: drawn {by_class('train/drawn', '{}')}, loss {by_class('train/loss', '{:.2f}')}, "
+            f"predicted on val {by_class('val/predicted_share', '{:.0%}')}")
 
 
 # ------------------------------------------------------------------------------------------- the run folder and W&B
@@ -224,7 +365,7 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
         b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in last["history"]))
         with open(os.path.join(run_dir, "provenance.json"), encoding="utf-8") as f:
             provenance = json.load(f)
-        provenance.setdefault("resumed", []).append({"after_epoch": last["epoch"], "command": command(), "device": device.describe(dev), "world_size": device.world()})
+        provenance.setdefault("resumed", []).append({"after_epoch": last["epoch"], "after_step": last["step"], "command": command(), "device": device.describe(dev), "world_size": device.world()})
         b2.write(os.path.join(run_dir, "provenance.json"), json.dumps(provenance, indent=1) + "\n")
         return
     earlier = [evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "predictions_test.csv", "eval_val.json", "eval_test.json",
@@ -264,10 +405,10 @@ def command():
     return shlex.join([os.path.basename(sys.executable), *sys.argv])
 
 
-def start_wandb(cfg, run_dir, rank):
-    """The W&B run, or an object that ignores everything when log.wandb=disabled, and on ranks above 0."""
+def start_wandb(cfg, run_dir, rank, earlier):
+    """The W&B run, or an object that ignores everything when log.wandb=disabled, and on ranks above 0. earlier: id of the run to go on with."""
     if cfg.log.wandb == "disabled" or rank:
-        return SimpleNamespace(log=lambda record: None, finish=lambda: None)
+        return SimpleNamespace(id=earlier, log=lambda record: None, finish=lambda: None)
     try:
         import wandb
     except ImportError:
@@ -283,14 +424,14 @@ def start_wandb(cfg, run_dir, rank):
         mode = "online" if has_key else "offline"
     os.makedirs(run_dir, exist_ok=True)
     try:
-        return wandb.init(project=cfg.log.wandb_project, name=cfg.log.run_name, mode=mode, dir=run_dir, config=config.to_dict(cfg))
+        return wandb.init(project=cfg.log.wandb_project, name=cfg.log.run_name, mode=mode, dir=run_dir, config=config.to_dict(cfg), id=earlier, resume="allow" if earlier else None)
     except wandb.Error as error:
         raise ValueError(f"W&B did not start: {error}; mend that, or set log.wandb=offline") from error
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="configuration file")
+    parser.add_argument("--config", required=True, action="append", help="configuration file; a second one lies over the first")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
