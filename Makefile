@@ -1,17 +1,21 @@
 # Aliases of visible commands. CKPT is the name of a file in configs/.
 CKPT ?= demo
 PYTHON ?= python3.11
-RUN = runs/cls_$(CKPT)
+MODE ?= probe
+finetune preview: MODE = finetune
+RUN = runs/cls_$(CKPT)$(if $(filter finetune,$(MODE)),_finetune)
+CONFIGS = --config configs/$(CKPT).yaml$(if $(filter finetune,$(MODE)), --config configs/finetune.yaml)
+NAME = $(if $(filter finetune,$(MODE)), log.run_name=$(CKPT)_finetune)
 
-.PHONY: probe finetune check setup setup-xla test test-slow test-xla bench tpu-setup tpu-train tpu-fetch clean
+.PHONY: probe finetune preview check setup setup-xla test test-slow test-xla bench tpu-setup tpu-train tpu-fetch clean
 
-probe: setup
-	.venv/bin/python train.py --config configs/$(CKPT).yaml paths.run_dir=$(RUN)
+probe finetune: setup
+	.venv/bin/python train.py $(CONFIGS) paths.run_dir=$(RUN)$(NAME)
 	.venv/bin/python eval.py --ckpt $(RUN) --split val
 	.venv/bin/python eval.py --ckpt $(RUN) --split test
 
-finetune: setup
-	.venv/bin/python train.py --config configs/finetune.yaml paths.checkpoint_path=./checkpoints/$(CKPT).pt paths.run_dir=./runs/finetune_$(CKPT)
+preview: setup
+	.venv/bin/python data.py $(CONFIGS) --preview runs/preview_$(CKPT).png
 
 check: setup
 	.venv/bin/python data.py --config configs/$(CKPT).yaml
@@ -65,7 +69,7 @@ tpu-setup:
 
 tpu-train:
 	$(if $(wildcard $(RUN)),$(call do,$(GCLOUD) scp --recurse $(RUN) $(TPU):octprobe/runs --zone=$(ZONE) --worker=all))
-	$(call do,$(ON_ALL)="$(XLA) train.py --config configs/$(CKPT).yaml device.backend=xla paths.run_dir=$(RUN) train.resume=auto")
+	$(call do,$(ON_ALL)="$(XLA) train.py $(CONFIGS) device.backend=xla paths.run_dir=$(RUN)$(NAME) train.resume=auto")
 	$(call do,$(GCLOUD) scp --recurse $(TPU):octprobe/$(RUN) runs --zone=$(ZONE) --worker=0)
 	$(call do,$(GCLOUD) scp --recurse $(RUN) $(TPU):octprobe/runs --zone=$(ZONE) --worker=all)
 	$(call do,$(ON_ALL)="$(XLA) eval.py --ckpt $(RUN) --split val && PJRT_DEVICE=TPU .venv-xla/bin/python eval.py --ckpt $(RUN) --split test")

@@ -1,6 +1,7 @@
 """Labels and manifest -> ledger -> samples -> preprocessed volumes.
 
-    python data.py --config configs/single_domain_01.yaml      # the ledger: who is there, who is missing, and why
+    python data.py --config configs/single_domain_01.yaml                                     # the ledger: who is there, who is missing, and why
+    python data.py --config configs/demo.yaml --config configs/finetune.yaml --preview a.png  # what augmentation makes of the volumes
 
 A participant has a label (study_group) and a split (recommended_split); a sample is one OCT volume of a participant,
 chosen by scanner and region. The ledger has a row for every labelled participant, so that nobody is lost silently.
@@ -452,7 +453,7 @@ def preprocess(volume, size):
 # ------------------------------------------------------------------------------------------- augmentation and sampling
 
 AUGMENTATION = "v1"  # part of the key of every augmented view's feature: change it with augment()
-USUAL = {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.2, "rotation": 10.0}  # what `true` asks for
+USUAL = {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.1, "rotation": 5.0}  # what `true` asks for
 
 
 def strengths(cfg):
@@ -723,12 +724,42 @@ def start_worker():
 # -------------------------------------------------------------------------------------------------------- the command
 
 
+def preview(path, cfg, ledger, size, views=5):
+    """PNG: of one training volume of each class the middle B-scan (rows, columns) and, below it, the lateral plane (frames, columns;
+    mean over rows), as it is and as the first epochs would see it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    samples = list({s.label: s for s in reversed(ledger.of("train"))}.values())
+    volumes = Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
+    figure, axes = plt.subplots(2 * len(samples), 1 + views, figsize=(1.8 * (1 + views), 3.4 * len(samples)), squeeze=False, layout="constrained")
+    with contextlib.closing(stream(volumes, ledger, range(len(samples)), cfg)) as arriving:
+        for i, key, volume in tqdm(arriving, total=len(samples), desc="preview", unit="volume"):
+            for column in range(1 + views):
+                view = augment(volume, strengths(cfg), f"{cfg.seed} {column} {key}") if column else volume
+                frames = view[0].float()  # (D, H, W)
+                planes = frames[len(frames) // 2], frames.mean(dim=1)
+                limits = [(plane.min(), plane.max()) for plane in planes] if column == 0 else limits  # one scale for the original and its views
+                for axis, plane, (low, high) in zip(axes[2 * i:2 * i + 2, column], planes, limits):
+                    axis.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect="auto")
+                    axis.set(xticks=[], yticks=[])
+            axes[2 * i, 0].set_ylabel(CLASS_NAMES[samples[i].label])
+    for column in range(1 + views):
+        axes[0, column].set_title(f"epoch {column}" if column else "original")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=90)
+    plt.close(figure)
+    b2.write(path, out.getvalue())
+
+
 def main():
     import config
     import phantom
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="configuration file")
+    parser.add_argument("--config", required=True, action="append", help="configuration file; a second one lies over the first")
+    parser.add_argument("--preview", metavar="FILE.png", help="draw augmented volumes next to the originals")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
@@ -736,6 +767,13 @@ def main():
     ledger = read_ledger(cfg)
     print(f"{ledger.description}: {cfg.data.scanner}, {cfg.data.anatomic_region}\n{ledger_table(ledger)}")
     check_missing(ledger, cfg.data.max_missing)
+    if args.preview:
+        if not strengths(cfg):
+            raise ValueError("--preview has nothing to show: every switch of data.augment is off; set data.augment.flip=true, say")
+        import eval as evaluation  # knows the encoder's size of volumes
+
+        preview(args.preview, cfg, ledger, evaluation.open_encoder(cfg)[1])
+        print(f"preview: {args.preview}")
 
 
 if __name__ == "__main__":

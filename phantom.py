@@ -409,7 +409,6 @@ def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0):
     import torch
 
     import b2
-    import device
     import model
 
     torch.manual_seed(seed)
@@ -418,9 +417,10 @@ def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0):
     predictor = torch.nn.Sequential(torch.nn.Linear(dim, dim), torch.nn.BatchNorm1d(dim), torch.nn.ReLU(), torch.nn.Linear(dim, dim))
     state = {**{f"context_encoder.{k}": v for k, v in context.items()}, **{f"target_encoder.encoder.{k}": v for k, v in target.items()},
              **{f"predictor.net.{k}": v for k, v in predictor.state_dict().items()}}
-    b2.write(path, device.to_bytes({
+    checkpoint = {
         "epoch": 0, "step": 0, "model_state_dict": state, "optimizer_state_dict": {"state": {}, "param_groups": []}, "scheduler_state_dict": {},
-        "loss": float("nan"), "config": {"experiment_name": "random_demo_encoder", "seed": seed, "image_size": list(image_size), "patch_size": [4, 16, 16]}}))
+        "loss": float("nan"), "config": {"experiment_name": "random_demo_encoder", "seed": seed, "image_size": list(image_size), "patch_size": [4, 16, 16]}}
+    b2.write(path, lambda file: torch.save(checkpoint, file))
 
 
 def prepare(cfg):

@@ -88,9 +88,18 @@ def test_a_real_checkpoint_that_is_not_there(project):
     assert done.returncode != 0 and "no_such_config" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_finetune_is_refused_with_a_sentence(project):
-    done = make(project, "finetune", "CKPT=demo")
-    assert done.returncode != 0 and "not built yet" in done.stderr
+def test_make_finetune_lays_its_settings_over_the_checkpoints(project):
+    done = make(project, "finetune", "CKPT=single_domain_01")
+    assert "train.py --config configs/single_domain_01.yaml --config configs/finetune.yaml paths.run_dir=runs/cls_single_domain_01_finetune" in done.stdout
+    assert done.returncode != 0 and "error: b2:// needs a key" in done.stderr
+
+
+def test_make_preview_draws(project, first):
+    done = make(project, "preview")
+    assert done.returncode == 0 and "preview: runs/preview_demo.png" in done.stdout, done.stderr
+    import matplotlib.image
+    picture = matplotlib.image.imread(project / "runs" / "preview_demo.png")
+    assert min(picture.shape[:2]) > 500 and picture[..., :3].std() > 0.1
 
 
 def test_tpu_targets_print_what_they_would_run(project):
@@ -101,5 +110,8 @@ def test_tpu_targets_print_what_they_would_run(project):
     assert trained.returncode == 0 and len(on_all) == 2
     assert "train.py --config configs/multi_domain.yaml device.backend=xla paths.run_dir=runs/cls_multi_domain train.resume=auto" in on_all[0]
     assert "eval.py --ckpt runs/cls_multi_domain --split test" in on_all[1]
+    tuned = make(project, "tpu-train", "DRY=1", "TPU=pod", "CKPT=multi_domain", "MODE=finetune")
+    assert ("train.py --config configs/multi_domain.yaml --config configs/finetune.yaml device.backend=xla paths.run_dir=runs/cls_multi_domain_finetune "
+            "log.run_name=multi_domain_finetune train.resume=auto") in tuned.stdout
     failed = make(project, "tpu-setup", "GCLOUD=false", "TPU=pod")
     assert failed.returncode != 0

@@ -266,7 +266,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(written, uninterrup
     killed = torch.load(f"{tmp_path}/run/last.pt", weights_only=True)["epoch"]
     assert 0 < killed < 60
     resumed = command("train.py", *arguments)
-    assert resumed.returncode == 0 and f"resuming after epoch {killed} of " in resumed.stdout and resumed.stdout.count("  lr ") == 60 - killed
+    assert resumed.returncode == 0 and f"resuming after epoch {killed} of " in resumed.stdout and resumed.stdout.count("  train loss ") == 60 - killed
     same_run(tmp_path, uninterrupted)
     assert [r["after_epoch"] for r in json.load(open(f"{tmp_path}/run/provenance.json"))["resumed"]] == [killed]
 
@@ -291,7 +291,7 @@ def test_a_finished_run_is_left_as_it_is(written, command, tmp_path):
     assert command("train.py", "--config", "configs/demo.yaml", *overrides(written, tmp_path)).returncode == 0
     before = {path: open(path, "rb").read() for path in glob.glob(f"{tmp_path}/run/*.*") if "provenance" not in path}
     output = command("train.py", "--config", "configs/demo.yaml", *overrides(written, tmp_path, "train.resume=auto")).stdout
-    assert "resuming after epoch 6 of" in output and "  lr " not in output and "best: epoch" in output
+    assert "resuming after epoch 6 of" in output and "  train loss " not in output and "best: epoch" in output
     assert before == {path: open(path, "rb").read() for path in before}
 
 

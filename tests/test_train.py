@@ -227,7 +227,7 @@ def test_variants_train_and_evaluate(written, configure, overrides):
 
 def test_a_loss_that_is_not_finite_stops_the_run(written, configure):
     # class 0 alone counts, one volume a step: most steps have a weight of 0 in all
-    with pytest.raises(ValueError, match="train loss is nan in epoch 1; lower train.lr_head"):
+    with pytest.raises(ValueError, match="train loss or gradient is not finite in epoch 1; lower train.lr_head"):
         train.main(0, configure(written, "train.class_weights=[1,0,0,0]", "data.batch_size=1"))
 
 
@@ -244,7 +244,7 @@ def test_a_run_shorter_than_the_warm_up_runs(written, configure, capsys):
     cfg = configure(written, "train.epochs=2", "train.warmup_epochs=5")
     train.main(0, cfg)
     history, _, _ = read_run(cfg)
-    assert len(history) == 2 and history[-1]["train/lr"] == pytest.approx(0.4 * 0.003)
+    assert len(history) == 2 and history[-1]["train/lr_head"] == pytest.approx(0.4 * 0.003)
     assert "train.warmup_epochs=5 lasts the whole run of 2 epochs" in capsys.readouterr().out
 
 
@@ -313,7 +313,7 @@ def test_evaluation_refuses_what_would_not_be_the_trained_thing(written, configu
         with pytest.raises(ValueError, match="junk.pt is not a checkpoint of train.py"):
             evaluation.evaluate_run(str(tmp_path / "junk.pt"), "test")
     saved = torch.load(f"{run}/{evaluation.BEST}", weights_only=True)
-    for change, message in ((lambda s: s.pop("config"), "is not a checkpoint of train.py"), (lambda s: s["head"].pop("2.bias"), "head not loaded")):
+    for change, message in ((lambda s: s.pop("config"), "is not a checkpoint of train.py"), (lambda s: s["head"].pop("2.bias"), "not loaded")):
         damaged = {**saved, "head": dict(saved["head"])}
         change(damaged)
         torch.save(damaged, tmp_path / "damaged.pt")
