@@ -28,7 +28,12 @@ def probe(written, tmp_path, backend, *overrides):
     return outputs[0], read("val"), read("test")
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.pool_method=max", "train.loss=focal", "model.head.hidden=16", "data.batch_size=7"]], ids=["linear", "variant"])
+TUNE = ["model.unfreeze_at_epoch=1", "model.drop_path=0.1", "model.head.hidden=8", "train.epochs=3", "data.batch_size=13", "train.micro_batch=4",
+        "train.grad_clip=1", "data.augment.flip=true", "data.augment.rotation=true"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.pool_method=max", "train.loss=focal", "model.head.hidden=16", "data.batch_size=7"], TUNE],
+                         ids=["linear", "variant", "fine-tuning"])
 def test_xla_gives_the_predictions_of_the_plain_cpu_run(written, tmp_path, overrides):
     xla, *xla_predictions = probe(written, tmp_path, "xla", *overrides)
     cpu, *cpu_predictions = probe(written, tmp_path, "cpu", *overrides)
@@ -84,6 +89,23 @@ def test_nothing_is_compiled_after_the_first_steps(written, tmp_path):
     assert len(set(encoding[2:])) == 1  # eval of the encoder, one volume a time
     assert len(set(first[2:])) == 1  # training, with the last batch that is not full
     assert len(set(later[2:])) == 1  # from the second epoch on, predictions of val and train between them
+
+
+def test_fine_tuning_compiles_nothing_after_its_first_steps(written, tmp_path):
+    """Micro-batches with padding, drop-path, checkpointing, augmentation, and validation between the epochs."""
+    overrides = [*settings(written, tmp_path), "device.backend=xla", *TUNE, "model.freeze_encoder=false", "model.unfreeze_at_epoch=-1"]
+    done = subprocess.run([sys.executable, "-c", COUNT, *overrides], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PJRT_DEVICE": "CPU"}, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout.split("COMPILED")[1])
+    volumes = int(done.stdout.split("features: ")[1].split()[0])
+    with open(tmp_path / "run" / "ledger.csv") as f:
+        val = sum(int(line.split(",")[4]) for line in f if ",val," in line)
+    steps = 4 * math.ceil((volumes - val) / 13)  # four micro-batches a step: 4, 4, 4 and one with three of padding
+    first, rest = compiled[volumes:volumes + steps], compiled[volumes + steps:]
+    assert len(rest) == 2 * steps + 3 * val
+    assert len(set(first[8:])) == 1  # training
+    assert set(rest[:val]) == {first[-1]}  # validation: the same graph as in the feature pass
+    assert len(set(rest[val:])) == 1  # from the second epoch on; between them, the end of the first
 
 
 SHARDS = """
