@@ -669,7 +669,7 @@ def stream(volumes, ledger, order, cfg, transform=None):
         decoder = ProcessPoolExecutor(cfg.data.num_workers, multiprocessing.get_context("spawn"), start_worker)
     else:
         decoder = ThreadPoolExecutor(1)
-    fetchers = ThreadPoolExecutor(cfg.data.prefetch)
+    fetchers = ThreadPoolExecutor(cfg.data.prefetch, initializer=torch.set_num_threads, initargs=(1,))  # the other cores are the model's
 
     def load(i):
         key, volume = volumes.load(i, lambda *args: decoder.submit(decode_volume, *args).result())
