@@ -739,12 +739,14 @@ def preview(path, cfg, ledger, size, views=5):
             for column in range(1 + views):
                 view = augment(volume, strengths(cfg), f"{cfg.seed} {column} {key}") if column else volume
                 frames = view[0].float()  # (D, H, W)
-                planes = frames[len(frames) // 2], frames.mean(dim=1)
-                limits = [(plane.min(), plane.max()) for plane in planes] if column == 0 else limits  # one scale for the original and its views
-                for axis, plane, (low, high) in zip(axes[2 * i:2 * i + 2, column], planes, limits):
-                    axis.imshow(plane, cmap="gray", vmin=low, vmax=high, aspect="auto")
-                    axis.set(xticks=[], yticks=[])
+                scan, lateral = frames[len(frames) // 2], frames.mean(dim=1)
+                if column == 0:
+                    low, high = scan.min(), scan.max()  # one scale for the original and its views; for the faint lateral plane, each its own
+                axes[2 * i, column].imshow(scan, cmap="gray", vmin=low, vmax=high, aspect="auto")
+                axes[2 * i + 1, column].imshow(lateral, cmap="gray", aspect="auto")
             axes[2 * i, 0].set_ylabel(CLASS_NAMES[samples[i].label])
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
     for column in range(1 + views):
         axes[0, column].set_title(f"epoch {column}" if column else "original")
     out = io.BytesIO()
