@@ -6,7 +6,7 @@
     all_sum_gradients(parameters)             # after backward, before clipping and optimizer.step()
     step_done(dev)                            # after each step: XLA runs what was recorded
 
-XLA: through xmp.spawn, a replica for every core of the host's (one with PJRT_DEVICE=CPU). CUDA and CPU: device.processes of
+XLA: through xmp.spawn, a replica for every core of the host's (with PJRT_DEVICE=CPU, one). CUDA and CPU: device.processes of
 them on this host, talking by nccl or gloo; with 1, main runs in this process. Every replica calls the same functions in the
 same order. Needs torch alone; torch_xla where it is chosen.
 """
@@ -54,8 +54,10 @@ def launch(main, cfg):
 
         if processes != 1:
             raise ValueError("device.processes is for CPU and CUDA; on XLA there is a replica for every core: set device.processes=1")
+        threading.Thread(target=watch_replicas, daemon=True).start()
+        signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in multiprocessing.active_children()] or sys.exit(128 + signal.SIGTERM))
         try:
-            xmp.spawn(replica_xla, args=(main, cfg), nprocs=1 if os.environ.get("PJRT_DEVICE") == "CPU" else None)
+            xmp.spawn(ReplicaXla(main, cfg))
         except BrokenProcessPool:
             sys.exit(1)  # the replica that failed has said why
     elif processes == 1:
@@ -106,8 +108,7 @@ def first_failure(replicas, pipes):
 
 def replica(rank, world, main, cfg, backend, meeting, pipe):
     """A process of `spawn`."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no life after its parent's
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if backend == "cuda":
@@ -131,15 +132,44 @@ def replica(rank, world, main, cfg, backend, meeting, pipe):
     os._exit(code or 0)  # not waiting for threads that still fetch, nor for a peer
 
 
-def replica_xla(index, main, cfg):
-    """What xmp.spawn calls; its index counts the host's replicas, rank() those of all hosts."""
-    try:
-        quietly(main, rank(), cfg)
-    except BaseException as error:
-        if world() == 1:
+def end_with_parent():
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+class ReplicaXla:
+    """What xmp.spawn calls, in a thread of a child process; its index counts the host's replicas, rank() those of all hosts."""
+
+    def __init__(self, main, cfg):
+        self.main, self.cfg = main, cfg
+
+    def __setstate__(self, state):
+        # unpickled by the child's main thread, the only one that may say what SIGTERM does
+        self.__dict__ = state
+        end_with_parent()
+        signal.signal(signal.SIGTERM, lambda *_: [event.set() for event in SIGTERM_EVENTS] or os._exit(128 + signal.SIGTERM))
+
+    def __call__(self, index):
+        try:
+            quietly(self.main, rank(), self.cfg)
+        except SystemExit:
             raise
-        print(explain(error), file=sys.stderr, flush=True)
-        os._exit(1)  # the others would wait for it in the next reduction
+        except BaseException as error:
+            if world() == 1:
+                raise
+            print(explain(error), file=sys.stderr, flush=True)
+            os._exit(1)  # the others would wait for it in the next reduction
+
+
+def watch_replicas():
+    """In the parent on XLA: when a replica has died, the others of this host are killed, for they wait for it and SIGTERM does not end them."""
+    seen = set()
+    while True:
+        time.sleep(0.5)
+        seen |= set(multiprocessing.active_children())
+        if any(process.exitcode for process in seen):
+            for process in seen:
+                process.kill()
 
 
 def quietly(main, rank, cfg):
@@ -168,10 +198,13 @@ def run(command):
         sys.exit(130)
 
 
+SIGTERM_EVENTS = []  # of the replicas in this process
+
+
 def sigterm():
-    """An event that SIGTERM sets, in place of ending the process: for a loop that saves before it ends. On XLA, main runs in a
-    thread that cannot catch signals: the event is never set there, and SIGTERM ends the process at once."""
+    """An event that SIGTERM sets, in place of ending the process: for a loop that saves before it ends."""
     event = threading.Event()
+    SIGTERM_EVENTS.append(event)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: event.set())
     return event

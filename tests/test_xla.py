@@ -4,8 +4,11 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,13 +53,13 @@ def test_the_job_goes_through_spawn(monkeypatch):
     import device
 
     calls = []
-    monkeypatch.setattr(xmp, "spawn", lambda fn, args, nprocs: calls.append((fn, args, nprocs)))
+    monkeypatch.setattr(xmp, "spawn", lambda replica: calls.append((type(replica), replica.main, replica.cfg)))
+    monkeypatch.setattr(device.threading, "Thread", lambda **named: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(device.signal, "signal", lambda *args: None)
     cfg = config.load(os.path.join(ROOT, "configs", "demo.yaml"))
     assert device.choose("auto") == "xla"
-    for pjrt, nprocs in (("CPU", 1), ("TPU", None)):  # None: a replica for every core
-        monkeypatch.setenv("PJRT_DEVICE", pjrt)
-        device.launch(print, cfg)
-        assert calls.pop() == (device.replica_xla, (print, cfg), nprocs)
+    device.launch(print, cfg)
+    assert calls == [(device.ReplicaXla, print, cfg)]
     cfg.device.processes = 2
     with pytest.raises(ValueError, match="on XLA there is a replica for every core: set device.processes=1"):
         device.launch(print, cfg)
@@ -160,3 +163,51 @@ def test_an_error_under_spawn_is_one_sentence(written, tmp_path):
 
 def test_bf16_runs(written, tmp_path):
     probe(written, tmp_path, "xla", "train.precision=bf16")
+
+
+DIES = """
+import os, signal, sys, time
+import torch_xla._internal.pjrt as pjrt
+import device
+from types import SimpleNamespace
+def main(rank, cfg):
+    if os.environ["PJRT_LOCAL_PROCESS_RANK"] == "1":
+        time.sleep(1)
+        {how}
+    time.sleep(600)
+if __name__ == "__main__":
+    pjrt.plugins.using_dynamic_plugins = lambda: True
+    pjrt.plugins.default = lambda: SimpleNamespace(physical_chip_count=lambda: 3)  # three processes, each with a CPU device
+    device.run(lambda: device.launch(main, SimpleNamespace(device=SimpleNamespace(backend="xla", processes=1))))
+"""
+
+
+@pytest.mark.parametrize("how, message", [("os.kill(os.getpid(), signal.SIGKILL)", ""), ("device.world = lambda: 3; raise ValueError('no such thing')", "error: no such thing")])
+def test_the_others_of_a_host_end_with_a_replica_that_dies(tmp_path, how, message):
+    (tmp_path / "dies.py").write_text(DIES.format(how=how))
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, tmp_path / "dies.py"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
+                          env={**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": ROOT})
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert time.monotonic() - began < 40 and not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False).stdout
+
+
+def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted(written, tmp_path):
+    """In the thread of a child process, as on a TPU; within an epoch of fine-tuning."""
+    def command(folder):
+        return [sys.executable, "train.py", "--config", "configs/demo.yaml", *settings(written, folder), "device.backend=xla", "train.resume=auto", *TUNE, "train.save_every=1", "train.epochs=2"]
+
+    env = {**os.environ, "PJRT_DEVICE": "CPU"}
+    run = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    for line in run.stdout:
+        if line.startswith("epoch   1/2"):
+            time.sleep(0.5)
+            run.terminate()
+            break
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM and re.search(r"stopped by SIGTERM after step \d of epoch 2", output), output + errors
+    for folder in (tmp_path, tmp_path / "whole"):
+        done = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == 0, done.stderr
+    a, b = (np.genfromtxt(folder / "run" / "predictions_val.csv", delimiter=",", skip_header=1) for folder in (tmp_path, tmp_path / "whole"))
+    assert np.abs(a - b).max() < 1e-5
