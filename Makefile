@@ -46,6 +46,9 @@ bench: setup
 	.venv/bin/python bench/decode.py
 	.venv/bin/python bench/stream.py
 	.venv/bin/python bench/processes.py
+	.venv/bin/python bench/augment.py
+	.venv/bin/python bench/step.py
+	.venv/bin/python bench/finetune.py --seeds 1
 
 # A TPU pod, from your own machine: the same command line on every host. DRY=1 only prints. TPU and ZONE name the TPU VM.
 TPU ?= TPU-NAME

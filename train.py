@@ -95,7 +95,7 @@ def main(rank, cfg):
     device.seed(cfg.seed, dev)
     head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
     head[0].fit(x_train.flatten(0, 1))
-    head, x_train, x_val = (t.to(dev) for t in (head, x_train, x_val))
+    head, x_val = head.to(dev), x_val.to(dev)
     if unfreeze <= epochs:
         encoder.to(dev)
         encoder.drop_path = cfg.model.drop_path
@@ -159,7 +159,8 @@ def main(rank, cfg):
         # order, views and every other random number depend on seed, epoch, step and volume alone
         batches = data.epoch_order(labels, cfg.data.sampler, cfg.seed, epoch).split(batch_size)
         parts = [micro_batches(batch, batch_size, cfg.train.micro_batch if encoder_trains else batch_size) for batch in batches]
-        view = torch.randint(x_train.shape[1], (len(train),), generator=torch.Generator().manual_seed(cfg.seed * 100_003 + epoch))
+        generator = torch.Generator().manual_seed(random.Random(f"{cfg.seed} {epoch} views").getrandbits(62))
+        view = torch.randint(x_train.shape[1], (len(train),), generator=generator)
         x_epoch = x_train[torch.arange(len(train)), view].to(dev)  # (volumes, views, C) -> (volumes, C)
         augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
 
@@ -180,8 +181,9 @@ def main(rank, cfg):
                 for places, rows in parts[step]:
                     noise = model.Noise(key, places, batch_size)
                     if encoder_trains:
+                        volume = next(volumes).to(dev).float()  # (b, 1, D, H, W)
                         with device.autocast(dev, cfg.train.precision):
-                            tokens = encoder(next(volumes).to(dev).float(), noise)  # (b, 1, D, H, W) -> (b, N, C)
+                            tokens = encoder(volume, noise)  # (b, N, C)
                         x = model.pool(tokens.float(), cfg.model.pool_method)  # (b, C)
                     else:
                         x = x_epoch[rows.to(dev)]

@@ -128,6 +128,15 @@ def test_memory_and_workers_do_not_change_the_result(written, alone, tmp_path, o
     assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
 
 
+def test_bf16_trains_the_encoder(written, alone, tmp_path):
+    cfg = cfg_of(written, tmp_path, "train.precision=bf16")
+    train.main(0, cfg)
+    history, _, last = read_run(cfg)
+    assert {v.dtype for v in last["encoder"].values()} == {torch.float32}  # bf16 is how it computes, not what it is
+    difference = np.abs(predictions(tmp_path) - predictions(alone)).max()
+    assert 0 < difference < 0.1 and len(history) == 3
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_processes_do_not_change_the_result(written, alone, tmp_path, processes):
     run = start("train.py", "--config", "configs/demo.yaml", *tuned(written, tmp_path, f"device.processes={processes}"))
