@@ -222,9 +222,9 @@ def main(rank, cfg):
         val_score = metrics.score(y_val, p_val)
         now = (val_score["balanced_accuracy"], val_score["log_loss"])
         is_best = at["best"] is None or better(now, at["best"])
-        if at["stop_reference"] is None or better(now, at["stop_reference"], cfg.train.early_stopping.min_delta):
-            at |= {"stop_reference": now, "epochs_without": 0}
-        elif not epoch < unfreeze <= epochs:  # patience begins when all that is to train does
+        if at["stop_reference"] is None or better(now, at["stop_reference"], cfg.train.early_stopping.min_delta) or epoch <= unfreeze <= epochs:
+            at |= {"stop_reference": now, "epochs_without": 0}  # patience begins when the encoder does: at first it costs some of the head's score
+        else:
             at["epochs_without"] += 1
         if is_best:
             at |= {"best": now, "best_epoch": epoch}

@@ -84,9 +84,9 @@ def test_layer_wise_rates_are_the_formulas():
 
 
 def test_early_stopping_waits_for_the_encoder(written, tmp_path):
-    cfg = cfg_of(written, tmp_path, "train.epochs=7", "model.unfreeze_at_epoch=4", "train.lr_encoder=0", "train.lr_head=0", "train.early_stopping.patience=2")
+    cfg = cfg_of(written, tmp_path, "train.epochs=9", "model.unfreeze_at_epoch=4", "train.lr_encoder=0", "train.lr_head=0", "train.early_stopping.patience=2")
     train.main(0, cfg)
-    assert [r["epoch"] for r in read_run(cfg)[0]] == [1, 2, 3, 4, 5, 6]  # 5 and 6 bring nothing; 2 to 4 do not count
+    assert [r["epoch"] for r in read_run(cfg)[0]] == [1, 2, 3, 4, 5, 6, 7]  # 6 and 7 bring nothing; before 5 nothing counts
 
 
 def test_it_overfits_eight_volumes(dataset, tmp_path):
