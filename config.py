@@ -31,23 +31,23 @@ def integer(low, high=2**31):
     return check
 
 
-def number(low, below=float("inf")):
+def number(low, below=float("inf"), most=float("inf")):
     def check(value):
         try:
             value = value if type(value) is bool else float(value)  # YAML reads 3e-4 as text
         except (TypeError, ValueError):
             pass
-        if type(value) is not float or not low <= value < below:
-            raise ValueError(f"a number >= {low:g}" + (f" and < {below:g}" if below < float("inf") else ""))
+        if type(value) is not float or not low <= value < below or value > most:
+            raise ValueError(f"a number >= {low:g}" + (f" and < {below:g}" if below < float("inf") else "") + (f" and <= {most:g}" if most < float("inf") else ""))
         return value
     return check
 
 
-def strength(below):
+def strength(most):
     """A switch with its strength: false, true (the usual strength) or a number."""
     def check(value):
         try:
-            return value if type(value) is bool else number(0, below)(value)
+            return value if type(value) is bool else number(0, most=most)(value)
         except ValueError as error:
             raise ValueError(f"true, false or {error}") from None
     return check
@@ -113,10 +113,10 @@ KEYS = {
     "data.fetch_deadline": number(1),
     "data.max_missing": integer(0),
     "data.sampler": one_of("shuffle", "stratified"),
-    "data.augment.flip": strength(1.001),
+    "data.augment.flip": strength(1),
     "data.augment.intensity_jitter": strength(1),
-    "data.augment.random_crop": strength(1),
-    "data.augment.rotation": strength(181),
+    "data.augment.random_crop": strength(0.9),
+    "data.augment.rotation": strength(180),
     "data.augment_views": integer(0),
     "model.emb_dim": integer(1),
     "model.encoder": one_of("context", "target"),
@@ -170,8 +170,16 @@ def check_together(cfg):
     if unfreeze >= cfg.train.epochs:
         raise ValueError(f"model.unfreeze_at_epoch={unfreeze} is never reached in train.epochs={cfg.train.epochs}; set more epochs, or "
                          "model.unfreeze_at_epoch=-1")
-    if cfg.data.augment_views > 1 and not any(vars(cfg.data.augment).values()):
-        raise ValueError(f"data.augment_views={cfg.data.augment_views} asks for augmented views, and every switch of data.augment is off; set one of "
+    never, views, augments = cfg.model.freeze_encoder and unfreeze < 0, cfg.data.augment_views, any(vars(cfg.data.augment).values())
+    if never and cfg.model.drop_path:
+        raise ValueError(f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; set model.drop_path=0, or let it train (model.unfreeze_at_epoch)")
+    if never and augments and not views:
+        raise ValueError("data.augment asks for augmentation, data.augment_views=0 for none while the encoder is frozen, and it always is; set "
+                         "data.augment_views=1 or more, or switch data.augment off")
+    if views > 1 and (not cfg.model.freeze_encoder or unfreeze == 0):
+        raise ValueError(f"data.augment_views={views} is for a frozen encoder, and this one trains from the start; set data.augment_views=1")
+    if views > 1 and not augments:
+        raise ValueError(f"data.augment_views={views} asks for augmented views, and every switch of data.augment is off; set one of "
                          f"{', '.join('data.augment.' + name for name in vars(cfg.data.augment))}")
 
 
@@ -235,8 +243,8 @@ def known_values(tree, where):
     return flat
 
 
-def read(path, children=()):
-    """Flat values of a file over those of its base."""
+def read(path, children=(), overlay=None):
+    """Flat values of a file over those of its base. overlay: the file that it is to lie over, and then it may have no base."""
     path = os.path.abspath(path)
     if path in children:
         raise ValueError(f"{path}: its chain of base: files comes back to itself")
@@ -251,6 +259,8 @@ def read(path, children=()):
     own = known_values(tree, path)
     if base is None:
         return own
+    if overlay:
+        raise ValueError(f"{path} is to lie over {overlay}, and its base: would replace all of that; name it first, or remove its base:")
     return {**read(os.path.join(os.path.dirname(path), text(base)), (*children, path)), **own}
 
 
@@ -259,11 +269,11 @@ def load(path, overrides=()):
 
     path: one, or a list of files, of which a later one lies over the earlier.
     """
-    paths = [path] if isinstance(path, (str, os.PathLike)) else path
-    flat = {}
-    for file in paths:
-        flat |= read(file)
-    return resolve(flat, overrides, ", ".join(map(str, paths)))
+    first, *others = [path] if isinstance(path, (str, os.PathLike)) else path
+    flat = read(first)
+    for other in others:
+        flat |= read(other, overlay=first)
+    return resolve(flat, overrides, ", ".join(map(str, [first, *others])))
 
 
 def resolve(tree, overrides, where):

@@ -503,8 +503,8 @@ def resample(planes, angle, scale, centre):
 def epoch_order(labels, sampler, seed, epoch):
     """The epoch's len(labels) draws, as indices of labels (n,); seed and epoch alone decide them.
 
-    "shuffle": everything once. "stratified": the classes in turn, so that any num_classes draws in a row hold each class once;
-    within a class, everything once before anything again.
+    "shuffle": everything once. "stratified": rounds of num_classes draws, each class once in a round; within a class,
+    everything once before anything again. ValueError when a class is missing.
     """
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     if sampler == "shuffle":
@@ -703,6 +703,8 @@ def stream(volumes, ledger, order, cfg, transform=None):
             except (OSError, MemoryError) as error:
                 raise OSError(f"participant {sample.participant_id}: {error or 'out of memory'}") from error
             except BrokenProcessPool as error:
+                for process in multiprocessing.active_children():  # they ignore the SIGTERM that the pool sends
+                    process.kill()
                 raise OSError("a process that decodes volumes died, out of memory perhaps; lower data.num_workers") from error
             fill()
             yield i, key, volume
@@ -714,9 +716,10 @@ def stream(volumes, ledger, order, cfg, transform=None):
 
 
 def start_worker():
-    """In a process that decodes: one thread, no life after its parent's, and Ctrl-C is the parent's business."""
+    """In a process that decodes: one thread, no life after its parent's, and Ctrl-C and SIGTERM are the parent's business."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -726,7 +729,7 @@ def start_worker():
 
 def preview(path, cfg, ledger, size, views=5):
     """PNG: of one training volume of each class the middle B-scan (rows, columns) and, below it, the lateral plane (frames, columns;
-    mean over rows), as it is and as the first epochs would see it."""
+    mean over rows), as it is and as epochs of a training encoder would see it."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -748,7 +751,7 @@ def preview(path, cfg, ledger, size, views=5):
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for column in range(1 + views):
-        axes[0, column].set_title(f"epoch {column}" if column else "original")
+        axes[0, column].set_title(f"view {column}" if column else "original")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=90)
     plt.close(figure)

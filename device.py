@@ -359,6 +359,11 @@ def gather(value, dev):
     return [json.loads(bytes(row[:length])) for row, length in zip(table, lengths)]
 
 
+def any_replica(value, dev):
+    """Is value true in any replica? The same answer in all."""
+    return value if world() == 1 else bool(all_sum(torch.tensor(float(value), device=dev)).item())
+
+
 def barrier(dev):
     """Wait until every replica is here."""
     gather(None, dev)

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import sys
+import zipfile
 
 import numpy as np
 import torch
@@ -140,7 +141,10 @@ def features_now(cfg, samples, encoder, size, dev, desc):
     with contextlib.closing(data.stream(volumes, None, mine, cfg)) as arriving:
         for i, _, volume in tqdm(arriving, total=len(mine), desc=desc, unit="volume", mininterval=0.5, leave=False, disable=device.rank() > 0):
             x[i] = torch.from_numpy(encode(cfg, encoder, volume, dev))
-    return device.all_sum(x.to(dev)).cpu()
+    x = device.all_sum(x.to(dev)).cpu()
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{desc}: the encoder's features are not finite any more; lower train.lr_encoder={cfg.train.lr_encoder}")
+    return x
 
 
 def predict(head, x):
@@ -182,16 +186,25 @@ def open_run(ckpt, overrides=()):
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.basename(path) != BEST:  # last.pt, say: its results must not pass for those of the best checkpoint
         folder = os.path.join(folder, os.path.splitext(os.path.basename(path))[0])
+    saved = read_saved(path, {"config", "encoder_sha256", "train_participants", "labels_sha256", "head", "epoch"})
+    return saved, config.resolve(saved["config"], overrides, path), path, folder
+
+
+def read_saved(path, keys):
+    """What train.py saved, tensors mapped. ValueError when it is damaged (every byte is verified), or lacks one of the keys."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a fine-tuned encoder is large, and asked for once
-        if not {"encoder_sha256", "train_participants", "labels_sha256", "head", "epoch"} <= set(saved):
-            raise KeyError("head")
-        cfg = config.resolve(saved["config"], overrides, path)
-    except (OSError, ValueError):
+        damaged = zipfile.ZipFile(path).testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = sorted(keys - set(saved))
+        if missing:
+            raise KeyError(", ".join(missing))
+    except OSError:
         raise
     except Exception as error:  # torch, zip and pickle raise a dozen types for a file that is none of ours
-        raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} {' '.join(str(error).split())[:200]}") from error
-    return saved, cfg, path, folder
+        raise ValueError(f"{path} is not a checkpoint of this train.py: {type(error).__name__} {' '.join(str(error).split())[:200]}") from error
+    return saved
 
 
 def evaluate_run(ckpt, split, overrides=()):
@@ -228,6 +241,8 @@ def evaluate_run(ckpt, split, overrides=()):
     partly = [r.participant_id for r in ledger.rows if r.split == split and r.status == "used" and r.reason]
     if partly:
         result["alarms"].append(f"{len(partly)} participants of {split} lack some of their volumes: {data.few(partly)}")
+    if "optimizer" in saved and "val_loss" not in saved:
+        result["alarms"].append(f"this checkpoint was saved within epoch {saved['epoch']}, after step {saved['step']}")
     if ledger.sha256[data.LABELS] != saved["labels_sha256"]:
         result["alarms"].append(f"{data.LABELS} is not the file that this run was trained with")
     result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),

@@ -46,6 +46,7 @@ import phantom
 # keys whose change on resuming does not change the result
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume", "train.save_every", "train.micro_batch",
             "train.activation_checkpointing", "data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline", "data.max_missing")
+INSTEAD = "set train.resume=never to replace the run, or paths.run_dir to another one"  # where a run cannot be resumed
 
 
 def lr_at(step, total_steps, warmup_steps, peak):
@@ -75,6 +76,9 @@ def main(rank, cfg):
     ledger = data.read_ledger(cfg)
     print(f"{ledger.description}\n{data.ledger_table(ledger)}")
     data.check_missing(ledger, cfg.data.max_missing)
+    train_labels = [s.label for s in ledger.of("train")]  # what could not train stops here, before anything is encoded
+    data.epoch_order(torch.tensor(train_labels), cfg.data.sampler, cfg.seed, 1)
+    losses.class_weights(train_labels, len(data.CLASSES), cfg.train.class_weights)
 
     # features of the pretrained encoder: while it is frozen, every volume is encoded once, and the head trains on these
     encoder, size, encoder_hash = evaluation.open_encoder(cfg)
@@ -85,7 +89,10 @@ def main(rank, cfg):
     strength = data.strengths(cfg)
     views = [x[:len(train)]]
     for view in range(1, 1 + cfg.data.augment_views) if strength and unfreeze > 1 else ():
-        views.append(evaluation.features(cfg, ledger, train, encoder, size, encoder_hash, dev, view)[1])
+        again, x_view = evaluation.features(cfg, ledger, train, encoder, size, encoder_hash, dev, view)
+        if len(again) < len(train):
+            raise ValueError(f"a volume that could be read before cannot be read now: {data.unreadable_table(ledger).splitlines()[-1]}")
+        views.append(x_view)
     x_train, x_val = torch.stack(views, dim=1), x[len(train):]  # (volumes, views, C) and (volumes, C)
     labels = torch.tensor([s.label for s in train])
     participants = {s.participant_id: s.label for s in train}
@@ -113,13 +120,16 @@ def main(rank, cfg):
     # what the run is known by, and how far it is; resuming goes on with the same
     identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
                 "train_participants": list(participants), "volumes": [len(train), len(val)]}
-    last = resume(run_dir, identity) if cfg.train.resume == "auto" else None
     at = {"epoch": 0, "step": steps_per_epoch, "history": [], "best": None, "best_epoch": None, "stop_reference": None, "epochs_without": 0, "wandb": None}
+    last = resume(run_dir, identity, set(at)) if cfg.train.resume == "auto" else None
     if last:
-        head.load_state_dict(last["head"])
-        if "encoder" in last:
-            encoder.load_state_dict(last["encoder"])
-        optimizer.load_state_dict(last["optimizer"])
+        try:
+            head.load_state_dict(last["head"])
+            if "encoder" in last:
+                encoder.load_state_dict(last["encoder"])
+            optimizer.load_state_dict(last["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{run_dir}: last.pt does not fit this model: {' '.join(str(error).split())[:200]}; {INSTEAD}") from error
         at = {name: last[name] for name in at}
         print(f"resuming after {position(at, steps_per_epoch)} of {run_dir}")
     starts = device.gather([at["epoch"], at["step"]], dev)
@@ -141,7 +151,7 @@ def main(rank, cfg):
         if rank == 0:
             content = {**identity, **at, **weights_now(), "optimizer": optimizer.state_dict(), **more}
             b2.write(os.path.join(run_dir, "last.pt"), lambda file: torch.save(device.to_host(content), file))
-        if device.all_sum(torch.tensor(float(stopping.is_set()), device=dev)).item():
+        if device.any_replica(stopping.is_set(), dev):
             print(f"stopped by SIGTERM after {position(at, steps_per_epoch)}; train.resume=auto goes on from there")
             raise SystemExit(128 + signal.SIGTERM)
 
@@ -205,7 +215,9 @@ def main(rank, cfg):
                 device.step_done(dev)
                 bar.update()
                 at["step"] = step + 1
-                is_due = cfg.train.save_every and at["step"] % cfg.train.save_every == 0 or device.world() == 1 and stopping.is_set()
+                is_due = cfg.train.save_every and at["step"] % cfg.train.save_every == 0
+                if device.world() == 1 or at["step"] % 10 == 0:  # several replicas must ask each other, which costs time
+                    is_due = device.any_replica(stopping.is_set(), dev) or is_due
                 if is_due and at["step"] < steps_per_epoch:
                     save_last(seen=device.all_sum(seen), sums=check_finite(device.all_sum(sums), at, cfg))
         train_loss, grad_norm = check_finite(device.all_sum(sums), at, cfg).tolist()
@@ -246,6 +258,7 @@ def main(rank, cfg):
         at_best = {"val_balanced_accuracy": now[0], "val_loss": now[1]}
         if rank == 0:
             if is_best:
+                remove_evaluations(run_dir)  # of the best before
                 content = {**identity, "epoch": epoch, **weights_now(), **at_best}
                 b2.write(os.path.join(run_dir, evaluation.BEST), lambda file: torch.save(device.to_host(content), file))
                 b2.write(os.path.join(run_dir, "predictions_val.csv"), evaluation.predictions_csv(ids, y_val, p_val))
@@ -253,7 +266,7 @@ def main(rank, cfg):
             wandb_run.log(record)
         print(epoch_lines(record, epochs))
         save_last(**at_best)
-    if at["epochs_without"] >= patience:
+    if at["epochs_without"] >= patience and at["epoch"] < epochs:
         print(f"stopped early: {at['epochs_without']} epochs without improvement on val")
 
     print(f"best: epoch {at['best_epoch']}, val balanced accuracy {at['best'][0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
@@ -301,11 +314,12 @@ def first_epoch_of_encoder(cfg):
 
 def doubts(cfg):
     """Settings that are allowed and seldom meant."""
-    if cfg.train.warmup_epochs >= cfg.train.epochs:
-        yield f"train.warmup_epochs={cfg.train.warmup_epochs} lasts the whole run of {cfg.train.epochs} epochs"
+    for part, first in (("head", 1), ("encoder", first_epoch_of_encoder(cfg))):
+        if first <= cfg.train.epochs <= cfg.train.warmup_epochs + first - 1:
+            yield f"train.warmup_epochs={cfg.train.warmup_epochs} lasts all {cfg.train.epochs - first + 1} epochs of the {part}"
     if cfg.data.sampler == "stratified" and cfg.train.class_weights != "none":
-        yield (f"data.sampler=stratified and train.class_weights={cfg.train.class_weights} correct the imbalance twice; set one of them to "
-               "shuffle or none")
+        yield (f"data.sampler=stratified and train.class_weights={cfg.train.class_weights} correct the imbalance twice; set data.sampler=shuffle "
+               "or train.class_weights=none")
 
 
 def count(module):
@@ -343,18 +357,23 @@ def check_run_dir(run_dir, cfg):
                          "set paths.run_dir to another one")
 
 
-def resume(run_dir, identity):
-    """The run's last.pt to go on from, None where there is none yet. ValueError when going on would not give the run's result."""
+def resume(run_dir, identity, progress):
+    """The run's last.pt to go on from, None where there is none yet. ValueError when going on would not give the run's result.
+
+    progress: names of what says how far it is.
+    """
     path = os.path.join(run_dir, "last.pt")
     if not os.path.exists(path):
         return None
-    last = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        last = evaluation.read_saved(path, {*identity, *progress, "head", "optimizer"})
+    except ValueError as error:
+        raise ValueError(f"{error}; {INSTEAD}") from error
     old, new = (config.flatten(part["config"]) for part in (last, identity))
     changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key] and not key.startswith(HARMLESS)]
     changed += [f"{what} is another" for what in ("encoder_sha256", "labels_sha256", "train_participants", "volumes") if last[what] != identity[what]]
     if changed:
-        raise ValueError(f"{run_dir} holds a run whose result this would change: {'; '.join(changed)}; set that back, or train.resume=never to "
-                         "replace the run, or paths.run_dir to another one")
+        raise ValueError(f"{run_dir} holds a run whose result this would change: {'; '.join(changed)}; set that back, or {INSTEAD}")
     return last
 
 
@@ -363,6 +382,9 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
 
     last: where a run is resumed, its last.pt; everything stays then, and provenance.json notes it.
     """
+    for name in os.listdir(run_dir) if os.path.isdir(run_dir) else ():
+        if name.endswith(".part"):  # of a process that was killed
+            os.remove(os.path.join(run_dir, name))
     if last:
         b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in last["history"]))
         with open(os.path.join(run_dir, "provenance.json"), encoding="utf-8") as f:
@@ -370,9 +392,9 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
         provenance.setdefault("resumed", []).append({"after_epoch": last["epoch"], "after_step": last["step"], "command": command(), "device": device.describe(dev), "world_size": device.world()})
         b2.write(os.path.join(run_dir, "provenance.json"), json.dumps(provenance, indent=1) + "\n")
         return
-    earlier = [evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "predictions_test.csv", "eval_val.json", "eval_test.json",
-               "report.html", "config.yaml", "ledger.csv", "plots/confusion_val.png", "plots/confusion_test.png", "plots/training.png"]
-    earlier = [os.path.join(run_dir, name) for name in earlier if os.path.exists(os.path.join(run_dir, name))]
+    earlier = [os.path.join(run_dir, name) for name in (evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "config.yaml", "ledger.csv")]
+    earlier = [path for path in earlier if os.path.exists(path)]
+    remove_evaluations(run_dir)
     if earlier:
         print(f"{run_dir}: replacing an earlier run")
     for path in earlier:
@@ -401,6 +423,15 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
     }, indent=1) + "\n")
     b2.write(os.path.join(run_dir, "config.yaml"), yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
     b2.write(os.path.join(run_dir, "ledger.csv"), data.ledger_csv(ledger))
+
+
+def remove_evaluations(run_dir):
+    """Remove what eval.py wrote of a checkpoint that is there no longer."""
+    for folder in (run_dir, os.path.join(run_dir, "last")):
+        for name in ("predictions_test.csv", "eval_val.json", "eval_test.json", "report.html", "plots/confusion_val.png", "plots/confusion_test.png",
+                     "plots/training.png", *(("predictions_val.csv", "ledger.csv") if folder != run_dir else ())):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))
 
 
 def command():

@@ -62,7 +62,7 @@ def test_child_overrides_parent_and_command_line_overrides_both(tmp_path):
     ("train.epochs", "is no override"),
     ("seed=[1", "not valid YAML"),
     ("model.pool_method=attentive", "attentive pooling, which is not built yet; set model.pool_method=mean or max"),
-    ("data.augment.flip=1.5", "data.augment.flip must be true, false or a number >= 0 and < 1.001; got 1.5"),
+    ("data.augment.flip=1.5", "data.augment.flip must be true, false or a number >= 0 and <= 1; got 1.5"),
     ("data.augment.rotation=often", "data.augment.rotation must be true, false or a number"),
     ("data.augment_views=4", "data.augment_views=4 asks for augmented views, and every switch of data.augment is off"),
     ("model.unfreeze_at_epoch=50", "model.unfreeze_at_epoch=50 is never reached in train.epochs=50"),
@@ -73,9 +73,21 @@ def test_bad_values_are_refused_by_name(override, message):
     assert message in str(error.value)
 
 
-def test_contradictions_are_refused():
-    with pytest.raises(ValueError, match="freeze_encoder=false trains the encoder from the start, and model.unfreeze_at_epoch=3 later"):
-        config.load(PROBE, ["model.freeze_encoder=false", "model.unfreeze_at_epoch=3"])
+@pytest.mark.parametrize("overrides, message", [
+    (["model.freeze_encoder=false", "model.unfreeze_at_epoch=3"], "freeze_encoder=false trains the encoder from the start, and model.unfreeze_at_epoch=3 later"),
+    (["model.drop_path=0.1"], "model.drop_path=0.1 is for an encoder that trains; set model.drop_path=0"),
+    (["data.augment.flip=true", "data.augment_views=0"], "data.augment_views=0 for none while the encoder is frozen, and it always is"),
+    (["data.augment.flip=true", "data.augment_views=3", "model.unfreeze_at_epoch=0"], "data.augment_views=3 is for a frozen encoder, and this one trains from the start"),
+])
+def test_what_would_do_nothing_or_contradicts_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(PROBE, overrides)
+    config.load(PROBE, ["data.augment.flip=true"])  # users have this in their files: it asks for one view
+
+
+def test_a_second_file_with_a_base_would_replace_the_first(tmp_path):
+    with pytest.raises(ValueError, match="demo.yaml is to lie over .*finetune.yaml, and its base: would replace all of that; name it first"):
+        config.load([os.path.join(ROOT, "configs", "finetune.yaml"), os.path.join(ROOT, "configs", "demo.yaml")])
 
 
 @pytest.mark.parametrize("text, message", [

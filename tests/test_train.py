@@ -245,7 +245,7 @@ def test_a_run_shorter_than_the_warm_up_runs(written, configure, capsys):
     train.main(0, cfg)
     history, _, _ = read_run(cfg)
     assert len(history) == 2 and history[-1]["train/lr_head"] == pytest.approx(0.4 * 0.003)
-    assert "train.warmup_epochs=5 lasts the whole run of 2 epochs" in capsys.readouterr().out
+    assert "train.warmup_epochs=5 lasts all 2 epochs of the head" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["a folder of other things", "a file", "where the encoder lies", "below a file"])
@@ -310,10 +310,10 @@ def test_evaluation_refuses_what_would_not_be_the_trained_thing(written, configu
         evaluation.evaluate_run(str(tmp_path / "nowhere"), "test")
     for content in (b"", b"junk", open(TINY, "rb").read()):
         (tmp_path / "junk.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="junk.pt is not a checkpoint of train.py"):
+        with pytest.raises(ValueError, match="junk.pt is not a checkpoint of this train.py"):
             evaluation.evaluate_run(str(tmp_path / "junk.pt"), "test")
     saved = torch.load(f"{run}/{evaluation.BEST}", weights_only=True)
-    for change, message in ((lambda s: s.pop("config"), "is not a checkpoint of train.py"), (lambda s: s["head"].pop("2.bias"), "not loaded")):
+    for change, message in ((lambda s: s.pop("config"), "is not a checkpoint of this train.py"), (lambda s: s["head"].pop("2.bias"), "not loaded")):
         damaged = {**saved, "head": dict(saved["head"])}
         change(damaged)
         torch.save(damaged, tmp_path / "damaged.pt")
