@@ -579,11 +579,15 @@ def test_views_are_encoded_once_and_all_are_trained_on(written, tmp_path, monkey
 
     ledger = data.read_ledger(cfg_of(written, tmp_path))
     n, m = len(ledger.of("train")), len(ledger.of("val"))
+    rows = set()
+    monkeypatch.setattr(model.Head, "forward", lambda self, x, noise=None, real=model.Head.forward: (
+        rows.update(r.numpy().tobytes() for r in x) if self.training else None) or real(self, x, noise))
     plain = run()
-    assert plain[0] == n + m
+    assert plain[0] == n + m and len(rows) == n
     three = run(*augment, "data.augment_views=3")
     assert three[0] == 3 * n and not np.array_equal(three[1], plain[1])
     assert len({c.flatten()[:1000].sum().item() for c in calls}) == 3 * n  # each view is another
+    assert len(rows) > 3 * n  # six epochs, each drawing from four
     again = run(*augment, "data.augment_views=3")
     assert again[0] == 0 and np.array_equal(again[1], three[1])
     assert run()[0] == 0 and np.array_equal(run()[1], plain[1])
