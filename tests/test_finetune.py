@@ -315,7 +315,7 @@ def test_a_run_equals_one_written_from_the_formulas(written, tmp_path):
 @pytest.mark.parametrize("change", ["model.drop_path=0", "train.grad_clip=0.01", "train.layer_decay=0.5", "train.weight_decay=1", "data.augment.flip=false",
                                     "data.augment.intensity_jitter=false", "data.augment.random_crop=0.3", "data.augment.rotation=false", "data.sampler=stratified",
                                     "train.loss=focal", "seed=43"])
-def test_every_knob_turns_something(written, alone, tmp_path, change):
+def test_every_knob_turns_something(written, tmp_path, change):
     train.main(0, cfg_of(written, tmp_path, change, "model.unfreeze_at_epoch=0", "train.epochs=1"))
     train.main(0, cfg_of(written, tmp_path / "as it was", "model.unfreeze_at_epoch=0", "train.epochs=1"))
     assert not same_encoder(tmp_path, tmp_path / "as it was", 1e-6)
