@@ -127,7 +127,7 @@ def same_encoder(a, b, most):
 
 
 @pytest.mark.parametrize("overrides", [["train.micro_batch=10"], ["train.micro_batch=3"], ["train.activation_checkpointing=false"],
-                                       ["data.num_workers=2", "data.prefetch=1", "data.cache_gb=0"]],
+                                       pytest.param(["data.num_workers=2", "data.prefetch=1", "data.cache_gb=0"], marks=pytest.mark.slow)],
                          ids=["at once", "of three", "kept activations", "workers, no cache"])
 def test_memory_and_workers_do_not_change_the_result(written, alone, tmp_path, overrides):
     """Gradients accumulated over four micro-batches are those of the batch at once: dropout, drop-path and augmentation on."""
@@ -200,7 +200,7 @@ def test_drop_path_skips_branches_in_training_only():
     assert x.mean() == pytest.approx(1, abs=0.01) and x.unique().tolist() == pytest.approx([0, 1 / 0.7])
 
 
-@pytest.mark.parametrize("moment", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 6))])
+@pytest.mark.parametrize("moment", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 6))])
 def test_killed_within_an_epoch_and_resumed_equals_uninterrupted_bit_for_bit(written, alone, command, tmp_path, moment):
     """Killed right after a save, of which there are three in an epoch of six steps."""
     arguments = ["--config", "configs/demo.yaml", *tuned(written, tmp_path, "train.save_every=2", "train.resume=auto")]
@@ -245,6 +245,7 @@ def test_sigterm_within_an_epoch_saves(written, alone, tmp_path, monkeypatch, ca
     assert not os.path.exists(f"{tmp_path}/run/last/eval_val.json")  # of a checkpoint that is there no longer
 
 
+@pytest.mark.slow
 def test_sigterm_to_all_processes_saves_though_decoders_get_it_too(written, tmp_path):
     run = start("train.py", "--config", "configs/demo.yaml", *tuned(written, tmp_path, "data.num_workers=1", "data.cache_gb=0", "train.epochs=40"), start_new_session=True)
     for line in run.stdout:

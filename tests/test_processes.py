@@ -296,7 +296,7 @@ def test_a_finished_run_is_left_as_it_is(written, command, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (["train.lr_head=0.1", "seed=7"], "seed 42 -> 7; train.lr_head 0.003 -> 0.1; set that back, or train.resume=never"),
+    (["train.lr_head=0.1", "seed=7"], "seed 42 -> 7; train.lr_head 0.003 -> 0.1; set that back, or set train.resume=never"),
     (["data.batch_size=8"], "data.batch_size 7 -> 8"),
     (["model.encoder=target"], "model.encoder context -> target"),
 ])
