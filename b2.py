@@ -469,3 +469,12 @@ def write(path, data):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def remove_abandoned(folder, age):
+    """Remove the temporary files that killed writers left in a folder: those that nobody has touched for `age` seconds."""
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        if entry.name.endswith(".part"):
+            with contextlib.suppress(FileNotFoundError):  # its writer lives, or another cleaner was faster
+                if time.time() - entry.stat().st_mtime >= age:
+                    os.remove(entry.path)

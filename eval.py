@@ -88,6 +88,8 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
         folder = os.path.join(folder, hashlib.sha256(f"{data.AUGMENTATION} {strength} {cfg.seed} {view}".encode()).hexdigest()[:16])
         transform = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} view {view} {key}")
 
+    b2.remove_abandoned(folder, 60)  # nobody takes so long to write a feature
+
     def kept(key):
         return None if key is None else data.load_array(os.path.join(folder, key + ".npy"), np.float32, (dim,))
 

@@ -382,9 +382,7 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
 
     last: where a run is resumed, its last.pt; everything stays then, and provenance.json notes it.
     """
-    for name in os.listdir(run_dir) if os.path.isdir(run_dir) else ():
-        if name.endswith(".part"):  # of a process that was killed
-            os.remove(os.path.join(run_dir, name))
+    b2.remove_abandoned(run_dir, 0)
     if last:
         b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in last["history"]))
         with open(os.path.join(run_dir, "provenance.json"), encoding="utf-8") as f:

@@ -394,7 +394,21 @@ def test_kill_9_leaves_nothing_that_stops_the_next_run(written, bucket, tmp_path
         assert run.returncode == 0, errors
         fetched = [name for kind, name in server.requests if kind == "download"]
         assert len(fetched) == len(set(fetched)) and PREFIX + "participants.tsv" not in fetched
-    assert glob.glob(f"{tmp_path}/remote-cache/**/*.part", recursive=True) == []
+    left = glob.glob(f"{tmp_path}/remote-cache/**/*.part", recursive=True)
+    assert len(left) <= 2 and all("/features/" in path or "/checksums/" in path for path in left)  # a few hundred bytes, cleared once they are old
+
+
+def test_what_killed_writers_left_is_removed_and_living_ones_are_not_disturbed(written, configure):
+    import train
+
+    cfg = configure(written)
+    train.main(0, cfg)
+    folder, = glob.glob(f"{cfg.paths.cache_dir}/features/*")
+    for name, age in (("old.npy.0.part", 100), ("young.npy.1.part", 0)):
+        open(f"{folder}/{name}", "w").close()
+        os.utime(f"{folder}/{name}", (time.time() - age,) * 2)
+    train.main(0, cfg)
+    assert [os.path.basename(path) for path in glob.glob(f"{folder}/*.part")] == ["young.npy.1.part"]
 
 
 def children_of(pid):
