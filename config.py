@@ -89,10 +89,10 @@ def image_size(value):
 
 
 def class_weights(value):
-    if value in ("auto", "none"):
+    if value in ("auto", "effective", "none"):
         return value
     if type(value) is not list or len(value) != 4:
-        raise ValueError("auto, none or a list of 4 numbers")
+        raise ValueError("auto, effective, none or a list of 4 numbers")
     return [number(0)(w) for w in value]
 
 
@@ -135,7 +135,7 @@ KEYS = {
     "train.scheduler": one_of("cosine"),
     "train.warmup_epochs": integer(0),
     "train.class_weights": class_weights,
-    "train.loss": one_of("ce", "focal"),
+    "train.loss": one_of("ce", "focal", "label_smoothing", "logit_adjustment", "balanced_softmax", "ordinal"),
     "train.precision": one_of("fp32", "bf16"),
     "train.micro_batch": integer(1),
     "train.activation_checkpointing": boolean,

@@ -333,11 +333,14 @@ class Standardise(nn.Module):
 
 class Head(nn.Sequential):
     """Features (B, C) -> logits (B, num_classes): standardise, dropout, linear; with hidden > 0 an MLP of one hidden layer.
+
+    log_prior (num_classes,): subtracted from the logits except while training; zeros unless the loss asks for it.
     """
 
     def __init__(self, dim, num_classes, hidden=0, dropout=0.0):
         layers = [nn.Linear(dim, hidden), nn.GELU()] if hidden else []
         super().__init__(Standardise(dim), *layers, HostDropout(dropout), nn.Linear(hidden or dim, num_classes))
+        self.register_buffer("log_prior", torch.zeros(num_classes))
         for layer in self:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.01)  # DINOv2's and V-JEPA's probes: start near uniform answers
@@ -346,7 +349,7 @@ class Head(nn.Sequential):
     def forward(self, x, noise=None):
         for layer in self:
             x = layer(x, noise) if isinstance(layer, HostDropout) else layer(x)
-        return x
+        return x if self.training else x - self.log_prior
 
 
 def parameter_groups(head, encoder, lr_head, lr_encoder, layer_decay, weight_decay):

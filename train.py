@@ -111,6 +111,10 @@ def main(rank, cfg):
                                     cfg.train.weight_decay)
     optimizer = getattr(torch.optim, cfg.train.optimizer)(groups)
     loss_of = losses.LOSSES[cfg.train.loss]
+    drawn_of = labels.bincount(minlength=len(data.CLASSES)) if cfg.data.sampler == "shuffle" else torch.ones(len(data.CLASSES))
+    log_prior = (drawn_of / drawn_of.sum()).log().to(dev)  # of the classes, in what is drawn
+    if cfg.train.loss == "logit_adjustment":
+        head.log_prior.copy_(log_prior)
     batch_size = min(cfg.data.batch_size, len(train))
     steps_per_epoch = math.ceil(len(train) / batch_size)
     print(f"head: {count(head)} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
@@ -199,11 +203,11 @@ def main(rank, cfg):
                         x = x_epoch[rows.to(dev)]
                     logits = head(x, noise)  # (b, num_classes)
                     targets = labels[rows]
-                    row_losses = loss_of(logits, targets.to(dev))  # (b,)
+                    row_losses = loss_of(logits, targets.to(dev), log_prior)  # (b,)
                     loss = (row_losses * (weights[targets] * (rows >= 0) / whole).to(dev)).sum()
                     loss.backward()
                     with torch.no_grad():
-                        row_seen = torch.cat([row_losses[:, None], logits.softmax(dim=1)], dim=1) * (rows >= 0).to(dev)[:, None]  # (b, 1 + num_classes)
+                        row_seen = torch.cat([row_losses[:, None], (logits - head.log_prior).softmax(dim=1)], dim=1) * (rows >= 0).to(dev)[:, None]  # (b, 1 + num_classes)
                         seen.index_add_(0, rows.clamp(min=0).to(dev), row_seen)
                         sums[0] += loss * len(batches[step])
                     if rows is not parts[step][-1][1]:
@@ -317,9 +321,12 @@ def doubts(cfg):
     for part, first in (("head", 1), ("encoder", first_epoch_of_encoder(cfg))):
         if first <= cfg.train.epochs <= cfg.train.warmup_epochs + first - 1:
             yield f"train.warmup_epochs={cfg.train.warmup_epochs} lasts all {cfg.train.epochs - first + 1} epochs of the {part}"
-    if cfg.data.sampler == "stratified" and cfg.train.class_weights != "none":
-        yield (f"data.sampler=stratified and train.class_weights={cfg.train.class_weights} correct the imbalance twice; set data.sampler=shuffle "
-               "or train.class_weights=none")
+    corrections = {"data.sampler=stratified": cfg.data.sampler == "stratified", f"train.class_weights={cfg.train.class_weights}": cfg.train.class_weights != "none",
+                   f"train.loss={cfg.train.loss}": cfg.train.loss in ("logit_adjustment", "balanced_softmax")}
+    twice = [name for name, is_on in corrections.items() if is_on]
+    if len(twice) > 1:
+        yield (f"{' and '.join(twice)} correct the imbalance {'twice' if len(twice) == 2 else 'three times'}; keep one, and set the others to "
+               "data.sampler=shuffle, train.class_weights=none, train.loss=ce")
 
 
 def count(module):

@@ -24,7 +24,7 @@ def test_other_schemes():
 
 @pytest.mark.parametrize("labels, scheme, message", [
     ([0, 1, 2], "auto", "every one of 4 classes"), ([0, 1, 2, 3, 4], "auto", "every one"), ([0, 1, 2, 3, -1], "auto", "every one"), ([0], [1, 2], "4 numbers"),
-    ([0], [1, 2, 3, -1], "4 numbers"), ([0], [1, 2, 3, math.nan], "4 numbers"), ([0], [0, 0, 0, 0], "not all zero"), ([0], "balanced", "'auto', 'none' or a list")])
+    ([0], [1, 2, 3, -1], "4 numbers"), ([0], [1, 2, 3, math.nan], "4 numbers"), ([0], [0, 0, 0, 0], "not all zero"), ([0], "balanced", "'auto', 'effective', 'none' or a list")])
 def test_bad_weights(labels, scheme, message):
     with pytest.raises(ValueError, match=message):
         losses.class_weights(labels, 4, scheme)
@@ -57,3 +57,50 @@ def test_focal_gradient_is_finite_where_the_answer_is_certain():
     logits = torch.tensor([[200.0, 0, 0, 0]], requires_grad=True)
     losses.focal_loss(logits, torch.tensor([0]), gamma=0.5).backward()
     assert torch.isfinite(logits.grad).all()
+
+
+def rows(count, dtype=torch.float64):
+    """Random logits (count, 4), targets (count,) and log prior (4,)."""
+    torch.manual_seed(count)
+    return torch.randn(count, 4, dtype=dtype) * 3, torch.randint(4, (count,)), torch.tensor([0.39, 0.22, 0.31, 0.08], dtype=dtype).log()
+
+
+def slow_softmax(row):
+    return [math.exp(v) / sum(math.exp(u) for u in row) for v in row]
+
+
+SLOW = {
+    "ce": lambda row, y, prior: -math.log(slow_softmax(row)[y]),
+    "focal": lambda row, y, prior: (1 - slow_softmax(row)[y]) ** 2 * -math.log(slow_softmax(row)[y]),
+    "label_smoothing": lambda row, y, prior: -sum((0.9 * (k == y) + 0.1 / 4) * math.log(p) for k, p in enumerate(slow_softmax(row))),
+    "logit_adjustment": lambda row, y, prior: -math.log(slow_softmax(row)[y]),
+    "balanced_softmax": lambda row, y, prior: -math.log(prior[y] * math.exp(row[y]) / sum(q * math.exp(v) for q, v in zip(prior, row))),
+    "ordinal": lambda row, y, prior: sum((sum(slow_softmax(row)[:k + 1]) - (y <= k)) ** 2 for k in range(4)),
+}
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_equals_its_formula_and_its_gradient_the_difference_quotient(name):
+    logits, targets, log_prior = rows(25)
+    found = losses.LOSSES[name](logits, targets, log_prior)
+    assert found.shape == (25,)
+    assert found.tolist() == pytest.approx([SLOW[name](row, y, log_prior.exp().tolist()) for row, y in zip(logits.tolist(), targets.tolist())], abs=1e-10)
+    assert torch.autograd.gradcheck(lambda z: losses.LOSSES[name](z, targets, log_prior), logits.requires_grad_())
+    extreme = (torch.eye(4) * 200 - 100).requires_grad_()
+    losses.LOSSES[name](extreme, torch.tensor([0, 2, 1, 3]), log_prior.float()).sum().backward()
+    assert torch.isfinite(extreme.grad).all()
+
+
+def test_ordinal_charges_by_distance():
+    sure = torch.eye(4) * 50
+    assert losses.ordinal_losses(sure, torch.zeros(4, dtype=torch.int64)).tolist() == pytest.approx([0, 1, 2, 3])
+
+
+def test_effective_numbers():
+    weights = losses.class_weights(np.repeat([0, 1, 2, 3], [290, 162, 233, 58]), 4, "effective")
+    expected = np.array([1 / sum(0.999 ** i for i in range(n)) for n in (290, 162, 233, 58)])  # the effective number, as a sum
+    assert np.allclose(weights.numpy(), 4 * expected / expected.sum(), rtol=1e-5)
+    auto = losses.class_weights(np.repeat([0, 1, 2, 3], [290, 162, 233, 58]), 4, "auto")
+    assert 1 < weights[3] / weights[0] < auto[3] / auto[0]
+    with pytest.raises(ValueError, match="class_weights 'effective' needs every one of 4 classes"):
+        losses.class_weights([0, 1, 2], 4, "effective")
