@@ -215,7 +215,8 @@ def test_a_feature_belongs_to_the_content_of_its_volume(dataset, configure, monk
     assert torch.equal(after[0], before[1]) and torch.equal(after[1], before[0]) and torch.equal(after[2:], before[2:])
 
 
-@pytest.mark.parametrize("overrides", [["train.loss=focal"], ["train.class_weights=[1,2,3,4]"], ["model.head.hidden=16"], ["model.pool_method=max"],
+@pytest.mark.parametrize("overrides", [["train.loss=focal"], ["train.loss=ordinal"], ["train.loss=label_smoothing"], ["train.class_weights=effective"],
+                                       ["train.loss=balanced_softmax", "train.class_weights=none"], ["train.loss=logit_adjustment", "train.class_weights=none"], ["train.class_weights=[1,2,3,4]"], ["model.head.hidden=16"], ["model.pool_method=max"],
                                        ["data.batch_size=7"], ["data.batch_size=1000"], ["train.precision=bf16"], ["model.encoder=target"]])
 def test_variants_train_and_evaluate(written, configure, overrides):
     cfg = configure(written, *overrides)
@@ -223,6 +224,39 @@ def test_variants_train_and_evaluate(written, configure, overrides):
     history, _, _ = read_run(cfg)
     assert history[-1]["train/loss"] < history[0]["train/loss"]
     evaluation.evaluate_run(cfg.paths.run_dir, "test")
+
+
+def test_logit_adjustment_subtracts_the_prior_of_the_training_volumes(written, configure):
+    """Trained as plain cross-entropy; the answers are those divided by the classes' shares in training."""
+    answers = []
+    for loss in ("ce", "logit_adjustment"):
+        cfg = configure(written, f"train.loss={loss}", "train.class_weights=none", "train.early_stopping.enabled=false")
+        train.main(0, cfg)
+        evaluation.evaluate_run(f"{cfg.paths.run_dir}/last.pt", "val")  # the same epoch of both
+        answers.append((read_predictions(f"{cfg.paths.run_dir}/last/predictions_val.csv")[2], read_run(cfg)[2]["head"]))
+    ledger = data.read_ledger(cfg)
+    share = np.bincount([s.label for s in ledger.of("train")]) / len(ledger.of("train"))
+    (_, plain), (_, adjusted) = answers
+    assert torch.equal(plain["2.weight"], adjusted["2.weight"]) and not plain["log_prior"].any()
+    assert np.allclose(adjusted["log_prior"].exp().numpy(), share)
+    heads = [model.Head(128, 4) for _ in answers]
+    for head, (_, state) in zip(heads, answers):
+        head.load_state_dict(state)
+        head.eval()
+    x = torch.randn(5, 128)
+    expected = heads[0](x).softmax(1) / torch.from_numpy(share).float()
+    assert torch.allclose(heads[1](x).softmax(1), expected / expected.sum(1, keepdim=True), atol=1e-6)
+    assert torch.equal(heads[1].train()(x), heads[0].train()(x)) and answers[1][0][:, 3].mean() > answers[0][0][:, 3].mean()  # the rarest class gains
+
+
+@pytest.mark.parametrize("overrides, said", [
+    (["train.loss=balanced_softmax"], "train.class_weights=auto and train.loss=balanced_softmax correct the imbalance twice"),
+    (["train.loss=logit_adjustment", "train.class_weights=none", "data.sampler=stratified"], "data.sampler=stratified and train.loss=logit_adjustment correct the imbalance twice"),
+    (["train.loss=logit_adjustment", "data.sampler=stratified"], "correct the imbalance three times"),
+    (["train.loss=balanced_softmax", "train.class_weights=none"], None)])
+def test_what_corrects_more_than_once_is_said(configure, overrides, said):
+    notes = " ".join(train.doubts(configure("/none", *overrides)))
+    assert said in notes if said else "correct" not in notes
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(written, configure):
