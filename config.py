@@ -96,6 +96,17 @@ def class_weights(value):
     return [number(0)(w) for w in value]
 
 
+def choices(check):
+    """A list of values that each pass check, or null."""
+    def check_all(value):
+        if type(value) is not list or not value:
+            raise ValueError("a list of values to try, or null")
+        return [check(v) for v in value]
+    return lambda value: None if value is None else check_all(value)
+
+
+LOSSES = one_of("ce", "focal", "label_smoothing", "logit_adjustment", "balanced_softmax", "ordinal")
+
 KEYS = {
     "project_name": text,
     "seed": integer(0),
@@ -126,6 +137,7 @@ KEYS = {
     "model.pool_method": one_of("mean", "max", "attentive"),
     "model.head.hidden": integer(0),
     "model.head.dropout": number(0, 1),
+    "model.head.ordinal": boolean,
     "train.epochs": integer(1),
     "train.lr_head": number(0),
     "train.lr_encoder": number(0),
@@ -135,7 +147,12 @@ KEYS = {
     "train.scheduler": one_of("cosine"),
     "train.warmup_epochs": integer(0),
     "train.class_weights": class_weights,
-    "train.loss": one_of("ce", "focal", "label_smoothing", "logit_adjustment", "balanced_softmax", "ordinal"),
+    "train.loss": LOSSES,
+    "train.sweep.lr_head": choices(number(0)),
+    "train.sweep.weight_decay": choices(number(0)),
+    "train.sweep.class_weights": choices(class_weights),
+    "train.sweep.loss": choices(LOSSES),
+    "train.sweep.ordinal": choices(boolean),
     "train.precision": one_of("fp32", "bf16"),
     "train.micro_batch": integer(1),
     "train.activation_checkpointing": boolean,
@@ -170,6 +187,8 @@ def check_together(cfg):
     if unfreeze >= cfg.train.epochs:
         raise ValueError(f"model.unfreeze_at_epoch={unfreeze} is never reached in train.epochs={cfg.train.epochs}; set more epochs, or "
                          "model.unfreeze_at_epoch=-1")
+    if any(vars(cfg.train.sweep).values()) and (not cfg.model.freeze_encoder or unfreeze >= 0):
+        raise ValueError("train.sweep tries heads on the features of a frozen encoder, and this one is to train; set train.sweep=null")
     never, views, augments = cfg.model.freeze_encoder and unfreeze < 0, cfg.data.augment_views, any(vars(cfg.data.augment).values())
     if never and cfg.model.drop_path:
         raise ValueError(f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; set model.drop_path=0, or let it train (model.unfreeze_at_epoch)")
@@ -188,6 +207,8 @@ def flatten(tree, prefix=""):
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        if value is None and name == "train.sweep":
+            value = {key.removeprefix("train.sweep."): None for key in KEYS if key.startswith("train.sweep.")}
         if value in (None, {}) and name in SECTIONS:
             continue  # a section whose keys are all commented out
         flat.update(flatten(value, name + ".") if isinstance(value, dict) and value else {name: value})
@@ -283,6 +304,9 @@ def resolve(tree, overrides, where):
         name, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"'{override}' is no override; write section.key=value")
+        if override == "train.sweep=null":
+            flat |= flatten({"train": {"sweep": None}})
+            continue
         known(name, "command line")
         flat[name] = value if KEYS[name] is text else parse(value, f"command line: {name}")
     for name, check in KEYS.items():

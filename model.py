@@ -346,10 +346,21 @@ class Head(nn.Sequential):
                 nn.init.normal_(layer.weight, std=0.01)  # DINOv2's and V-JEPA's probes: start near uniform answers
                 nn.init.zeros_(layer.bias)
 
+    @torch.no_grad()
+    def share_direction(self):
+        """Make the last layer's weights those of an ordinal head: w (k - mean k) for class k (adjacent-category logits, Agresti 2010)."""
+        self[-1].weight.copy_(ordinal_projection(len(self[-1].weight)).to(self[-1].weight.device) @ self[-1].weight)
+
     def forward(self, x, noise=None):
         for layer in self:
             x = layer(x, noise) if isinstance(layer, HostDropout) else layer(x)
         return x if self.training else x - self.log_prior
+
+
+def ordinal_projection(num_classes):
+    """(K, K): the projection of weights (K, C) on those where classes share one direction and differ by their rank."""
+    rank = torch.arange(num_classes) - (num_classes - 1) / 2
+    return torch.outer(rank, rank) / (rank @ rank)
 
 
 def parameter_groups(head, encoder, lr_head, lr_encoder, layer_decay, weight_decay):

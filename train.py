@@ -13,7 +13,10 @@ then `python eval.py --ckpt RUN_DIR --split test`. The README says what a run le
 
 import argparse
 import contextlib
+import csv
 import importlib.metadata
+import io
+import itertools
 import json
 import math
 import netrc
@@ -27,6 +30,7 @@ import sys
 import urllib.parse
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -102,6 +106,11 @@ def main(rank, cfg):
     device.seed(cfg.seed, dev)
     head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
     head[0].fit(x_train.flatten(0, 1))
+    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
+                "train_participants": list(participants), "volumes": [len(train), len(val)]}  # what the run is known by
+    if any(vars(cfg.train.sweep).values()):
+        run_sweep(rank, cfg, run_dir, identity, ledger, dev, head, x_train, train, x_val, val)
+        return
     head, x_val = head.to(dev), x_val.to(dev)
     if unfreeze <= epochs:
         encoder.to(dev)
@@ -111,21 +120,20 @@ def main(rank, cfg):
                                     cfg.train.weight_decay)
     optimizer = getattr(torch.optim, cfg.train.optimizer)(groups)
     loss_of = losses.LOSSES[cfg.train.loss]
-    drawn_of = labels.bincount(minlength=len(data.CLASSES)) if cfg.data.sampler == "shuffle" else torch.ones(len(data.CLASSES))
-    log_prior = (drawn_of / drawn_of.sum()).log().to(dev)  # of the classes, in what is drawn
+    log_prior = log_prior_of(labels, cfg.data.sampler).to(dev)
     if cfg.train.loss == "logit_adjustment":
         head.log_prior.copy_(log_prior)
+    if cfg.model.head.ordinal:
+        head.share_direction()
     batch_size = min(cfg.data.batch_size, len(train))
     steps_per_epoch = math.ceil(len(train) / batch_size)
     print(f"head: {count(head)} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
     if unfreeze <= epochs:
         print(f"encoder: {count(encoder)} parameters, trains from epoch {unfreeze} on")
 
-    # what the run is known by, and how far it is; resuming goes on with the same
-    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
-                "train_participants": list(participants), "volumes": [len(train), len(val)]}
+    # how far the run is
     at = {"epoch": 0, "step": steps_per_epoch, "history": [], "best": None, "best_epoch": None, "stop_reference": None, "epochs_without": 0, "wandb": None}
-    last = resume(run_dir, identity, set(at)) if cfg.train.resume == "auto" else None
+    last = resume(run_dir, identity, {*at, "head", "optimizer"}) if cfg.train.resume == "auto" else None
     if last:
         try:
             head.load_state_dict(last["head"])
@@ -173,9 +181,7 @@ def main(rank, cfg):
         # order, views and every other random number depend on seed, epoch, step and volume alone
         batches = data.epoch_order(labels, cfg.data.sampler, cfg.seed, epoch).split(batch_size)
         parts = [micro_batches(batch, batch_size, cfg.train.micro_batch if encoder_trains else batch_size) for batch in batches]
-        generator = torch.Generator().manual_seed(random.Random(f"{cfg.seed} {epoch} views").getrandbits(62))
-        view = torch.randint(x_train.shape[1], (len(train),), generator=generator)
-        x_epoch = x_train[torch.arange(len(train)), view].to(dev)  # (volumes, views, C) -> (volumes, C)
+        x_epoch = view_of_epoch(x_train, cfg.seed, epoch).to(dev)  # (volumes, C)
         augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
 
         # what the steps saw: loss and probabilities, added up for each volume; weighted loss and gradient norm, for each step
@@ -190,10 +196,9 @@ def main(rank, cfg):
                     start = 0 if group["part"] == "head" else unfreeze - 1  # a part's schedule begins when the part does
                     group["lr"] = lr_at((epoch - 1 - start) * steps_per_epoch + step, (epochs - start) * steps_per_epoch,
                                         cfg.train.warmup_epochs * steps_per_epoch, group["peak"]) if epoch > start else 0.0
-                key = random.Random(f"{cfg.seed} {epoch} {step}").getrandbits(62)
                 whole = weights[labels[batches[step]]].sum()  # the loss is divided by it, and the replicas' gradients are added up
                 for places, rows in parts[step]:
-                    noise = model.Noise(key, places, batch_size)
+                    noise = model.Noise(noise_key(cfg.seed, epoch, step), places, batch_size)
                     if encoder_trains:
                         volume = next(volumes).to(dev).float()  # (b, 1, D, H, W)
                         with device.autocast(dev, cfg.train.precision):
@@ -215,6 +220,8 @@ def main(rank, cfg):
                 device.all_sum_gradients(trained)
                 sums[1] += torch.nn.utils.clip_grad_norm_(trained, cfg.train.grad_clip or math.inf) / device.world()
                 optimizer.step()
+                if cfg.model.head.ordinal:
+                    head.share_direction()
                 optimizer.zero_grad(set_to_none=False)
                 device.step_done(dev)
                 bar.update()
@@ -226,36 +233,21 @@ def main(rank, cfg):
                     save_last(seen=device.all_sum(seen), sums=check_finite(device.all_sum(sums), at, cfg))
         train_loss, grad_norm = check_finite(device.all_sum(sums), at, cfg).tolist()
 
-        # what the steps saw, and validation: by participant, alike in every replica
-        seen, draws = device.all_sum(seen).cpu().double(), torch.cat(batches).bincount(minlength=len(train))
-        drawn = draws.nonzero().flatten()  # a stratified epoch leaves some out
-        _, y_train, p_train = evaluation.by_participant([train[i] for i in drawn], (seen[drawn, 1:] / seen[drawn, 1:].sum(dim=1, keepdim=True)).numpy())
-        train_score = metrics.score(y_train, p_train)
-        draws_of, loss_of_class = ([values[labels == k].sum().item() for k in range(len(data.CLASSES))] for values in (draws, seen[:, 0]))
+        # validation and what the steps saw: by participant, alike in every replica
         if encoder_trains:
             x_val = evaluation.features_now(cfg, val, encoder, size, dev, f"val of epoch {epoch}").to(dev)
         ids, y_val, p_val = evaluation.by_participant(val, evaluation.predict(head, x_val))
-        val_score = metrics.score(y_val, p_val)
-        now = (val_score["balanced_accuracy"], val_score["log_loss"])
-        is_best = at["best"] is None or better(now, at["best"])
+        record = epoch_record(epoch, train, device.all_sum(seen).cpu(), torch.cat(batches), y_val, p_val)
+        record |= {f"train/lr_{part}": max([g["lr"] for g in optimizer.param_groups if g["part"] == part], default=0.0) for part in ("head", "encoder")}
+        record |= {"train/loss": train_loss / len(train), "train/grad_norm": grad_norm / steps_per_epoch}
+        now = (record["val/balanced_accuracy"], record["val/loss"])
+        is_best = record["best"] = at["best"] is None or better(now, at["best"])
         if at["stop_reference"] is None or better(now, at["stop_reference"], cfg.train.early_stopping.min_delta) or epoch <= unfreeze <= epochs:
             at |= {"stop_reference": now, "epochs_without": 0}  # patience begins when the encoder does: at first it costs some of the head's score
         else:
             at["epochs_without"] += 1
         if is_best:
             at |= {"best": now, "best_epoch": epoch}
-        record = {
-            "epoch": epoch,
-            **{f"train/lr_{part}": max([g["lr"] for g in optimizer.param_groups if g["part"] == part], default=0.0) for part in ("head", "encoder")},
-            "train/loss": train_loss / len(train), "train/balanced_accuracy": train_score["balanced_accuracy"], "train/grad_norm": grad_norm / steps_per_epoch,
-            **{f"train/loss_{k}": loss / n if n else None for k, (loss, n) in enumerate(zip(loss_of_class, draws_of))},
-            **{f"train/drawn_{k}": n for k, n in enumerate(draws_of)},
-            **{f"train/predicted_share_{k}": n / len(y_train) for k, n in enumerate(train_score["predicted_counts"])},
-            "val/loss": val_score["log_loss"], "val/accuracy": val_score["accuracy"], "val/balanced_accuracy": val_score["balanced_accuracy"],
-            "val/macro_f1": val_score["macro_f1"], **{f"val/f1_{k}": f1 for k, f1 in enumerate(val_score["f1_per_class"])},
-            **{f"val/predicted_share_{k}": n / len(y_val) for k, n in enumerate(val_score["predicted_counts"])},
-            "gap/balanced_accuracy": train_score["balanced_accuracy"] - val_score["balanced_accuracy"], "best": is_best,
-        }
         at["history"].append(record)
 
         # save: best first, so that last.pt never knows of a best that is not on disk
@@ -280,7 +272,203 @@ def main(rank, cfg):
     device.barrier(dev)  # nobody ends before rank 0 has written all
 
 
+def epoch_record(epoch, train, seen, drawn, y_val, p_val):
+    """What is logged of an epoch: scores of validation, and of training as its steps saw it, by participant; what was drawn.
+
+    seen (volumes, 1 + num_classes): sums over the draws of each volume, of its loss and its probabilities. drawn: the epoch's
+    indices of train. y_val (n,), p_val (n, num_classes).
+    """
+    seen, draws, labels = seen.double(), drawn.bincount(minlength=len(train)), torch.tensor([s.label for s in train])
+    there = draws.nonzero().flatten()  # a stratified epoch leaves some out
+    _, y_train, p_train = evaluation.by_participant([train[i] for i in there], (seen[there, 1:] / seen[there, 1:].sum(dim=1, keepdim=True)).numpy())
+    train_score, val_score = metrics.score(y_train, p_train), metrics.score(y_val, p_val)
+    drawn_of, loss_of = ([values[labels == k].sum().item() for k in range(len(data.CLASSES))] for values in (draws, seen[:, 0]))
+    return {
+        "epoch": epoch, "train/balanced_accuracy": train_score["balanced_accuracy"],
+        **{f"train/loss_{k}": loss / n if n else None for k, (loss, n) in enumerate(zip(loss_of, drawn_of))},
+        **{f"train/drawn_{k}": n for k, n in enumerate(drawn_of)},
+        **{f"train/predicted_share_{k}": n / len(y_train) for k, n in enumerate(train_score["predicted_counts"])},
+        "val/loss": val_score["log_loss"], "val/accuracy": val_score["accuracy"], "val/balanced_accuracy": val_score["balanced_accuracy"],
+        "val/macro_f1": val_score["macro_f1"], **{f"val/f1_{k}": f1 for k, f1 in enumerate(val_score["f1_per_class"])},
+        **{f"val/predicted_share_{k}": n / len(y_val) for k, n in enumerate(val_score["predicted_counts"])},
+        "gap/balanced_accuracy": train_score["balanced_accuracy"] - val_score["balanced_accuracy"],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- the sweep
+
+
+def grid_of(cfg):
+    """train.sweep -> settings of every head, [{"lr_head": ..., ...}]: all combinations, and what is not swept as it is elsewhere."""
+    tried = {"lr_head": cfg.train.sweep.lr_head or [cfg.train.lr_head],
+             "weight_decay": cfg.train.sweep.weight_decay or [cfg.train.weight_decay],
+             "class_weights": cfg.train.sweep.class_weights or [cfg.train.class_weights],
+             "loss": cfg.train.sweep.loss or [cfg.train.loss],
+             "ordinal": cfg.train.sweep.ordinal or [cfg.model.head.ordinal]}
+    return [dict(zip(tried, values)) for values in itertools.product(*tried.values())]
+
+
+def run_sweep(rank, cfg, run_dir, identity, ledger, dev, head, x_train, train, x_val, val):
+    """Train the heads of train.sweep and save the chosen one as a run's best."""
+    grid = grid_of(cfg)
+    print(f"sweep: {len(grid)} heads of {count(head)} parameters, on {len(train)} volumes; validation chooses")
+    if cfg.train.resume == "auto" and resume(run_dir, identity, {"head"}):
+        print(f"{run_dir} holds this sweep, finished")
+        return
+    wandb_run = start_wandb(cfg, run_dir, rank, None)
+    head, history, predictions, rows = sweep(cfg, grid, head, x_train, train, x_val, val)
+    rows.sort(key=lambda row: (-row["val_balanced_accuracy"], row["val_loss"]))
+    best = next(row for row in rows if row["chosen"])
+    if rank == 0:
+        prepare_run_dir(run_dir, cfg, ledger, identity["encoder_sha256"], dev, None)
+        content = {**identity, "epoch": best["best_epoch"], "head": head.state_dict(), "val_balanced_accuracy": best["val_balanced_accuracy"],
+                   "val_loss": best["val_loss"], "sweep": best}
+        for name in (evaluation.BEST, "last.pt"):  # the latter says that the sweep is finished
+            b2.write(os.path.join(run_dir, name), lambda file: torch.save(content, file))
+        b2.write(os.path.join(run_dir, "predictions_val.csv"), predictions)
+        b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in history))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(best), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        b2.write(os.path.join(run_dir, "sweep.csv"), table.getvalue())
+        for record in history:
+            wandb_run.log(record)
+    swept = [name for name in grid[0] if len({str(h[name]) for h in grid}) > 1]
+    for row in rows[:5]:
+        print(f"  val bal.acc {row['val_balanced_accuracy']:.3f} loss {row['val_loss']:.3f}  epoch {row['best_epoch']:3d}  "
+              + ", ".join(f"{name} {row[name]}" for name in swept) + ("  *" if row["chosen"] else ""))
+    print(epoch_lines(history[best["best_epoch"] - 1], cfg.train.epochs))
+    print(f"best of {len(grid)} heads: {', '.join(f'{name} {best[name]}' for name in swept)}; epoch {best['best_epoch']}, val balanced accuracy "
+          f"{best['val_balanced_accuracy']:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
+    if ledger.unreadable:
+        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
+    wandb_run.finish()
+    device.barrier(dev)
+
+
+def sweep(cfg, grid, head, x_train, train, x_val, val):
+    """Train a head for each setting of the grid, all at once -> (best head, its history, its validation predictions, rows of sweep.csv).
+
+    x_train (volumes, views, C), x_val (volumes, C): features of a frozen encoder. The heads' parameters are stacked, (G, ...), and
+    a step is one computation for all of them; each becomes what it would alone, with train.sweep=null. Validation chooses head
+    and epoch. On the CPU: every replica does the same.
+    """
+    num_heads, num_classes, epochs = len(grid), len(data.CLASSES), cfg.train.epochs
+    labels, people = torch.tensor([s.label for s in train]), list({s.participant_id: s.label for s in train}.values())
+    batch_size = min(cfg.data.batch_size, len(train))
+    steps_per_epoch = math.ceil(len(train) / batch_size)
+    log_prior = log_prior_of(labels, cfg.data.sampler)
+
+    def column(values, like):
+        return torch.tensor(values).view(-1, *[1] * (like.ndim - 1))  # (G,) -> (G, 1, ...)
+
+    params = {name: p.detach().repeat(num_heads, *[1] * p.ndim).requires_grad_() for name, p in head.named_parameters()}  # (G, ...)
+    weight = params[f"{len(head) - 1}.weight"]  # (G, num_classes, hidden or C)
+    ordinal, projection = torch.tensor([h["ordinal"] for h in grid]), model.ordinal_projection(num_classes)
+    with torch.no_grad():
+        weight[ordinal] = projection @ weight[ordinal]
+    class_weights = torch.stack([losses.class_weights(people, num_classes, h["class_weights"]) for h in grid])  # (G, num_classes)
+    subtracted = torch.stack([log_prior * (h["loss"] == "logit_adjustment") for h in grid])[:, None]  # (G, 1, num_classes)
+    heads_of = {name: [g for g, h in enumerate(grid) if h["loss"] == name] for name in {h["loss"]: 1 for h in grid}}
+    optimizer = torch.optim.AdamW(params.values(), lr=1, weight_decay=0)  # gives directions; each head goes at its own rate, and decays at its own
+
+    def logits_of(x, noise=None):
+        """x (b, C) -> (G, b, num_classes)."""
+        return torch.func.vmap(lambda p: torch.func.functional_call(head, p, (x, noise)), randomness="same")(params)
+
+    ids, y_val, _ = evaluation.by_participant(val, np.zeros((len(val), num_classes)))
+    averaging = torch.tensor([[float(s.participant_id == i) for s in val] for i in ids], dtype=torch.float64)  # (participants, volumes)
+    averaging /= averaging.sum(dim=1, keepdim=True)
+    best, best_epoch, reference, without, stopped = [None] * num_heads, [0] * num_heads, [None] * num_heads, [0] * num_heads, [math.inf] * num_heads
+    best_params = {name: p.detach().clone() for name, p in params.items()}
+    log = []
+    patience = cfg.train.early_stopping.patience if cfg.train.early_stopping.enabled else math.inf
+    for epoch in tqdm(range(1, epochs + 1), desc=f"{num_heads} heads", unit="epoch", leave=False, mininterval=0.5, disable=device.rank() > 0):
+        head.train()
+        order, x_epoch = data.epoch_order(labels, cfg.data.sampler, cfg.seed, epoch), view_of_epoch(x_train, cfg.seed, epoch)
+        seen, sums = torch.zeros(num_heads, len(train), 1 + num_classes), torch.zeros(2, num_heads)  # as in main, of every head
+        for step, batch in enumerate(order.split(batch_size)):
+            factor = lr_at((epoch - 1) * steps_per_epoch + step, epochs * steps_per_epoch, cfg.train.warmup_epochs * steps_per_epoch, 1.0)
+            logits = logits_of(x_epoch[batch], model.Noise(noise_key(cfg.seed, epoch, step), torch.arange(len(batch)), batch_size))
+            row_losses = torch.zeros(num_heads, len(batch))
+            for name, heads in heads_of.items():
+                row_losses[heads] = losses.LOSSES[name](logits[heads].flatten(0, 1), labels[batch].repeat(len(heads)), log_prior).view(len(heads), -1)
+            loss = (row_losses * class_weights[:, labels[batch]]).sum(dim=1) / class_weights[:, labels[batch]].sum(dim=1)  # (G,)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            with torch.no_grad():
+                norm = sum(p.grad.flatten(1).square().sum(dim=1) for p in params.values()).sqrt()  # (G,)
+                sums += torch.stack([loss * len(batch), norm])
+                seen.index_add_(1, batch, torch.cat([row_losses[..., None], (logits - subtracted).softmax(dim=2)], dim=2))
+                before = {name: p.clone() for name, p in params.items()}
+                for p in params.values():
+                    p.grad *= (cfg.train.grad_clip / (norm + 1e-6)).clamp(max=1).view(-1, *[1] * (p.ndim - 1)) if cfg.train.grad_clip else 1
+                optimizer.step()
+                for name, p in params.items():
+                    rate, decay = column([h["lr_head"] * factor for h in grid], p), column([h["weight_decay"] * (p.ndim > 2) for h in grid], p)
+                    p.copy_(before[name] * (1 - rate * decay) + rate * (p - before[name]))
+                weight[ordinal] = projection @ weight[ordinal]
+        check_finite(sums, {"epoch": epoch}, cfg)
+
+        head.eval()
+        with torch.no_grad():
+            p_val = (averaging @ (logits_of(x_val) - subtracted).double().softmax(dim=2)).numpy()  # (G, participants, num_classes)
+        log.append((seen, sums, factor, order, p_val))
+        improved = []
+        for g, now in enumerate(zip(*metrics.quick_scores(y_val, p_val))):
+            if epoch > stopped[g]:
+                continue
+            if best[g] is None or better(now, best[g]):
+                best[g], best_epoch[g] = now, epoch
+                improved.append(g)
+            if reference[g] is None or better(now, reference[g], cfg.train.early_stopping.min_delta):
+                reference[g], without[g] = now, 0
+            else:
+                without[g] += 1
+            if without[g] >= patience:
+                stopped[g] = epoch
+        for name, p in params.items():
+            best_params[name][improved] = p.detach()[improved]
+        if max(stopped) < math.inf and min(s < math.inf for s in stopped):
+            break
+
+    chosen = 0
+    for g in range(num_heads):
+        chosen = g if better(best[g], best[chosen]) else chosen
+    head.load_state_dict({name: p[chosen] for name, p in best_params.items()}, strict=False)
+    head.log_prior.copy_(subtracted[chosen, 0])
+    history, running = [], None
+    for epoch, (seen, sums, factor, order, p_val) in enumerate(log[:int(min(stopped[chosen], len(log)))], 1):
+        record = epoch_record(epoch, train, seen[chosen], order, y_val, p_val[chosen])
+        record |= {"train/lr_head": grid[chosen]["lr_head"] * factor, "train/lr_encoder": 0.0, "train/loss": sums[0, chosen].item() / len(train),
+                   "train/grad_norm": sums[1, chosen].item() / steps_per_epoch}
+        now = (record["val/balanced_accuracy"], record["val/loss"])
+        record["best"] = running is None or better(now, running)
+        running = now if record["best"] else running
+        history.append(record)
+    rows = [{**h, "best_epoch": best_epoch[g], "val_balanced_accuracy": best[g][0], "val_loss": best[g][1], "chosen": g == chosen} for g, h in enumerate(grid)]
+    return head, history, evaluation.predictions_csv(ids, y_val, log[best_epoch[chosen] - 1][4][chosen]), rows
+
+
 # -------------------------------------------------------------------------------------------------- the parts of a step
+
+
+def noise_key(seed, epoch, step):
+    """Key of a step's random numbers."""
+    return random.Random(f"{seed} {epoch} {step}").getrandbits(62)
+
+
+def view_of_epoch(x, seed, epoch):
+    """Features (volumes, views, C) -> of every volume the view that the epoch sees (volumes, C)."""
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {epoch} views").getrandbits(62))
+    return x[torch.arange(len(x)), torch.randint(x.shape[1], (len(x),), generator=generator)]
+
+
+def log_prior_of(labels, sampler):
+    """Logarithm of the classes' shares (num_classes,) in what the sampler draws."""
+    counts = labels.bincount(minlength=len(data.CLASSES)) if sampler == "shuffle" else torch.ones(len(data.CLASSES))
+    return (counts / counts.sum()).log()
 
 
 def micro_batches(batch, batch_size, size):
@@ -364,16 +552,16 @@ def check_run_dir(run_dir, cfg):
                          "set paths.run_dir to another one")
 
 
-def resume(run_dir, identity, progress):
+def resume(run_dir, identity, keys):
     """The run's last.pt to go on from, None where there is none yet. ValueError when going on would not give the run's result.
 
-    progress: names of what says how far it is.
+    keys: names of what it must hold besides identity.
     """
     path = os.path.join(run_dir, "last.pt")
     if not os.path.exists(path):
         return None
     try:
-        last = evaluation.read_saved(path, {*identity, *progress, "head", "optimizer"})
+        last = evaluation.read_saved(path, {*identity, *keys})
     except ValueError as error:
         raise ValueError(f"{error}; {INSTEAD}") from error
     old, new = (config.flatten(part["config"]) for part in (last, identity))
@@ -397,7 +585,7 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
         provenance.setdefault("resumed", []).append({"after_epoch": last["epoch"], "after_step": last["step"], "command": command(), "device": device.describe(dev), "world_size": device.world()})
         b2.write(os.path.join(run_dir, "provenance.json"), json.dumps(provenance, indent=1) + "\n")
         return
-    earlier = [os.path.join(run_dir, name) for name in (evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "config.yaml", "ledger.csv")]
+    earlier = [os.path.join(run_dir, name) for name in (evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "sweep.csv", "config.yaml", "ledger.csv")]
     earlier = [path for path in earlier if os.path.exists(path)]
     remove_evaluations(run_dir)
     if earlier:

@@ -68,7 +68,7 @@ def store(monkeypatch):
 
 def settings(root, tmp_path):
     return [f"paths.data={root}", f"paths.checkpoint_path={TINY}", f"paths.cache_dir={tmp_path}/cache", f"paths.run_dir={tmp_path}/run",
-            "train.epochs=6", "train.warmup_epochs=1", "data.image_size=[16,64,64]", "data.num_workers=0"]
+            "train.epochs=6", "train.warmup_epochs=1", "data.image_size=[16,64,64]", "data.num_workers=0", "train.sweep=null"]
 
 
 @pytest.fixture()
