@@ -16,7 +16,7 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PROBE, FINETUNE = ["--config", "configs/demo.yaml"], ["--config", "configs/demo.yaml", "--config", "configs/finetune.yaml"]
+PROBE, FINETUNE = ["--config", "configs/demo.yaml", "train.sweep=null"], ["--config", "configs/demo.yaml", "--config", "configs/finetune.yaml"]
 WAYS = {
     "linear probe, uniform loss": [*PROBE, "train.class_weights=none"],
     "linear probe, balanced weights": [*PROBE, "train.class_weights=auto"],

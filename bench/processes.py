@@ -20,7 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def run(folder, processes):
     """-> seconds of the feature pass, of 50 epochs, and validation predictions (n, 4)."""
     command = [sys.executable, "train.py", "--config", "configs/demo.yaml", "device.backend=cpu", f"device.processes={processes}",
-               f"paths.cache_dir={folder}/cache{processes}", f"paths.run_dir={folder}/run{processes}", "train.early_stopping.enabled=false"]
+               f"paths.cache_dir={folder}/cache{processes}", f"paths.run_dir={folder}/run{processes}", "train.early_stopping.enabled=false", "train.sweep=null"]
     times = {}
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in job.stdout:
