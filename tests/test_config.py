@@ -77,7 +77,7 @@ def test_bad_values_are_refused_by_name(override, message):
     (["model.freeze_encoder=false", "model.unfreeze_at_epoch=3"], "freeze_encoder=false trains the encoder from the start, and model.unfreeze_at_epoch=3 later"),
     (["model.drop_path=0.1"], "model.drop_path=0.1 is for an encoder that trains; set model.drop_path=0"),
     (["data.augment.flip=true", "data.augment_views=0"], "data.augment_views=0 for none while the encoder is frozen, and it always is"),
-    (["data.augment.flip=true", "data.augment_views=3", "model.unfreeze_at_epoch=0"], "data.augment_views=3 is for a frozen encoder, and this one trains from the start"),
+    (["train.sweep=null", "data.augment.flip=true", "data.augment_views=3", "model.unfreeze_at_epoch=0"], "data.augment_views=3 is for a frozen encoder, and this one trains from the start"),
 ])
 def test_what_would_do_nothing_or_contradicts_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
