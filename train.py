@@ -317,7 +317,7 @@ def run_sweep(rank, cfg, run_dir, identity, ledger, dev, head, x_train, train, x
         return
     wandb_run = start_wandb(cfg, run_dir, rank, None)
     head, history, predictions, rows = sweep(cfg, grid, head, x_train, train, x_val, val)
-    rows.sort(key=lambda row: (-row["val_balanced_accuracy"], row["val_loss"]))
+    rows.sort(key=lambda row: (math.isnan(row["val_loss"]), -row["val_balanced_accuracy"], row["val_loss"]))
     best = next(row for row in rows if row["chosen"])
     if rank == 0:
         prepare_run_dir(run_dir, cfg, ledger, identity["encoder_sha256"], dev, None)
@@ -409,7 +409,7 @@ def sweep(cfg, grid, head, x_train, train, x_val, val):
                     rate, decay = column([h["lr_head"] * factor for h in grid], p), column([h["weight_decay"] * (p.ndim > 2) for h in grid], p)
                     p.copy_(before[name] * (1 - rate * decay) + rate * (p - before[name]))
                 weight[ordinal] = projection @ weight[ordinal]
-        check_finite(sums, {"epoch": epoch}, cfg)
+        diverged = ~torch.isfinite(sums).all(dim=0)  # (G,); the others do not feel it
 
         head.eval()
         with torch.no_grad():
@@ -417,6 +417,8 @@ def sweep(cfg, grid, head, x_train, train, x_val, val):
         log.append((seen, sums, factor, order, p_val))
         improved = []
         for g, now in enumerate(zip(*metrics.quick_scores(y_val, p_val))):
+            if diverged[g]:
+                stopped[g] = min(stopped[g], epoch - 1)
             if epoch > stopped[g]:
                 continue
             if best[g] is None or better(now, best[g]):
@@ -430,12 +432,15 @@ def sweep(cfg, grid, head, x_train, train, x_val, val):
                 stopped[g] = epoch
         for name, p in params.items():
             best_params[name][improved] = p.detach()[improved]
-        if max(stopped) < math.inf and min(s < math.inf for s in stopped):
+        if max(stopped) < math.inf:
             break
 
-    chosen = 0
+    chosen = None
     for g in range(num_heads):
-        chosen = g if better(best[g], best[chosen]) else chosen
+        if best[g] and (chosen is None or better(best[g], best[chosen])):
+            chosen = g
+    if chosen is None:
+        raise ValueError("every head of train.sweep diverged in the first epoch; lower train.sweep.lr_head")
     head.load_state_dict({name: p[chosen] for name, p in best_params.items()}, strict=False)
     head.log_prior.copy_(subtracted[chosen, 0])
     history, running = [], None
@@ -447,7 +452,8 @@ def sweep(cfg, grid, head, x_train, train, x_val, val):
         record["best"] = running is None or better(now, running)
         running = now if record["best"] else running
         history.append(record)
-    rows = [{**h, "best_epoch": best_epoch[g], "val_balanced_accuracy": best[g][0], "val_loss": best[g][1], "chosen": g == chosen} for g, h in enumerate(grid)]
+    rows = [{**h, "best_epoch": best_epoch[g], "val_balanced_accuracy": (best[g] or (math.nan,))[0], "val_loss": (best[g] or (math.nan,))[-1],
+             "chosen": g == chosen} for g, h in enumerate(grid)]  # nan: diverged at once
     return head, history, evaluation.predictions_csv(ids, y_val, log[best_epoch[chosen] - 1][4][chosen]), rows
 
 

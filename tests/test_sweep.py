@@ -75,6 +75,20 @@ def test_validation_chooses_and_eval_scores_the_chosen(written, tmp_path, capsys
     assert not os.path.exists(f"{tmp_path}/run/sweep.csv")
 
 
+def test_a_head_that_diverges_disturbs_nobody(written, tmp_path):
+    def swept(folder, rates):
+        cfg = cfg_of(written, folder, f"train.sweep.lr_head={rates}", "train.warmup_epochs=0")
+        train.main(0, cfg)
+        return rows_of(folder), read_run(cfg)[1]
+
+    (alone,), best = swept(tmp_path / "alone", [0.01])
+    (first, last), best_of_two = swept(tmp_path, [1e38, 0.01])
+    assert first == alone and last["lr_head"] == "1e+38" and last["val_loss"] == "nan" and last["best_epoch"] == "0"
+    assert all((best["head"][k] - v).abs().max() < 1e-6 for k, v in best_of_two["head"].items())
+    with pytest.raises(ValueError, match="every head of train.sweep diverged in the first epoch; lower train.sweep.lr_head"):
+        swept(tmp_path / "none", [1e38])
+
+
 def test_an_ordinal_heads_classes_share_one_direction(written, tmp_path):
     cfg = cfg_of(written, tmp_path, "model.head.ordinal=true")
     train.main(0, cfg)
