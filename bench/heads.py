@@ -1,6 +1,6 @@
 """How little 743 participants teach a head: how far from chance to the best possible balanced accuracy the chosen head comes.
 
-    .venv/bin/python bench/heads.py                # 743 training rows, 64 and 768 features, 10 seeds: ten minutes
+    .venv/bin/python bench/heads.py                # 743 training rows, 64 and 768 features, 10 seeds: ten minutes on two cores
     .venv/bin/python bench/heads.py --rows 20000   # hours
 
 Gaussian features of unit variance; the class means lie along one hidden direction, spread evenly over all features. Training has
