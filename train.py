@@ -316,7 +316,10 @@ def run_sweep(rank, cfg, run_dir, identity, ledger, dev, head, x_train, train, x
         print(f"{run_dir} holds this sweep, finished")
         return
     wandb_run = start_wandb(cfg, run_dir, rank, None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small operations: on a busy machine, more threads mostly wait for each other
     head, history, predictions, rows = sweep(cfg, grid, head, x_train, train, x_val, val)
+    torch.set_num_threads(threads)
     rows.sort(key=lambda row: (math.isnan(row["val_loss"]), -row["val_balanced_accuracy"], row["val_loss"]))
     best = next(row for row in rows if row["chosen"])
     if rank == 0:
