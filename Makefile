@@ -1,18 +1,28 @@
-# Aliases of visible commands. CKPT is the name of a file in configs/.
+# Aliases of visible commands. CKPT is the name of a file in configs/, MODE probe or the name of one to lay over it.
 CKPT ?= demo
 PYTHON ?= python3.11
 MODE ?= probe
 finetune preview: MODE = finetune
-RUN = runs/cls_$(CKPT)$(if $(filter finetune,$(MODE)),_finetune)
-CONFIGS = --config configs/$(CKPT).yaml$(if $(filter finetune,$(MODE)), --config configs/finetune.yaml)
-NAME = $(if $(filter finetune,$(MODE)), log.run_name=$(CKPT)_finetune)
+RUN = runs/cls_$(CKPT)$(if $(filter-out probe,$(MODE)),_$(MODE))
+CONFIGS = --config configs/$(CKPT).yaml$(if $(filter-out probe,$(MODE)), --config configs/$(MODE).yaml)
+NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)_$(MODE))
 
-.PHONY: probe finetune preview check setup setup-xla test test-slow test-xla bench tpu-setup tpu-train tpu-fetch clean
+.PHONY: probe finetune sweep preview check setup setup-xla test test-slow test-xla bench tpu-setup tpu-train tpu-fetch clean
 
 probe finetune: setup
-	.venv/bin/python train.py $(CONFIGS) paths.run_dir=$(RUN)$(NAME)
+	.venv/bin/python train.py $(CONFIGS) paths.run_dir=$(RUN)$(NAME)$(RESUME)
 	.venv/bin/python eval.py --ckpt $(RUN) --split val
 	.venv/bin/python eval.py --ckpt $(RUN) --split test
+
+# every checkpoint in every mode, then the leaderboard. What is finished stays; what fails is named at the end
+CKPTS ?= single_domain_01 single_domain_02 multi_domain
+MODES ?= probe
+sweep: setup
+	@failed=; for ckpt in $(CKPTS); do for mode in $(MODES); do echo; echo "== $$ckpt, $$mode"; \
+	    $(MAKE) --no-print-directory probe CKPT=$$ckpt MODE=$$mode RESUME=" train.resume=auto" || failed="$$failed $$ckpt/$$mode"; \
+	done; done; echo; \
+	.venv/bin/python eval.py --leaderboard $(foreach c,$(CKPTS),$(foreach m,$(MODES),runs/cls_$(c)$(if $(filter-out probe,$(m)),_$(m)))) || failed="$$failed leaderboard"; \
+	if [ -n "$$failed" ]; then echo "FAILED:$$failed; what they print is above"; exit 1; fi
 
 preview: setup
 	.venv/bin/python data.py $(CONFIGS) --preview runs/preview_$(CKPT).png

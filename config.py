@@ -105,6 +105,13 @@ def choices(check):
     return lambda value: None if value is None else check_all(value)
 
 
+def seeds(value):
+    checked = choices(integer(0))(value)
+    if checked and len(set(checked)) < len(checked):
+        raise ValueError("a list of different seeds, or null")
+    return checked
+
+
 LOSSES = one_of("ce", "focal", "label_smoothing", "logit_adjustment", "balanced_softmax", "ordinal")
 
 KEYS = {
@@ -129,15 +136,20 @@ KEYS = {
     "data.augment.random_crop": strength(0.9),
     "data.augment.rotation": strength(180),
     "data.augment_views": integer(0),
+    "data.cv": optional(integer(3)),
     "model.emb_dim": integer(1),
     "model.encoder": one_of("context", "target"),
     "model.freeze_encoder": boolean,
     "model.unfreeze_at_epoch": integer(-1),
     "model.drop_path": number(0, 1),
     "model.pool_method": one_of("mean", "max", "attentive"),
+    "model.token_grid": image_size,
+    "model.token_pool": one_of("mean", "max"),
+    "model.head.kind": one_of("network", "logistic_regression", "knn"),
     "model.head.hidden": integer(0),
     "model.head.dropout": number(0, 1),
     "model.head.ordinal": boolean,
+    "train.seeds": seeds,
     "train.epochs": integer(1),
     "train.lr_head": number(0),
     "train.lr_encoder": number(0),
@@ -174,9 +186,6 @@ KEYS = {
 
 SECTIONS = {key[:i] for key in KEYS for i, letter in enumerate(key) if letter == "."}  # "train", "train.early_stopping", ...
 
-# Known keys whose other values ask for what is not built yet. Refused here: a value that nothing reads would be a lie.
-ONLY = {"model.pool_method": (("mean", "max"), "attentive pooling")}
-
 
 def check_together(cfg):
     """Values that are fine each, and contradict each other or ask for nothing: ValueError."""
@@ -189,6 +198,18 @@ def check_together(cfg):
                          "model.unfreeze_at_epoch=-1")
     if any(vars(cfg.train.sweep).values()) and (not cfg.model.freeze_encoder or unfreeze >= 0):
         raise ValueError("train.sweep tries heads on the features of a frozen encoder, and this one is to train; set train.sweep=null")
+    if (cfg.train.seeds or cfg.data.cv) and (not cfg.model.freeze_encoder or unfreeze >= 0):
+        raise ValueError("train.seeds and data.cv repeat the head, on the features of a frozen encoder, and this one is to train; set both to null "
+                         "and run train.py once for each seed=")
+    if cfg.model.head.kind != "network":
+        if not cfg.model.freeze_encoder or unfreeze >= 0:
+            raise ValueError(f"model.head.kind={cfg.model.head.kind} is for the features of a frozen encoder, and this one is to train; set model.head.kind=network")
+        asked = {"model.pool_method=attentive": cfg.model.pool_method == "attentive", f"model.head.hidden={cfg.model.head.hidden}": cfg.model.head.hidden,
+                 "model.head.ordinal=true": cfg.model.head.ordinal, f"train.loss={cfg.train.loss}": cfg.train.loss != "ce",
+                 f"data.sampler={cfg.data.sampler}": cfg.data.sampler != "shuffle", "train.sweep": any(vars(cfg.train.sweep).values()),
+                 f"train.seeds={cfg.train.seeds}": cfg.train.seeds and not cfg.data.cv}
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            raise ValueError(f"{name} means nothing to model.head.kind={cfg.model.head.kind}; unset it, or set model.head.kind=network")
     never, views, augments = cfg.model.freeze_encoder and unfreeze < 0, cfg.data.augment_views, any(vars(cfg.data.augment).values())
     if never and cfg.model.drop_path:
         raise ValueError(f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; set model.drop_path=0, or let it train (model.unfreeze_at_epoch)")
@@ -314,9 +335,6 @@ def resolve(tree, overrides, where):
             flat[name] = check(flat[name])
         except ValueError as error:
             raise ValueError(f"{name} must be {error}; got {flat[name]!r}") from None
-    for name, (allowed, feature) in ONLY.items():
-        if flat[name] not in allowed:
-            raise ValueError(f"{name}={flat[name]} asks for {feature}, which is not built yet; set {name}={' or '.join(allowed)}")
     cfg = to_namespace(nest({name: flat[name] for name in KEYS}))
     check_together(cfg)
     return cfg

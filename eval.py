@@ -2,6 +2,7 @@
 
     python eval.py --ckpt runs/cls_single_domain_01 --split test
     python eval.py --ckpt runs/cls_single_domain_01/best_checkpoint_during_training.pt --split val
+    python eval.py --leaderboard runs/*
 
 Writes eval_SPLIT.json, predictions_SPLIT.csv, plots/*.png and report.html beside the checkpoint. A row of every table is
 a participant: probabilities are averaged over both eyes and repeated scans.
@@ -16,7 +17,9 @@ import hashlib
 import html
 import io
 import json
+import math
 import os
+import shutil
 import sys
 import zipfile
 
@@ -59,20 +62,42 @@ def open_encoder(cfg):
     if size is None:
         raise ValueError(f"{name} does not say its image_size; set data.image_size=[depth, height, width]")
     encoder.check_size(size)
+    if cfg.model.pool_method == "attentive" and any(n > most for n, most in zip(cfg.model.token_grid, encoder.grid(size))):
+        raise ValueError(f"model.token_grid={cfg.model.token_grid} is finer than the encoder's tokens, {list(encoder.grid(size))}; set at most those")
     return encoder, tuple(size), model.weights_hash(encoder)
 
 
+def pooled(cfg, tokens, grid):
+    """Tokens (B, N, C) of a grid (d, h, w) -> what a head takes: features (B, C), or for an attentive head tokens (B, T, C) of model.token_grid."""
+    if cfg.model.pool_method == "attentive":
+        return model.pool_grid(tokens.float(), grid, cfg.model.token_grid, cfg.model.token_pool)
+    return model.pool(tokens.float(), cfg.model.pool_method)
+
+
+def shape_of(cfg):
+    """Shape of what a head takes of a volume: (C,) or (T, C)."""
+    return (*([math.prod(cfg.model.token_grid)] if cfg.model.pool_method == "attentive" else []), cfg.model.emb_dim)
+
+
+def new_head(cfg, num_rows=0):
+    """The config's head, not trained. num_rows: of the training features, which a kNN keeps."""
+    dim, num_classes, head = cfg.model.emb_dim, len(data.CLASSES), cfg.model.head
+    if head.kind == "knn":
+        return model.KNN(dim, num_classes, num_rows)
+    return model.Head(dim, num_classes, head.hidden, head.dropout, cfg.model.pool_method == "attentive")
+
+
 def encode(cfg, encoder, volume, dev):
-    """Volume (1, D, H, W) -> its pooled feature (C,), as numpy."""
+    """Volume (1, D, H, W) -> its pooled feature (C,) or tokens (T, C), as numpy."""
     with torch.no_grad(), device.autocast(dev, cfg.train.precision):
         tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
-    feature = model.pool(tokens.float(), cfg.model.pool_method)[0]  # (C,)
+    feature = pooled(cfg, tokens, encoder.grid(volume.shape[-3:]))[0]
     device.step_done(dev)
     return feature.cpu().numpy()
 
 
 def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
-    """Pooled features -> (those of the samples that could be read, float32 (their number, C) on the CPU), in order.
+    """Pooled features -> (those of the samples that could be read, float32 (their number, C) or (their number, T, C) on the CPU), in order.
 
     Each volume is encoded once for ever: its feature is kept under cache_dir, keyed by encoder weights, pooling, precision,
     preprocessing and the volume's content. One volume at a time, so that a feature does not depend on its neighbours.
@@ -81,8 +106,10 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
     rank, world = device.rank(), device.world()
     model.Attention.kernel = staticmethod(device.attention(dev, model.attend))
     volumes = data.Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
-    folder = os.path.join(volumes.cache_dir, "features", f"{encoder_hash[:16]}-{cfg.model.pool_method}-{cfg.train.precision}-{FEATURES}")
-    dim = encoder.pos_embed.shape[-1]
+    shape, dtype, pooling = shape_of(cfg), np.float32, cfg.model.pool_method
+    if pooling == "attentive":  # tokens take a hundred times the room
+        dtype, pooling = np.float16, f"tokens{'x'.join(map(str, cfg.model.token_grid))}{cfg.model.token_pool}"
+    folder = os.path.join(volumes.cache_dir, "features", f"{encoder_hash[:16]}-{pooling}-{cfg.train.precision}-{FEATURES}")
     strength, transform = data.strengths(cfg), None
     if view:
         folder = os.path.join(folder, hashlib.sha256(f"{data.AUGMENTATION} {strength} {cfg.seed} {view}".encode()).hexdigest()[:16])
@@ -91,19 +118,21 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
     b2.remove_abandoned(folder, 60)  # nobody takes so long to write a feature
 
     def kept(key):
-        return None if key is None else data.load_array(os.path.join(folder, key + ".npy"), np.float32, (dim,))
+        return None if key is None else data.load_array(os.path.join(folder, key + ".npy"), dtype, shape)
 
     mine = range(rank, len(samples), world)
     found = {i: feature for i in mine if (feature := kept(volumes.key(i))) is not None}
     todo = [i for i in mine if i not in found]
     encoded, struck_before = 0, len(ledger.unreadable)
+    if cfg.model.pool_method == "attentive":
+        print_room(folder, sum(device.gather(len(todo), dev)), shape)
     if todo:
         encoder.to(dev)
         with contextlib.closing(data.stream(volumes, ledger, todo, cfg, transform)) as arriving:
             for i, key, volume in tqdm(arriving, total=len(todo), desc=f"encode view {view}" if view else "encode", unit="volume", mininterval=0.5, disable=rank > 0):
                 feature = kept(key)  # known, under another name or date
                 if feature is None:
-                    feature = encode(cfg, encoder, volume, dev)
+                    feature = encode(cfg, encoder, volume, dev).astype(dtype)
                     if not np.isfinite(feature).all():
                         raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
                     data.save_array(os.path.join(folder, key + ".npy"), feature)
@@ -120,25 +149,35 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
         if samples[i].path not in {s.path for s, _ in own}:
             ledger.strike(samples[i], lost[i])
     data.check_missing(ledger, cfg.data.max_missing)
-    x, count = torch.zeros(len(samples), dim), torch.zeros(len(samples), 1)
+    x, count = torch.zeros(len(samples), *shape), torch.zeros(len(samples))
     for i, feature in found.items():
         x[i], count[i] = torch.from_numpy(feature), 1
-    x, count = device.all_sum(torch.cat([x, count], dim=1).to(dev)).cpu().split([dim, 1], dim=1)
+    x, count = device.all_sum(x.to(dev)).cpu(), device.all_sum(count.to(dev)).cpu()
     rest = [i for i in range(len(samples)) if i not in lost]
     if not rest:
         raise ValueError("none of the volumes could be read")
-    if count.flatten().tolist() != [float(i not in lost) for i in range(len(samples))]:
+    if count.tolist() != [float(i not in lost) for i in range(len(samples))]:
         raise RuntimeError("features and unreadable volumes do not add up to the volumes that were asked for")
     encoded = sum(device.gather(encoded, dev))
     print(f"features: {encoded} volumes encoded, {len(rest) - encoded} from {volumes.cache_dir}" + (f", {len(lost)} unreadable" if lost else ""))
     return [samples[i] for i in rest], x[rest]
 
 
+def print_room(folder, number, shape):
+    """Say how much disk the tokens of so many volumes will take; ValueError when that is not there."""
+    need, there = number * 2 * math.prod(shape), os.path.dirname(folder)
+    os.makedirs(there, exist_ok=True)
+    free = shutil.disk_usage(there).free
+    print(f"tokens: {number} volumes to encode, {shape[0]} x {shape[1]} float16 each: {need / 1e9:.2g} GB in {there}, {free / 1e9:.3g} GB free")
+    if need > free:
+        raise ValueError(f"{there} has no room for {need / 1e9:.3g} GB of tokens; set a smaller model.token_grid, or paths.cache_dir elsewhere")
+
+
 def features_now(cfg, samples, encoder, size, dev, desc):
-    """Pooled features (num_volumes, C) by an encoder that is being trained: nothing is kept, and every volume must be readable."""
+    """Pooled features (num_volumes, C), or (num_volumes, T, C), by an encoder that is being trained: nothing is kept, and every volume must be readable."""
     volumes = data.Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
     mine = range(device.rank(), len(samples), device.world())
-    x = torch.zeros(len(samples), encoder.pos_embed.shape[-1])
+    x = torch.zeros(len(samples), *shape_of(cfg))
     encoder.eval()
     with contextlib.closing(data.stream(volumes, None, mine, cfg)) as arriving:
         for i, _, volume in tqdm(arriving, total=len(mine), desc=desc, unit="volume", mininterval=0.5, leave=False, disable=device.rank() > 0):
@@ -158,11 +197,15 @@ def predict(head, x):
 
 def by_participant(samples, probabilities):
     """Mean probability over a participant's volumes -> (ids, y_true (n,), probabilities (n, 4)), participants in order."""
-    rows = {}
-    for sample, p in zip(samples, probabilities, strict=True):
-        rows.setdefault((sample.participant_id, sample.label), []).append(p)
-    ids, labels = zip(*rows)
-    return list(ids), np.array(labels), np.stack([np.mean(ps, axis=0) for ps in rows.values()])
+    labels, places = {}, []
+    for sample in samples:
+        labels.setdefault(sample.participant_id, sample.label)
+        places.append(sample.participant_id)
+    place = {i: n for n, i in enumerate(labels)}
+    places = [place[i] for i in places]
+    sums = np.zeros((len(labels), probabilities.shape[1]))
+    np.add.at(sums, places, probabilities)
+    return list(labels), np.array(list(labels.values())), sums / np.bincount(places)[:, None]
 
 
 def predictions_csv(ids, y_true, probabilities):
@@ -221,8 +264,9 @@ def evaluate_run(ckpt, split, overrides=()):
         if "encoder" in saved:  # fine-tuned
             encoder.load_state_dict(saved["encoder"], strict=True)
             encoder_hash = model.weights_hash(encoder)
-        head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
-        head.load_state_dict(saved["head"], strict=True)
+        heads = [new_head(cfg, len(saved["head"].get("features", ()))) for _ in saved.get("repeats", [0])]
+        for head, state in zip(heads, [repeat["head"] for repeat in saved.get("repeats", [saved])]):  # the first is the run's
+            head.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path}: not loaded: {' '.join(str(error).split())}") from error
     ledger = data.read_ledger(cfg)
@@ -232,7 +276,7 @@ def evaluate_run(ckpt, split, overrides=()):
         raise ValueError(f"no participant of split {split} has a volume")
     dev = device.get(cfg.device.backend)
     samples, x = features(cfg, ledger, samples, encoder, size, encoder_hash, dev)
-    ids, y_true, probabilities = by_participant(samples, predict(head, x))
+    (ids, y_true, probabilities), *others = [by_participant(samples, predict(head, x)) for head in heads]
 
     result = metrics.evaluate(y_true, probabilities, len(data.CLASSES))
     seen = sorted(trained_on & set(ids))
@@ -249,6 +293,11 @@ def evaluate_run(ckpt, split, overrides=()):
         result["alarms"].append(f"{data.LABELS} is not the file that this run was trained with")
     result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),
               "data": ledger.description, "encoder_sha256": encoder_hash, **result}
+    if others:
+        each = [metrics.score(y_true, p) for p in (probabilities, *(p for _, _, p in others))]
+        values = {name: [score[name] for score in each] for name in metrics.SCORES}
+        result["seeds"] = {"seeds": [repeat["seed"] for repeat in saved["repeats"]],
+                           **{name: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)), "each": v} for name, v in values.items() if None not in v}}
     result["unreadable"] = [{"participant_id": s.participant_id, "path": s.path, "reason": reason} for s, reason in ledger.unreadable]
     if device.rank() == 0:
         update_ledger(os.path.join(folder, "ledger.csv"), ledger, split)
@@ -307,6 +356,10 @@ def print_table(result):
 
     print(f"\n{sentence(result)}\n")
     print("\n".join([*lines(SCORE_HEADER, score_rows(result)), "", *lines(CLASS_HEADER, class_rows(result))]))
+    if "seeds" in result:
+        spread = result["seeds"]["balanced_accuracy"]
+        print(f"\nover seeds {', '.join(map(str, result['seeds']['seeds']))}: balanced accuracy {spread['mean']:.3f} ± {spread['sd']:.3f} "
+              f"({', '.join(f'{v:.3f}' for v in spread['each'])}); the table is of the first")
     for lost in result["unreadable"]:
         print(f"unreadable: participant {lost['participant_id']}: {lost['reason']}")
     for alarm in result["alarms"]:
@@ -397,6 +450,32 @@ th:first-child {{ text-align: left }} img {{ max-width: 100%; height: auto }} .w
     b2.write(os.path.join(folder, "report.html"), page)
 
 
+def leaderboard(folders):
+    """Rank the runs by balanced accuracy on test; writes leaderboard.md and .csv beside the first -> text of the table. ValueError without any."""
+    scored, without = [], []
+    for folder in folders:
+        path = os.path.join(folder, "eval_test.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                scored.append((os.path.basename(os.path.abspath(folder)), json.load(f)))
+        elif os.path.isdir(folder):
+            without.append(folder)
+    if not scored:
+        raise ValueError(f"--leaderboard: none of {', '.join(folders)} holds an eval_test.json; run eval.py --ckpt RUN --split test first")
+    scored.sort(key=lambda run: (-run[1]["balanced_accuracy"], run[1]["log_loss"]))
+    header = ["run", "balanced accuracy", "95 % interval", "chance band", "majority class", "log-loss", "participants", "alarms", "encoder", "data"]
+    rows = [[name, f"{r['balanced_accuracy']:.3f}", *(" to ".join(f"{v:.3f}" for v in pair) for pair in (r["ci95"]["balanced_accuracy"], r["chance_band"])),
+             f"{r['majority']['balanced_accuracy']:.3f}", f"{r['log_loss']:.3f}", str(r["n"]), str(len(r["alarms"])), r["encoder_sha256"][:12], r["data"]] for name, r in scored]
+    text = "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
+    text += "".join(f"\n{name}: ALARM: {alarm}" for name, r in scored for alarm in r["alarms"]) + "".join(f"\nnot scored on test: {folder}" for folder in without)
+    beside = os.path.dirname(os.path.abspath(folders[0]))
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([header, *rows])
+    b2.write(os.path.join(beside, "leaderboard.csv"), table.getvalue())
+    b2.write(os.path.join(beside, "leaderboard.md"), text.rstrip() + "\n")
+    return text
+
+
 def main(rank, cfg, ckpt, split, overrides):
     """The job, in every replica."""
     result, folder = evaluate_run(ckpt, split, overrides)
@@ -406,13 +485,18 @@ def main(rank, cfg, ckpt, split, overrides):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="run folder, or a checkpoint file in it")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", help="run folder, or a checkpoint file in it")
+    what.add_argument("--leaderboard", nargs="+", metavar="RUN", help="run folders, to rank by balanced accuracy on test")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as paths.data=ELSEWHERE")
     args = parser.parse_intermixed_args()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
 
     def job():
+        if args.leaderboard:
+            print(leaderboard(args.leaderboard))
+            return
         cfg = open_run(args.ckpt, args.overrides)[1]
         device.launch(functools.partial(main, ckpt=args.ckpt, split=args.split, overrides=args.overrides), cfg)
     device.run(job)

@@ -9,7 +9,7 @@ To train the encoder too, call encoder.train(); set encoder.drop_path and encode
 parameter_groups(...) to the optimizer.
 
 D, H, W are depth (frames), height (rows) and width (columns) of a volume; C is the width of the embedding.
-Needs torch alone.
+Needs torch, and scikit-learn for logistic regression.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import math
 import pickle
 import re
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Noise:
     def keep(self, p, shape, layer):
         """Dropout's factors (B, *shape): 0 with probability p, else 1 / (1 - p). layer: a number for every layer that asks."""
         generator = torch.Generator().manual_seed(self.key + layer)
-        return torch.empty(self.size, *shape).bernoulli_(1 - p, generator=generator)[self.places] / (1 - p)
+        return (torch.rand(self.size, *shape, generator=generator)[self.places] >= p) / (1 - p)
 
 
 def any_noise(x):
@@ -140,10 +141,13 @@ class ViT3D(nn.Module):
             x = self.checkpoint(block, *args) if self.training and self.checkpoint else block(*args)
         return self.norm(x)
 
+    def grid(self, size):
+        """Tokens along each axis (d, h, w) of a volume of `size` (D, H, W)."""
+        return tuple(n // p for n, p in zip(size, self.patch_size))
+
     def check_size(self, size):
         """ValueError unless volumes of `size` (D, H, W) are what the positions were learned for."""
-        grid = [n // p for n, p in zip(size, self.patch_size)]
-        fits = all(n % p == 0 for n, p in zip(size, self.patch_size)) and math.prod(grid) == self.pos_embed.shape[1]
+        fits = all(n % p == 0 for n, p in zip(size, self.patch_size)) and math.prod(self.grid(size)) == self.pos_embed.shape[1]
         if self.image_size is not None:
             fits = fits and tuple(size) == self.image_size
         if not fits:
@@ -300,6 +304,36 @@ def pool(tokens, method):
     return tokens.mean(dim=1) if method == "mean" else tokens.amax(dim=1)
 
 
+def pool_grid(tokens, shape, size, method):
+    """Tokens (B, N, C) of a grid `shape` (d, h, w), N = d h w -> (B, T, C) of a coarser one `size`, T its product; method: "mean" or "max"."""
+    B, N, C = tokens.shape
+    grid = tokens.transpose(1, 2).reshape(B, C, *shape)  # (B, C, d, h, w)
+    grid = F.adaptive_avg_pool3d(grid, size) if method == "mean" else F.adaptive_max_pool3d(grid, size)
+    return grid.flatten(2).transpose(1, 2)  # (B, C, *size) -> (B, T, C)
+
+
+class AttentivePool(nn.Module):
+    """Tokens (B, T, C) -> features (B, C): each of C / 64 learned queries weights the tokens and fills its 64 channels of the mean.
+
+    A cross-attention whose key projection is folded into the queries, with no other projections (efficient probing, Psomas et
+    al. 2025, arXiv 2506.10178): so few parameters suit few participants. Zero queries, the start, are the mean of the tokens.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(dim // HEAD_DIM, dim))
+
+    def forward(self, x):
+        return self.look(x, self.query)
+
+    @staticmethod
+    def look(x, query):
+        """x (B, T, C), query (..., heads, C): of one head, or of many -> (..., B, C)."""
+        weights = torch.einsum("btc,...hc->...bht", x, query / HEAD_DIM**0.5).softmax(dim=-1)
+        values = x.unflatten(2, (-1, HEAD_DIM))  # (B, T, heads, 64)
+        return torch.einsum("...bht,bthk->...bhk", weights, values).flatten(-2)
+
+
 class HostDropout(nn.Module):
     """Dropout whose mask is drawn on the host, so that a seed gives the same run on CPU, GPU and TPU; see Noise."""
 
@@ -310,7 +344,7 @@ class HostDropout(nn.Module):
     def forward(self, x, noise=None):
         if not self.training or self.p == 0:
             return x
-        keep = (noise or any_noise(x)).keep(self.p, x.shape[1:], layer=-1)
+        keep = (noise or any_noise(x)).keep(self.p, x.shape[-1:], layer=-1)
         return x * keep.to(x.device, x.dtype)
 
 
@@ -323,7 +357,7 @@ class Standardise(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def fit(self, features):
-        """features (num_volumes, C) of the training split, and of no other."""
+        """features (rows, C) of the training split, and of no other; a row is a volume, or one of its tokens."""
         self.mean.copy_(features.mean(dim=0))
         self.std.copy_((features.var(dim=0, unbiased=False) + 1e-6).sqrt())
 
@@ -334,11 +368,13 @@ class Standardise(nn.Module):
 class Head(nn.Sequential):
     """Features (B, C) -> logits (B, num_classes): standardise, dropout, linear; with hidden > 0 an MLP of one hidden layer.
 
-    log_prior (num_classes,): subtracted from the logits except while training; zeros unless the loss asks for it.
+    attentive: takes tokens (B, T, C), and pools them first. log_prior (num_classes,): subtracted from the logits except while
+    training; zeros unless the loss asks for it.
     """
 
-    def __init__(self, dim, num_classes, hidden=0, dropout=0.0):
-        layers = [nn.Linear(dim, hidden), nn.GELU()] if hidden else []
+    def __init__(self, dim, num_classes, hidden=0, dropout=0.0, attentive=False):
+        layers = [AttentivePool(dim)] if attentive else []
+        layers += [nn.Linear(dim, hidden), nn.GELU()] if hidden else []
         super().__init__(Standardise(dim), *layers, HostDropout(dropout), nn.Linear(hidden or dim, num_classes))
         self.register_buffer("log_prior", torch.zeros(num_classes))
         for layer in self:
@@ -349,7 +385,7 @@ class Head(nn.Sequential):
     @torch.no_grad()
     def share_direction(self):
         """Make the last layer's weights those of an ordinal head: w (k - mean k) for class k (adjacent-category logits, Agresti 2010)."""
-        self[-1].weight.copy_(ordinal_projection(len(self[-1].weight)).to(self[-1].weight.device) @ self[-1].weight)
+        self[-1].weight.copy_(ordinal(self[-1].weight))
 
     def forward(self, x, noise=None):
         for layer in self:
@@ -357,10 +393,59 @@ class Head(nn.Sequential):
         return x if self.training else x - self.log_prior
 
 
-def ordinal_projection(num_classes):
-    """(K, K): the projection of weights (K, C) on those where classes share one direction and differ by their rank."""
-    rank = torch.arange(num_classes) - (num_classes - 1) / 2
-    return torch.outer(rank, rank) / (rank @ rank)
+class KNN(nn.Module):
+    """Features (B, C) -> log of the k nearest training volumes' votes (B, num_classes).
+
+    Nearest by cosine between standardised features; a vote weighs exp(cosine / 0.07), as in DINO's kNN (Caron et al. 2021, from
+    Wu et al. 2018), times its class's weight. n: number of training volumes.
+    """
+
+    def __init__(self, dim, num_classes, n):
+        super().__init__()
+        self.standardise = Standardise(dim)
+        self.register_buffer("features", torch.zeros(n, dim))
+        self.register_buffer("votes", torch.zeros(n, num_classes))
+        self.register_buffer("k", torch.tensor(1))
+
+    def fit(self, x, labels, weights, k):
+        """x (n, C) and labels (n,) of the training split, weights (num_classes,)."""
+        self.standardise.fit(x)
+        self.features.copy_(F.normalize(self.standardise(x)))
+        self.votes.copy_(F.one_hot(labels, len(weights)) * weights)
+        self.k.fill_(k)
+        return self
+
+    def forward(self, x):
+        near, which = (F.normalize(self.standardise(x)) @ self.features.T).topk(self.k.item())  # (B, k)
+        votes = ((near / 0.07).exp()[..., None] * self.votes[which]).sum(dim=1)  # (B, k, num_classes) -> (B, num_classes)
+        return (votes + torch.finfo(votes.dtype).tiny).log()
+
+
+def fit_logistic_regression(head, x, labels, weights, C):
+    """Make a linear head scikit-learn's logistic regression (L2 penalty 1 / (2 C)) on x (n, C), labels (n,) -> did it converge?
+
+    ValueError when a class is missing from labels."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    if labels.unique().numel() < len(weights):
+        raise ValueError(f"model.head.kind=logistic_regression needs every one of {len(weights)} classes in training; found {labels.unique().tolist()}")
+    head[0].fit(x)
+    fitted = LogisticRegression(C=C, class_weight=dict(enumerate(weights.tolist())), max_iter=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said by the result instead
+        fitted.fit(head[0](x).numpy(), labels.numpy())
+    with torch.no_grad():
+        head[-1].weight.copy_(torch.from_numpy(fitted.coef_))
+        head[-1].bias.copy_(torch.from_numpy(fitted.intercept_))
+    return bool(fitted.n_iter_.max() < fitted.max_iter)
+
+
+def ordinal(weight):
+    """weight (..., num_classes, C) -> the nearest that share one direction and differ by the class's rank."""
+    rank = torch.arange(weight.shape[-2], device=weight.device, dtype=weight.dtype)[:, None]
+    rank = (rank - rank.mean()) / (rank - rank.mean()).norm()  # (num_classes, 1)
+    return rank * (rank * weight).sum(dim=-2, keepdim=True)
 
 
 def parameter_groups(head, encoder, lr_head, lr_encoder, layer_decay, weight_decay):

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
 import b2
@@ -50,6 +51,8 @@ import phantom
 # keys whose change on resuming does not change the result
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume", "train.save_every", "train.micro_batch",
             "train.activation_checkpointing", "data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline", "data.max_missing")
+STRENGTHS = np.logspace(-6, 5, 45)  # C of logistic regression: what DINOv2's evaluation tries
+NEIGHBOURS = (1, 3, 5, 10, 20, 30, 50)  # k of kNN; more would outnumber the 58 participants of the rarest class
 INSTEAD = "set train.resume=never to replace the run, or paths.run_dir to another one"  # where a run cannot be resumed
 
 
@@ -91,27 +94,27 @@ def main(rank, cfg):
     train, val = ([s for s in samples if s.split == split] for split in ("train", "val"))
     unfreeze = first_epoch_of_encoder(cfg)
     strength = data.strengths(cfg)
-    views = [x[:len(train)]]
+    x_val, seen_in_views = x[len(train):], samples if cfg.data.cv else train
+    views = [x[:len(seen_in_views)]]
     for view in range(1, 1 + cfg.data.augment_views) if strength and unfreeze > 1 else ():
-        again, x_view = evaluation.features(cfg, ledger, train, encoder, size, encoder_hash, dev, view)
-        if len(again) < len(train):
+        again, x_view = evaluation.features(cfg, ledger, seen_in_views, encoder, size, encoder_hash, dev, view)
+        if len(again) < len(seen_in_views):
             raise ValueError(f"a volume that could be read before cannot be read now: {data.unreadable_table(ledger).splitlines()[-1]}")
         views.append(x_view)
-    x_train, x_val = torch.stack(views, dim=1), x[len(train):]  # (volumes, views, C) and (volumes, C)
+    x_views = torch.stack(views, dim=1)  # (volumes, views, C), and (volumes, views, T, C) for an attentive head
+    x_train = x_views[:len(train)]
     labels = torch.tensor([s.label for s in train])
     participants = {s.participant_id: s.label for s in train}
     weights = losses.class_weights(list(participants.values()), len(data.CLASSES), cfg.train.class_weights)
 
-    # model and optimizer; seeded here, for loading volumes draws random numbers and a full cache would not
-    device.seed(cfg.seed, dev)
-    head = model.Head(cfg.model.emb_dim, len(data.CLASSES), cfg.model.head.hidden, cfg.model.head.dropout)
-    head[0].fit(x_train.flatten(0, 1))
     identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
                 "train_participants": list(participants), "volumes": [len(train), len(val)]}  # what the run is known by
-    if any(vars(cfg.train.sweep).values()):
-        run_sweep(rank, cfg, run_dir, identity, ledger, dev, head, x_train, train, x_val, val)
+    if any(vars(cfg.train.sweep).values()) or cfg.train.seeds or cfg.data.cv or cfg.model.head.kind != "network":
+        run_heads(rank, cfg, run_dir, identity, ledger, dev, x_views, samples, x_val, len(train))
         return
-    head, x_val = head.to(dev), x_val.to(dev)
+
+    # model and optimizer
+    head, x_val = start_head(cfg, cfg.seed, x_train).to(dev), x_val.to(dev)
     if unfreeze <= epochs:
         encoder.to(dev)
         encoder.drop_path = cfg.model.drop_path
@@ -181,7 +184,7 @@ def main(rank, cfg):
         # order, views and every other random number depend on seed, epoch, step and volume alone
         batches = data.epoch_order(labels, cfg.data.sampler, cfg.seed, epoch).split(batch_size)
         parts = [micro_batches(batch, batch_size, cfg.train.micro_batch if encoder_trains else batch_size) for batch in batches]
-        x_epoch = view_of_epoch(x_train, cfg.seed, epoch).to(dev)  # (volumes, C)
+        x_epoch = view_of_epoch(x_train, cfg.seed, epoch).to(dev)  # (volumes, C) or (volumes, T, C)
         augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
 
         # what the steps saw: loss and probabilities, added up for each volume; weighted loss and gradient norm, for each step
@@ -203,7 +206,7 @@ def main(rank, cfg):
                         volume = next(volumes).to(dev).float()  # (b, 1, D, H, W)
                         with device.autocast(dev, cfg.train.precision):
                             tokens = encoder(volume, noise)  # (b, N, C)
-                        x = model.pool(tokens.float(), cfg.model.pool_method)  # (b, C)
+                        x = evaluation.pooled(cfg, tokens, encoder.grid(size))  # (b, C) or (b, T, C)
                     else:
                         x = x_epoch[rows.to(dev)]
                     logits = head(x, noise)  # (b, num_classes)
@@ -295,129 +298,271 @@ def epoch_record(epoch, train, seen, drawn, y_val, p_val):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- the sweep
+# ------------------------------------------------------------------------------------ many heads on a frozen encoder's features
 
 
-def grid_of(cfg):
-    """train.sweep -> settings of every head, [{"lr_head": ..., ...}]: all combinations, and what is not swept as it is elsewhere."""
-    tried = {"lr_head": cfg.train.sweep.lr_head or [cfg.train.lr_head],
-             "weight_decay": cfg.train.sweep.weight_decay or [cfg.train.weight_decay],
-             "class_weights": cfg.train.sweep.class_weights or [cfg.train.class_weights],
-             "loss": cfg.train.sweep.loss or [cfg.train.loss],
-             "ordinal": cfg.train.sweep.ordinal or [cfg.model.head.ordinal]}
-    return [dict(zip(tried, values)) for values in itertools.product(*tried.values())]
+def start_head(cfg, seed, x_train):
+    """A head to train, standardising as x_train (volumes, views, C) or (volumes, views, T, C) needs. Seeded here, for loading volumes
+    draws random numbers and a full cache would not."""
+    torch.manual_seed(seed)
+    head = evaluation.new_head(cfg)
+    head[0].fit(x_train.flatten(0, -2))
+    return head
 
 
-def run_sweep(rank, cfg, run_dir, identity, ledger, dev, head, x_train, train, x_val, val):
-    """Train the heads of train.sweep and save the chosen one as a run's best."""
-    grid = grid_of(cfg)
-    print(f"sweep: {len(grid)} heads of {count(head)} parameters, on {len(train)} volumes; validation chooses")
+def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_train):
+    """Fit all heads that the config asks for and save the one that validation chooses as a run's best. On the CPU; every replica does the same.
+
+    x (volumes, views, C): of train, and of samples (train, then val) where they are cross-validated. x_val (volumes, C).
+    """
     if cfg.train.resume == "auto" and resume(run_dir, identity, {"head"}):
-        print(f"{run_dir} holds this sweep, finished")
+        print(f"{run_dir} holds this run, finished")
         return
     wandb_run = start_wandb(cfg, run_dir, rank, None)
+    train, val, seeds = samples[:num_train], samples[num_train:], cfg.train.seeds or [cfg.seed]
+    number = {"network": len(grid_of(cfg)), "logistic_regression": len(STRENGTHS), "knn": len(NEIGHBOURS)}[cfg.model.head.kind]
+    print(f"{number} heads ({cfg.model.head.kind}) on {num_train} volumes{f', {len(seeds)} seeds' if len(seeds) > 1 else ''}"
+          f"{f', {cfg.data.cv} folds beside' if cfg.data.cv else ''}; validation chooses")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many small operations: on a busy machine, more threads mostly wait for each other
-    head, history, predictions, rows = sweep(cfg, grid, head, x_train, train, x_val, val)
+    fits = [fit_heads(cfg, seed, x[:num_train], train, x_val, val) for seed in seeds]
+    folds = cross_validate(cfg, seeds, x, samples) if cfg.data.cv else []
     torch.set_num_threads(threads)
-    rows.sort(key=lambda row: (math.isnan(row["val_loss"]), -row["val_balanced_accuracy"], row["val_loss"]))
+
+    head, history, predictions, rows = fits[0]
     best = next(row for row in rows if row["chosen"])
     if rank == 0:
         prepare_run_dir(run_dir, cfg, ledger, identity["encoder_sha256"], dev, None)
         content = {**identity, "epoch": best["best_epoch"], "head": head.state_dict(), "val_balanced_accuracy": best["val_balanced_accuracy"],
-                   "val_loss": best["val_loss"], "sweep": best}
-        for name in (evaluation.BEST, "last.pt"):  # the latter says that the sweep is finished
+                   "val_loss": best["val_loss"], "sweep": best, "repeats": [{"seed": seed, "head": fit[0].state_dict()} for seed, fit in zip(seeds, fits)]}
+        for name in (evaluation.BEST, "last.pt"):  # the latter says that the run is finished
             b2.write(os.path.join(run_dir, name), lambda file: torch.save(content, file))
-        b2.write(os.path.join(run_dir, "predictions_val.csv"), predictions)
+        b2.write(os.path.join(run_dir, "predictions_val.csv"), evaluation.predictions_csv(*predictions))
         b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in history))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(best), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        b2.write(os.path.join(run_dir, "sweep.csv"), table.getvalue())
+        b2.write(os.path.join(run_dir, "sweep.csv"), csv_of([{"seed": seed, **row} for seed, fit in zip(seeds, fits) for row in fit[3]]))
+        if folds:
+            b2.write(os.path.join(run_dir, "cv.csv"), csv_of([row for row, *_ in folds]))
+            b2.write(os.path.join(run_dir, "predictions_cv.csv"), evaluation.predictions_csv(*held_out(folds, seeds[0])))
         for record in history:
             wandb_run.log(record)
-    swept = [name for name in grid[0] if len({str(h[name]) for h in grid}) > 1]
+    swept = [name for name in best if name not in ("best_epoch", "val_balanced_accuracy", "val_loss", "chosen") and len({str(row[name]) for row in rows}) > 1]
+
+    def described(row):
+        epoch = [f"epoch {row['best_epoch']}"] if cfg.model.head.kind == "network" else []
+        return ", ".join(epoch + [f"{name} {row[name]:.3g}" if type(row[name]) is float else f"{name} {row[name]}" for name in swept])
+
     for row in rows[:5]:
-        print(f"  val bal.acc {row['val_balanced_accuracy']:.3f} loss {row['val_loss']:.3f}  epoch {row['best_epoch']:3d}  "
-              + ", ".join(f"{name} {row[name]}" for name in swept) + ("  *" if row["chosen"] else ""))
-    print(epoch_lines(history[best["best_epoch"] - 1], cfg.train.epochs))
-    print(f"best of {len(grid)} heads: {', '.join(f'{name} {best[name]}' for name in swept)}; epoch {best['best_epoch']}, val balanced accuracy "
-          f"{best['val_balanced_accuracy']:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
+        print(f"  val bal.acc {row['val_balanced_accuracy']:.3f} loss {row['val_loss']:.3f}  {described(row)}{'  *' if row['chosen'] else ''}")
+    if cfg.model.head.kind == "network":
+        print(epoch_lines(history[best["best_epoch"] - 1], cfg.train.epochs))
+    print(f"best of {len(rows)}: {described(best)}; val balanced accuracy {best['val_balanced_accuracy']:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
+    if len(seeds) > 1:
+        print(f"over {len(seeds)} seeds: val balanced accuracy {mean_and_sd([row['val_balanced_accuracy'] for fit in fits for row in fit[3] if row['chosen']])}")
+    for seed in seeds if folds else ():
+        ids, y, p = held_out(folds, seed)
+        print(f"{cfg.data.cv}-fold cross-validation{f', seed {seed}' if len(seeds) > 1 else ''}: balanced accuracy {metrics.score(y, p)['balanced_accuracy']:.3f} on {len(ids)} "
+              f"participants, each held out once; folds {mean_and_sd([row['held_out_balanced_accuracy'] for row, *_ in folds if row['seed'] == seed])}")
     if ledger.unreadable:
         print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
     wandb_run.finish()
     device.barrier(dev)
 
 
-def sweep(cfg, grid, head, x_train, train, x_val, val):
-    """Train a head for each setting of the grid, all at once -> (best head, its history, its validation predictions, rows of sweep.csv).
+def mean_and_sd(values):
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({', '.join(f'{v:.3f}' for v in values)})"
 
-    x_train (volumes, views, C), x_val (volumes, C): features of a frozen encoder. The heads' parameters are stacked, (G, ...), and
-    a step is one computation for all of them; each becomes what it would alone, with train.sweep=null. Validation chooses head
-    and epoch. On the CPU: every replica does the same.
+
+def csv_of(rows):
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
+
+
+def cross_validate(cfg, seeds, x, samples):
+    """Fold by fold -> [(row of cv.csv, ids, y_true, probabilities) of the participants held out].
+
+    x (volumes, views, C). Folds are of participants, stratified by class. Of each fold's score, neither weights nor choice know
+    anything: it is held out, the next fold chooses head and epoch, the others train.
+    """
+    ids, y, _ = evaluation.by_participant(samples, np.zeros((len(samples), 1)))
+    if np.bincount(y, minlength=len(data.CLASSES)).min() < cfg.data.cv:
+        raise ValueError(f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; there are {np.bincount(y).tolist()}")
+    found = []
+    for seed in seeds:
+        folds = StratifiedKFold(cfg.data.cv, shuffle=True, random_state=seed).split(ids, y)
+        fold_of = {ids[i]: fold for fold, (_, held) in enumerate(folds) for i in held}
+        for fold in range(cfg.data.cv):
+            part = {name: [] for name in ("train", "choose", "hold")}
+            for i, sample in enumerate(samples):
+                part[{fold: "hold", (fold + 1) % cfg.data.cv: "choose"}.get(fold_of[sample.participant_id], "train")].append(i)
+            of = {name: [samples[i] for i in rows] for name, rows in part.items()}
+            head, _, _, rows = fit_heads(cfg, seed, x[part["train"]], of["train"], x[part["choose"], 0], of["choose"])
+            held = evaluation.by_participant(of["hold"], evaluation.predict(head, x[part["hold"], 0]))
+            score = metrics.score(held[1], held[2])
+            row = {"seed": seed, "fold": fold, "participants": len(held[0]), **next(row for row in rows if row["chosen"])}
+            del row["chosen"]
+            found.append((row | {"held_out_balanced_accuracy": score["balanced_accuracy"], "held_out_loss": score["log_loss"]}, *held))
+    return found
+
+
+def held_out(folds, seed):
+    """-> ids, y_true, probabilities of all participants, each as its fold held it out."""
+    ids, y, p = zip(*((ids, y, p) for row, ids, y, p in folds if row["seed"] == seed))
+    return sum(ids, []), np.concatenate(y), np.concatenate(p)
+
+
+def fit_heads(cfg, seed, x_train, train, x_val, val):
+    """Every head that the config names -> (that which x_val chooses, its history, its (ids, y_true, probabilities) of val, rows of sweep.csv, best first)."""
+    if cfg.model.head.kind == "network":
+        fitted = sweep(cfg, seed, grid_of(cfg), start_head(cfg, seed, x_train), x_train, train, x_val, val)
+    else:
+        fitted = references(cfg, x_train, train, x_val, val)
+    fitted[3].sort(key=lambda row: (math.isnan(row["val_loss"]), -row["val_balanced_accuracy"], row["val_loss"]))
+    return fitted
+
+
+def references(cfg, x_train, train, x_val, val):
+    """As sweep, of scikit-learn's logistic regression or of kNN, for every C or k. Every view of a volume is a row."""
+    views = x_train.shape[1]
+    labels = torch.tensor([s.label for s in train])
+    weights = losses.class_weights(list({s.participant_id: s.label for s in train}.values()), len(data.CLASSES), cfg.train.class_weights)
+    x, y = x_train.flatten(0, 1), labels.repeat_interleave(views)
+    candidates, best = [], None
+    for strength in tqdm(NEIGHBOURS if cfg.model.head.kind == "knn" else STRENGTHS, desc=cfg.model.head.kind, leave=False, mininterval=0.5, disable=device.rank() > 0):
+        head = evaluation.new_head(cfg, len(x))
+        if cfg.model.head.kind == "knn":
+            if strength > len(x):
+                continue
+            settings = {"k": strength}
+            head.fit(x, y, weights, strength)
+        else:
+            settings = {"C": float(strength), "converged": model.fit_logistic_regression(head, x, y, weights, strength)}
+        ids, y_val, p_val = evaluation.by_participant(val, evaluation.predict(head, x_val))
+        (accuracy,), (loss,) = metrics.quick_scores(y_val, p_val[None])
+        candidates.append({**settings, "best_epoch": 1, "val_balanced_accuracy": accuracy, "val_loss": loss, "chosen": False})
+        if best is None or better((accuracy, loss), best[0]):
+            best = (accuracy, loss), head, (ids, y_val, p_val), candidates[-1]
+    _, head, predictions, row = best
+    row["chosen"] = True
+    p = torch.from_numpy(evaluation.predict(head, x_train[:, 0]))  # (volumes, num_classes)
+    loss = torch.from_numpy(metrics.negative_log(p.numpy()))[torch.arange(len(train)), labels]
+    record = epoch_record(1, train, torch.cat([loss[:, None], p], dim=1), torch.arange(len(train)), *predictions[1:])
+    record |= {"train/lr_head": 0.0, "train/lr_encoder": 0.0, "train/loss": (loss * weights[labels]).sum().item() / weights[labels].sum().item(),
+               "train/grad_norm": 0.0, "best": True}
+    return head, [record], predictions, candidates
+
+
+def grid_of(cfg):
+    """train.sweep -> settings of every head, [{"lr_head": ..., ...}]: all combinations, and what is not swept as it is elsewhere."""
+    tried = {"loss": cfg.train.sweep.loss or [cfg.train.loss],
+             "ordinal": cfg.train.sweep.ordinal or [cfg.model.head.ordinal],
+             "class_weights": cfg.train.sweep.class_weights or [cfg.train.class_weights],
+             "lr_head": cfg.train.sweep.lr_head or [cfg.train.lr_head],
+             "weight_decay": cfg.train.sweep.weight_decay or [cfg.train.weight_decay]}
+    return [dict(zip(tried, values)) for values in itertools.product(*tried.values())]
+
+
+def runs(values):
+    """[a, a, b] -> [(a, slice(0, 2)), (b, slice(2, 3))]: what lies side by side is a view, without a copy."""
+    ends = list(itertools.accumulate(len(list(run)) for _, run in itertools.groupby(values)))
+    return [(values[start], slice(start, end)) for start, end in zip([0, *ends], ends)]
+
+
+def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
+    """Train a head for each setting of the grid, all at once -> (best head, its history, its (ids, y_true, probabilities) of val, rows of sweep.csv).
+
+    x_train (volumes, views, C), x_val (volumes, C): features of a frozen encoder, or tokens (..., T, C). The heads' parameters are
+    stacked, (G, ...), and a step is one computation for all of them; each becomes what it would alone. Validation chooses head and epoch.
     """
     num_heads, num_classes, epochs = len(grid), len(data.CLASSES), cfg.train.epochs
     labels, people = torch.tensor([s.label for s in train]), list({s.participant_id: s.label for s in train}.values())
     batch_size = min(cfg.data.batch_size, len(train))
     steps_per_epoch = math.ceil(len(train) / batch_size)
     log_prior = log_prior_of(labels, cfg.data.sampler)
-
-    def column(values, like):
-        return torch.tensor(values).view(-1, *[1] * (like.ndim - 1))  # (G,) -> (G, 1, ...)
-
     params = {name: p.detach().repeat(num_heads, *[1] * p.ndim).requires_grad_() for name, p in head.named_parameters()}  # (G, ...)
     weight = params[f"{len(head) - 1}.weight"]  # (G, num_classes, hidden or C)
-    ordinal, projection = torch.tensor([h["ordinal"] for h in grid]), model.ordinal_projection(num_classes)
-    with torch.no_grad():
-        weight[ordinal] = projection @ weight[ordinal]
+
     class_weights = torch.stack([losses.class_weights(people, num_classes, h["class_weights"]) for h in grid])  # (G, num_classes)
     subtracted = torch.stack([log_prior * (h["loss"] == "logit_adjustment") for h in grid])[:, None]  # (G, 1, num_classes)
-    heads_of = {name: [g for g, h in enumerate(grid) if h["loss"] == name] for name in {h["loss"]: 1 for h in grid}}
-    optimizer = torch.optim.AdamW(params.values(), lr=1, weight_decay=0)  # gives directions; each head goes at its own rate, and decays at its own
+    heads_of_loss = runs([h["loss"] for h in grid])
+    ordinal_heads = [heads for is_ordinal, heads in runs([h["ordinal"] for h in grid]) if is_ordinal]
+    rates, decays = torch.tensor([h["lr_head"] for h in grid]), torch.tensor([h["weight_decay"] for h in grid])  # (G,)
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}  # AdamW's, of gradient and its square
 
     def logits_of(x, noise=None):
-        """x (b, C) -> (G, b, num_classes)."""
-        return torch.func.vmap(lambda p: torch.func.functional_call(head, p, (x, noise)), randomness="same")(params)
+        """x (b, C) or (b, T, C) -> (G, b, num_classes)."""
+        shared = True  # until the first layer that has parameters, x is the same for all heads
+        for i, layer in enumerate(head):
+            own = {name: params[f"{i}.{name}"] for name, _ in layer.named_parameters()}
+            if isinstance(layer, model.HostDropout):
+                x = layer(x, noise)
+            elif not own:
+                x = layer(x)
+            elif shared and isinstance(layer, torch.nn.Linear):  # one matrix product for all
+                x = F.linear(x, own["weight"].flatten(0, 1), own["bias"].flatten()).unflatten(1, (num_heads, -1)).transpose(0, 1)
+            elif shared and isinstance(layer, model.AttentivePool):
+                x = layer.look(x, own["query"])
+            else:
+                x = torch.func.vmap(lambda p, x: torch.func.functional_call(layer, p, (x,)), in_dims=(0, None if shared else 0))(own, x)
+            shared = shared and not own
+        return x
 
+    def along(values, p):
+        return values.view(-1, *[1] * (p.ndim - 1))  # (G,) -> (G, 1, ...)
+
+    def share_directions():
+        for heads in ordinal_heads:
+            weight[heads] = model.ordinal(weight[heads])
+
+    with torch.no_grad():
+        share_directions()
     ids, y_val, _ = evaluation.by_participant(val, np.zeros((len(val), num_classes)))
-    averaging = torch.tensor([[float(s.participant_id == i) for s in val] for i in ids], dtype=torch.float64)  # (participants, volumes)
-    averaging /= averaging.sum(dim=1, keepdim=True)
+    place = {i: n for n, i in enumerate(ids)}
+    person = torch.tensor([place[s.participant_id] for s in val])  # (volumes,)
     best, best_epoch, reference, without, stopped = [None] * num_heads, [0] * num_heads, [None] * num_heads, [0] * num_heads, [math.inf] * num_heads
     best_params = {name: p.detach().clone() for name, p in params.items()}
-    log = []
+    log, t = [], 0
     patience = cfg.train.early_stopping.patience if cfg.train.early_stopping.enabled else math.inf
     for epoch in tqdm(range(1, epochs + 1), desc=f"{num_heads} heads", unit="epoch", leave=False, mininterval=0.5, disable=device.rank() > 0):
         head.train()
-        order, x_epoch = data.epoch_order(labels, cfg.data.sampler, cfg.seed, epoch), view_of_epoch(x_train, cfg.seed, epoch)
-        seen, sums = torch.zeros(num_heads, len(train), 1 + num_classes), torch.zeros(2, num_heads)  # as in main, of every head
+        order, x_epoch = data.epoch_order(labels, cfg.data.sampler, seed, epoch), view_of_epoch(x_train, seed, epoch)
+        drawn, sums = torch.empty(num_heads, len(order), 1 + num_classes), torch.zeros(2, num_heads)  # loss and logits of every draw; sums as in main
         for step, batch in enumerate(order.split(batch_size)):
+            t, targets = t + 1, labels[batch]
             factor = lr_at((epoch - 1) * steps_per_epoch + step, epochs * steps_per_epoch, cfg.train.warmup_epochs * steps_per_epoch, 1.0)
-            logits = logits_of(x_epoch[batch], model.Noise(noise_key(cfg.seed, epoch, step), torch.arange(len(batch)), batch_size))
+            logits = logits_of(x_epoch[batch], model.Noise(noise_key(seed, epoch, step), torch.arange(len(batch)), batch_size))
             row_losses = torch.zeros(num_heads, len(batch))
-            for name, heads in heads_of.items():
-                row_losses[heads] = losses.LOSSES[name](logits[heads].flatten(0, 1), labels[batch].repeat(len(heads)), log_prior).view(len(heads), -1)
-            loss = (row_losses * class_weights[:, labels[batch]]).sum(dim=1) / class_weights[:, labels[batch]].sum(dim=1)  # (G,)
-            optimizer.zero_grad()
-            loss.sum().backward()
+            for name, heads in heads_of_loss:
+                some = logits[heads]  # (g, b, num_classes)
+                row_losses[heads] = losses.LOSSES[name](some.flatten(0, 1), targets.repeat(len(some)), log_prior).view(len(some), -1)
+            row_weights = class_weights[:, targets]  # (G, b)
+            loss = (row_losses * row_weights).sum(dim=1) / row_weights.sum(dim=1)  # (G,)
+            gradients = torch.autograd.grad(loss.sum(), list(params.values()))
             with torch.no_grad():
-                norm = sum(p.grad.flatten(1).square().sum(dim=1) for p in params.values()).sqrt()  # (G,)
+                norm = sum(g.flatten(1).square().sum(dim=1) for g in gradients).sqrt()  # (G,)
                 sums += torch.stack([loss * len(batch), norm])
-                seen.index_add_(1, batch, torch.cat([row_losses[..., None], (logits - subtracted).softmax(dim=2)], dim=2))
-                before = {name: p.clone() for name, p in params.items()}
-                for p in params.values():
-                    p.grad *= (cfg.train.grad_clip / (norm + 1e-6)).clamp(max=1).view(-1, *[1] * (p.ndim - 1)) if cfg.train.grad_clip else 1
-                optimizer.step()
-                for name, p in params.items():
-                    rate, decay = column([h["lr_head"] * factor for h in grid], p), column([h["weight_decay"] * (p.ndim > 2) for h in grid], p)
-                    p.copy_(before[name] * (1 - rate * decay) + rate * (p - before[name]))
-                weight[ordinal] = projection @ weight[ordinal]
+                drawn[:, step * batch_size:][:, :len(batch), 0], drawn[:, step * batch_size:][:, :len(batch), 1:] = row_losses, logits
+                for (name, p), g in zip(params.items(), gradients):  # AdamW, each head at its own rate and decay
+                    m, v = moments[name]
+                    if cfg.train.grad_clip:
+                        g = g * along((cfg.train.grad_clip / (norm + 1e-6)).clamp(max=1), p)
+                    m.lerp_(g, 0.1)
+                    v.mul_(0.999).addcmul_(g, g, value=0.001)
+                    rate = along(rates * factor, p)
+                    if p.ndim > 2:
+                        p.mul_(1 - rate * along(decays, p))
+                    p.sub_((m / v.sqrt().mul_((1 - 0.999**t)**-0.5).add_(1e-8)).mul_(rate / (1 - 0.9**t)))
+                share_directions()
         diverged = ~torch.isfinite(sums).all(dim=0)  # (G,); the others do not feel it
 
         head.eval()
         with torch.no_grad():
-            p_val = (averaging @ (logits_of(x_val) - subtracted).double().softmax(dim=2)).numpy()  # (G, participants, num_classes)
-        log.append((seen, sums, factor, order, p_val))
+            p = (logits_of(x_val) - subtracted).double().softmax(dim=2)  # (G, volumes, num_classes)
+            p_val = torch.zeros(num_heads, len(ids), num_classes, dtype=torch.float64).index_add_(1, person, p)
+            p_val = (p_val / person.bincount()[:, None]).numpy()  # (G, participants, num_classes)
+        log.append((drawn, sums, factor, order, p_val))
         improved = []
         for g, now in enumerate(zip(*metrics.quick_scores(y_val, p_val))):
             if diverged[g]:
@@ -447,8 +592,10 @@ def sweep(cfg, grid, head, x_train, train, x_val, val):
     head.load_state_dict({name: p[chosen] for name, p in best_params.items()}, strict=False)
     head.log_prior.copy_(subtracted[chosen, 0])
     history, running = [], None
-    for epoch, (seen, sums, factor, order, p_val) in enumerate(log[:int(min(stopped[chosen], len(log)))], 1):
-        record = epoch_record(epoch, train, seen[chosen], order, y_val, p_val[chosen])
+    for epoch, (drawn, sums, factor, order, p_val) in enumerate(log[:int(min(stopped[chosen], len(log)))], 1):
+        p = (drawn[chosen, :, 1:] - subtracted[chosen]).softmax(dim=1)  # (draws, num_classes)
+        seen = torch.zeros(len(train), 1 + num_classes).index_add_(0, order, torch.cat([drawn[chosen, :, :1], p], dim=1))
+        record = epoch_record(epoch, train, seen, order, y_val, p_val[chosen])
         record |= {"train/lr_head": grid[chosen]["lr_head"] * factor, "train/lr_encoder": 0.0, "train/loss": sums[0, chosen].item() / len(train),
                    "train/grad_norm": sums[1, chosen].item() / steps_per_epoch}
         now = (record["val/balanced_accuracy"], record["val/loss"])
@@ -457,7 +604,7 @@ def sweep(cfg, grid, head, x_train, train, x_val, val):
         history.append(record)
     rows = [{**h, "best_epoch": best_epoch[g], "val_balanced_accuracy": (best[g] or (math.nan,))[0], "val_loss": (best[g] or (math.nan,))[-1],
              "chosen": g == chosen} for g, h in enumerate(grid)]  # nan: diverged at once
-    return head, history, evaluation.predictions_csv(ids, y_val, log[best_epoch[chosen] - 1][4][chosen]), rows
+    return head, history, (ids, y_val, log[best_epoch[chosen] - 1][4][chosen]), rows
 
 
 # -------------------------------------------------------------------------------------------------- the parts of a step
@@ -594,7 +741,7 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
         provenance.setdefault("resumed", []).append({"after_epoch": last["epoch"], "after_step": last["step"], "command": command(), "device": device.describe(dev), "world_size": device.world()})
         b2.write(os.path.join(run_dir, "provenance.json"), json.dumps(provenance, indent=1) + "\n")
         return
-    earlier = [os.path.join(run_dir, name) for name in (evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "sweep.csv", "config.yaml", "ledger.csv")]
+    earlier = [os.path.join(run_dir, name) for name in (evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "sweep.csv", "cv.csv", "predictions_cv.csv", "config.yaml", "ledger.csv")]
     earlier = [path for path in earlier if os.path.exists(path)]
     remove_evaluations(run_dir)
     if earlier:

@@ -61,7 +61,7 @@ def test_validation_chooses_and_eval_scores_the_chosen(written, tmp_path, capsys
     cfg = cfg_of(written, tmp_path, *(f"train.sweep.{name}={json.dumps(values)}" for name, values in GRID.items()))
     train.main(0, cfg)
     rows = rows_of(tmp_path)
-    assert rows[0]["chosen"] == "True" and "sweep: 8 heads" in capsys.readouterr().out
+    assert rows[0]["chosen"] == "True" and "8 heads (network) on 58 volumes" in capsys.readouterr().out
     before = read_predictions(f"{tmp_path}/run/predictions_val.csv")
     result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "val")
     assert np.abs(before[2] - read_predictions(f"{tmp_path}/run/predictions_val.csv")[2]).max() < 1e-6
@@ -70,7 +70,7 @@ def test_validation_chooses_and_eval_scores_the_chosen(written, tmp_path, capsys
     stamp = os.stat(f"{tmp_path}/run/sweep.csv").st_mtime_ns
     again = cfg_of(written, tmp_path, "train.resume=auto", *(f"train.sweep.{name}={json.dumps(values)}" for name, values in GRID.items()))
     train.main(0, again)  # finished: left as it is
-    assert "holds this sweep, finished" in capsys.readouterr().out and os.stat(f"{tmp_path}/run/sweep.csv").st_mtime_ns == stamp
+    assert "holds this run, finished" in capsys.readouterr().out and os.stat(f"{tmp_path}/run/sweep.csv").st_mtime_ns == stamp
     train.main(0, cfg_of(written, tmp_path))  # a single head there: no table of an earlier sweep
     assert not os.path.exists(f"{tmp_path}/run/sweep.csv")
 
@@ -83,6 +83,7 @@ def test_a_head_that_diverges_disturbs_nobody(written, tmp_path):
 
     (alone,), best = swept(tmp_path / "alone", [0.01])
     (first, last), best_of_two = swept(tmp_path, [1e38, 0.01])
+    assert float(first.pop("val_loss")) == pytest.approx(float(alone.pop("val_loss")), abs=1e-6)
     assert first == alone and last["lr_head"] == "1e+38" and last["val_loss"] == "nan" and last["best_epoch"] == "0"
     assert all((best["head"][k] - v).abs().max() < 1e-6 for k, v in best_of_two["head"].items())
     with pytest.raises(ValueError, match="every head of train.sweep diverged in the first epoch; lower train.sweep.lr_head"):
