@@ -489,7 +489,8 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
     heads_of_loss = runs([h["loss"] for h in grid])
     ordinal_heads = [heads for is_ordinal, heads in runs([h["ordinal"] for h in grid]) if is_ordinal]
     rates, decays = torch.tensor([h["lr_head"] for h in grid]), torch.tensor([h["weight_decay"] for h in grid])  # (G,)
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}  # AdamW's, of gradient and its square
+    updates = [torch.zeros_like(p) for p in params.values()]
+    optimizer = torch.optim.AdamW(updates, lr=1, weight_decay=0, fused=True)  # says where to; each head goes there at its own rate, and decays at its own
 
     def logits_of(x, noise=None):
         """x (b, C) or (b, T, C) -> (G, b, num_classes)."""
@@ -523,14 +524,14 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
     person = torch.tensor([place[s.participant_id] for s in val])  # (volumes,)
     best, best_epoch, reference, without, stopped = [None] * num_heads, [0] * num_heads, [None] * num_heads, [0] * num_heads, [math.inf] * num_heads
     best_params = {name: p.detach().clone() for name, p in params.items()}
-    log, t = [], 0
+    log = []
     patience = cfg.train.early_stopping.patience if cfg.train.early_stopping.enabled else math.inf
     for epoch in tqdm(range(1, epochs + 1), desc=f"{num_heads} heads", unit="epoch", leave=False, mininterval=0.5, disable=device.rank() > 0):
         head.train()
         order, x_epoch = data.epoch_order(labels, cfg.data.sampler, seed, epoch), view_of_epoch(x_train, seed, epoch)
         drawn, sums = torch.empty(num_heads, len(order), 1 + num_classes), torch.zeros(2, num_heads)  # loss and logits of every draw; sums as in main
         for step, batch in enumerate(order.split(batch_size)):
-            t, targets = t + 1, labels[batch]
+            targets = labels[batch]
             factor = lr_at((epoch - 1) * steps_per_epoch + step, epochs * steps_per_epoch, cfg.train.warmup_epochs * steps_per_epoch, 1.0)
             logits = logits_of(x_epoch[batch], model.Noise(noise_key(seed, epoch, step), torch.arange(len(batch)), batch_size))
             row_losses = torch.zeros(num_heads, len(batch))
@@ -541,19 +542,17 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
             loss = (row_losses * row_weights).sum(dim=1) / row_weights.sum(dim=1)  # (G,)
             gradients = torch.autograd.grad(loss.sum(), list(params.values()))
             with torch.no_grad():
-                norm = sum(g.flatten(1).square().sum(dim=1) for g in gradients).sqrt()  # (G,)
+                norm = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]).norm(dim=0)  # (G,)
                 sums += torch.stack([loss * len(batch), norm])
                 drawn[:, step * batch_size:][:, :len(batch), 0], drawn[:, step * batch_size:][:, :len(batch), 1:] = row_losses, logits
-                for (name, p), g in zip(params.items(), gradients):  # AdamW, each head at its own rate and decay
-                    m, v = moments[name]
-                    if cfg.train.grad_clip:
-                        g = g * along((cfg.train.grad_clip / (norm + 1e-6)).clamp(max=1), p)
-                    m.lerp_(g, 0.1)
-                    v.mul_(0.999).addcmul_(g, g, value=0.001)
+                clip = (cfg.train.grad_clip / (norm + 1e-6)).clamp(max=1)  # (G,)
+                for update, g in zip(updates, gradients):
+                    update.grad = (g * along(clip, g) if cfg.train.grad_clip else g).contiguous()  # the fused kernel reads nothing else rightly
+                    update.zero_()
+                optimizer.step()
+                for p, update in zip(params.values(), updates):
                     rate = along(rates * factor, p)
-                    if p.ndim > 2:
-                        p.mul_(1 - rate * along(decays, p))
-                    p.sub_((m / v.sqrt().mul_((1 - 0.999**t)**-0.5).add_(1e-8)).mul_(rate / (1 - 0.9**t)))
+                    p.mul_(1 - rate * along(decays * (p.ndim > 2), p)).addcmul_(update, rate)
                 share_directions()
         diverged = ~torch.isfinite(sums).all(dim=0)  # (G,); the others do not feel it
 

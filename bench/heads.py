@@ -24,7 +24,6 @@ from sklearn.metrics import balanced_accuracy_score, log_loss  # noqa: E402
 
 import config  # noqa: E402
 import metrics  # noqa: E402
-import model  # noqa: E402
 import train  # noqa: E402
 
 SHARES = np.array([290, 162, 233, 58])
@@ -57,18 +56,18 @@ def logistic(data, _):
     return balanced_accuracy_score(y_test, max(tried)[3].predict(x_test))
 
 
+def samples(labels):
+    """A participant for every label, with one volume."""
+    return [SimpleNamespace(participant_id=str(i), label=int(k)) for i, k in enumerate(labels)]
+
+
 def swept(data, seed):
     """Test balanced accuracy of the head that configs/probe.yaml's sweep chooses."""
     (x, y), (x_val, y_val), (x_test, y_test) = data
     cfg = config.load(os.path.join(ROOT, "configs", "probe.yaml"), [f"seed={seed}"])
 
-    def samples(labels):
-        return [SimpleNamespace(participant_id=str(i), label=int(k)) for i, k in enumerate(labels)]
-
-    torch.manual_seed(seed)
-    head = model.Head(x.shape[1], 4, 0, cfg.model.head.dropout)
-    head[0].fit(torch.from_numpy(x))
-    head = train.sweep(cfg, train.grid_of(cfg), head, torch.from_numpy(x)[:, None], samples(y), torch.from_numpy(x_val), samples(y_val))[0].eval()
+    cfg.model.emb_dim = x.shape[1]
+    head = train.fit_heads(cfg, seed, torch.from_numpy(x)[:, None], samples(y), torch.from_numpy(x_val), samples(y_val))[0].eval()
     with torch.no_grad():
         p = head(torch.from_numpy(x_test)).double().softmax(dim=1).numpy()
     return metrics.score(y_test, p)["balanced_accuracy"]
