@@ -431,10 +431,10 @@ def fit_logistic_regression(head, x, labels, weights, C):
     if labels.unique().numel() < len(weights):
         raise ValueError(f"model.head.kind=logistic_regression needs every one of {len(weights)} classes in training; found {labels.unique().tolist()}")
     head[0].fit(x)
-    fitted = LogisticRegression(C=C, class_weight=dict(enumerate(weights.tolist())), max_iter=1000)
+    fitted = LogisticRegression(C=C, class_weight=dict(enumerate(weights.tolist())), max_iter=1000, tol=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said by the result instead
-        fitted.fit(head[0](x).numpy(), labels.numpy())
+        fitted.fit(head[0](x).double().numpy(), labels.numpy())
     with torch.no_grad():
         head[-1].weight.copy_(torch.from_numpy(fitted.coef_))
         head[-1].bias.copy_(torch.from_numpy(fitted.intercept_))

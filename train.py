@@ -126,6 +126,8 @@ def main(rank, cfg):
     log_prior = log_prior_of(labels, cfg.data.sampler).to(dev)
     if cfg.train.loss == "logit_adjustment":
         head.log_prior.copy_(log_prior)
+    with torch.no_grad():
+        head[-1].bias.copy_(best_constant(log_prior.cpu(), weights, cfg.train.loss))
     if cfg.model.head.ordinal:
         head.share_direction()
     batch_size = min(cfg.data.batch_size, len(train))
@@ -486,6 +488,8 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
 
     class_weights = torch.stack([losses.class_weights(people, num_classes, h["class_weights"]) for h in grid])  # (G, num_classes)
     subtracted = torch.stack([log_prior * (h["loss"] == "logit_adjustment") for h in grid])[:, None]  # (G, 1, num_classes)
+    with torch.no_grad():
+        params[f"{len(head) - 1}.bias"].copy_(torch.stack([best_constant(log_prior, w, h["loss"]) for w, h in zip(class_weights, grid)]))
     heads_of_loss = runs([h["loss"] for h in grid])
     ordinal_heads = [heads for is_ordinal, heads in runs([h["ordinal"] for h in grid]) if is_ordinal]
     rates, decays = torch.tensor([h["lr_head"] for h in grid]), torch.tensor([h["weight_decay"] for h in grid])  # (G,)
@@ -624,6 +628,15 @@ def log_prior_of(labels, sampler):
     """Logarithm of the classes' shares (num_classes,) in what the sampler draws."""
     counts = labels.bincount(minlength=len(data.CLASSES)) if sampler == "shuffle" else torch.ones(len(data.CLASSES))
     return (counts / counts.sum()).log()
+
+
+def best_constant(log_prior, class_weights, loss):
+    """Logits (num_classes,) of the best answer that looks at nothing, as losses.LOSSES[loss] and these class weights see it.
+
+    The last bias starts there, as in Lin et al. 2017, section 4.1: otherwise a slow head has not learned the prior yet when logit adjustment takes it away.
+    """
+    logits = log_prior + class_weights.clamp(min=1e-3).log() - (log_prior if loss == "balanced_softmax" else 0)
+    return logits - logits.mean()
 
 
 def micro_batches(batch, batch_size, size):
