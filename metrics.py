@@ -187,8 +187,10 @@ def permuted_scores(y_true, probabilities, ids=None):
     first, member = participants(y_true, ids)
     permuted = np.random.default_rng(0).permuted(np.tile(y_true[first], (RESAMPLES, 1)), axis=1)[:, member]  # (R, n)
     classes = np.unique(y_true)
-    weights = np.concatenate([permuted == k for k in classes], axis=1).astype(float)  # (R, classes * n)
-    return scores(np.repeat(classes, len(y_true)), np.tile(probabilities, (len(classes), 1)), weights)
+    labels, answers = np.repeat(classes, len(y_true)), np.tile(probabilities, (len(classes), 1))  # (classes * n,), (classes * n, K)
+    parts = [scores(labels, answers, np.concatenate([part == k for k in classes], axis=1).astype(float))
+             for part in np.array_split(permuted, max(1, RESAMPLES // 1000))]  # in parts, to spare memory
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def interval(values):
@@ -197,6 +199,16 @@ def interval(values):
         return [interval(v) for v in values.T]
     values = values[~np.isnan(values)]
     return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else None
+
+
+def ece_interval(value, values):
+    """95 % interval of ECE: the upper end as in `interval`, the lower one of the basic bootstrap, 2 value - upper (Davison & Hinkley 1997).
+
+    Noise within the bins raises ECE, in the data and again in each resample: the percentiles alone would never admit that a model
+    is calibrated.
+    """
+    high = interval(values)[1]
+    return [max(0.0, 2 * value - high), high]
 
 
 def random_floor(y_true, prior):
@@ -231,8 +243,8 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
     """Scores of one split -> dict, ready for JSON (None: undefined).
 
     y_true (n,) class indices, probabilities (n, num_classes), ids (n,) names of the participants: rows that share one are drawn
-    together. prior (num_classes,) class shares of training (default: the split's own). groups {"site": (n,) of text, ...}.
-      ci95               95 % interval of each score: percentiles of a bootstrap over participants, stratified by class
+    together. prior (num_classes,) class shares of training (default: the split's own). groups {"site": (n,) of text, ...}, or one (n,).
+      ci95               95 % interval of each score: percentiles of a bootstrap over participants, stratified by class (ECE: `ece_interval`)
       resamples, skipped how many resamples, and how many of them each score could not score
       majority_baseline  accuracy of always answering the split's most frequent class
       majority           each score of that answer (None: it has none)
@@ -242,7 +254,6 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
       reliability        bins of the reliability plot
       subgroups          of each of groups, what `subgroups` finds
       alarms             sentences; empty when all is well
-    The bootstrap adds noise to the bins of ECE, which raises it: see `ece_interval`.
     """
     result = score(y_true, probabilities, num_classes, ids)
     y_true, probabilities = check(y_true, probabilities, num_classes, ids)
@@ -250,13 +261,14 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
     prior = shares if prior is None else np.asarray(prior, dtype=float)
     if prior.shape != (num_classes,) or not (prior >= 0).all() or not np.isclose(prior.sum(), 1, atol=1e-3):
         raise ValueError(f"prior must be {num_classes} class shares that add up to 1; it is {prior.tolist()}")
+    groups = {} if groups is None else groups if isinstance(groups, dict) else {"group": groups}
     resampled, chance = scores(y_true, probabilities, resample(y_true, ids)), permuted_scores(y_true, probabilities, ids)
     majority = score(y_true, np.eye(num_classes)[np.full(len(y_true), shares.argmax())], num_classes)
     names = SCORES + MORE_SCORES + PER_CLASS
     result |= {
         "participants": len(participants(y_true, ids)[0]),
         "confusion_matrix": confusion_matrix(y_true, probabilities.argmax(axis=1), labels=range(num_classes)).tolist(),
-        "ci95": {name: interval(resampled[name]) for name in names},
+        "ci95": {name: interval(resampled[name]) for name in names} | {"ece": ece_interval(result["ece"], resampled["ece"])},
         "resamples": RESAMPLES,
         "skipped": {name: np.isnan(resampled[name]).sum(0).tolist() for name in names},
         "majority_baseline": float(shares.max()),
@@ -265,7 +277,7 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
         "chance_band": interval(chance["balanced_accuracy"]),
         "chance": {name: interval(chance[name]) for name in names},
         "reliability": reliability(y_true, probabilities),
-        "subgroups": {name: subgroups(y_true, probabilities, group, num_classes, ids) for name, group in (groups or {}).items()},
+        "subgroups": {name: subgroups(y_true, probabilities, group, num_classes, ids) for name, group in groups.items()},
     }
     result["alarms"] = alarms(result)
     return result
@@ -430,11 +442,12 @@ def compare_all(y_true, runs, ids=None):
 
 def verdict(pair, of):
     """One sentence on a pair of `compare_all`, one of so many pairs."""
-    a, b = (pair["a"], pair["b"]) if pair["difference"] >= 0 else (pair["b"], pair["a"])
-    low, high = pair["ci95"] if pair["difference"] >= 0 else [-v for v in reversed(pair["ci95"])]
-    start = f"{a} is better than {b}" if pair["p_holm"] < 0.05 else f"no difference between {a} and {b} is shown"
-    return (f"{start}: balanced accuracy higher by {abs(pair['difference']):.3f} (95 % interval {low:.3f} to {high:.3f}, p = {pair['p_value']:.4f}"
-            + (f", {pair['p_holm']:.4f} after Holm over {of} pairs" if of > 1 else "") + f") on the same {pair['n']} participants")
+    a, b = ("a", "b") if pair["difference"] >= 0 else ("b", "a")
+    low, high = pair["ci95"] if a == "a" else (-v for v in reversed(pair["ci95"]))
+    start = f"{pair[a]} is better than {pair[b]}" if pair["p_holm"] < 0.05 else f"no difference between {pair[a]} and {pair[b]} is shown"
+    return (f"{start}: balanced accuracy {pair['balanced_accuracy_' + a]:.3f} against {pair['balanced_accuracy_' + b]:.3f}, difference "
+            f"{abs(pair['difference']):.3f} (95 % interval {low:.3f} to {high:.3f}), p = {pair['p_value']:.4f}"
+            + (f", {pair['p_holm']:.4f} by Holm over {of} pairs" if of > 1 else "") + f", the same {pair['n']} participants")
 
 
 def compare(y_true, probabilities_a, probabilities_b, ids=None):
