@@ -6,7 +6,7 @@
     compare(y_true, probs_a, probs_b)          # is A better than B on the same participants?
     compare_all(y_true, {"A": probs_a, ...})   # all pairs, Holm-corrected
 
-A row is a participant, or a volume of one where `ids` repeat. Needs numpy, scipy and scikit-learn alone.
+A row is a participant, or a volume of one where `ids` repeat. Needs numpy and scipy alone.
 """
 
 import functools
@@ -15,7 +15,6 @@ import itertools
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest
-from sklearn.metrics import confusion_matrix
 
 RESAMPLES = 10_000  # of the bootstrap and of the permutations; the 2.5th percentile then rests on 250 of them
 BINS = 10  # of the reliability plot: with 15 (Guo et al. 2017) most would hold a handful of 159 participants
@@ -202,13 +201,13 @@ def interval(values):
 
 
 def ece_interval(value, values):
-    """95 % interval of ECE: the upper end as in `interval`, the lower one of the basic bootstrap, 2 value - upper (Davison & Hinkley 1997).
+    """95 % interval of ECE: percentiles of its square, less twice its bias, once for the resample's noise and once for the data's.
 
-    Noise within the bins raises ECE, in the data and again in each resample: the percentiles alone would never admit that a model
-    is calibrated.
+    Noise within a bin adds to ECE in quadrature, in the data and again in each resample: the plain percentiles of a calibrated
+    model would never hold its true ECE, 0.
     """
-    high = interval(values)[1]
-    return [max(0.0, 2 * value - high), high]
+    square = values**2
+    return np.sqrt(np.maximum(np.percentile(square, [2.5, 97.5]) - 2 * (square.mean() - value**2), 0)).tolist()
 
 
 def random_floor(y_true, prior):
@@ -267,7 +266,7 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
     names = SCORES + MORE_SCORES + PER_CLASS
     result |= {
         "participants": len(participants(y_true, ids)[0]),
-        "confusion_matrix": confusion_matrix(y_true, probabilities.argmax(axis=1), labels=range(num_classes)).tolist(),
+        "confusion_matrix": np.bincount(num_classes * y_true + probabilities.argmax(axis=1), minlength=num_classes**2).reshape(num_classes, -1).tolist(),
         "ci95": {name: interval(resampled[name]) for name in names} | {"ece": ece_interval(result["ece"], resampled["ece"])},
         "resamples": RESAMPLES,
         "skipped": {name: np.isnan(resampled[name]).sum(0).tolist() for name in names},
@@ -309,12 +308,13 @@ def subgroups(y_true, probabilities, groups, num_classes=4, ids=None):
 
     for group in np.unique(groups):
         (n, classes, small, values), (*_, rest_small, rest) = part(groups == group), part(groups != group)
-        lead = (values - rest)[1:]
-        lead = lead[~np.isnan(lead)]
+        lead, *leads = values - rest
+        leads = lead + (np.array(leads) - lead) * np.sqrt(n / max(n - len(classes), 1))  # spread as in `compare_all`
+        leads = leads[~np.isnan(leads)]
         found.append({
             "group": str(group), "n": n, "classes": classes.tolist(), "balanced_accuracy": plain(values[0]), "ci95": interval(values[1:]),
             "small": bool(small), "rest": plain(rest[0]),
-            "p_above_rest": None if small or rest_small else float(((lead <= 1e-12).sum() + 1) / (len(lead) + 1)),
+            "p_above_rest": None if small or rest_small else float(((leads <= 1e-12).sum() + 1) / (len(leads) + 1)),
         })
     return found
 
@@ -334,7 +334,7 @@ def alarms(result):
     for k, hits in enumerate(np.diag(result["confusion_matrix"])):
         # both far and beyond chance: 10 points, and McNemar's test of the class's share at 5 % over all classes (Bonferroni)
         if abs(predicted[k] - true[k]) > 0.1 * n and mcnemar(predicted[k] - hits, true[k] - hits) * len(true) < 0.05:
-            found.append(f"class {k} is the answer for {predicted[k] / n:.0%}, and the truth of {true[k] / n:.0%}: shares far apart")
+            found.append(f"class {k} is answered {predicted[k]} times and true {true[k]} times of {n}: shares far apart")
     if result["accuracy"] <= result["majority_baseline"]:
         found.append(f"accuracy {result['accuracy']:.4f} is not above {result['majority_baseline']:.4f}, "
                      "the share of the most frequent class: always answering that class does as well")
@@ -408,7 +408,7 @@ def compare_all(y_true, runs, ids=None):
       only_a_right, only_b_right, mcnemar_p   participants that one of the two answers rightly, and McNemar's exact test of the two
                         numbers: of accuracy, where p_value is of balanced accuracy
       sentence          the verdict, by p_holm at 5 %
-    Two equal models of 159 participants get p_value < 0.05 in 5 to 6 % of data sets (tests/test_metrics.py).
+    XXX
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs two runs or more; there are {len(runs)}")
@@ -420,8 +420,9 @@ def compare_all(y_true, runs, ids=None):
             raise ValueError(f"{name}: {error}") from error
         right[name] = p.argmax(axis=1) == labels
     y_true, n = labels, len(labels)
-    shares = (y_true == np.unique(y_true)[:, None]) / np.bincount(y_true)[np.unique(y_true)][:, None]  # (classes, n)
-    weights = np.vstack([np.ones(n), resample(y_true)]) * shares.mean(0)  # mean recall = the weighted sum of the right answers
+    m = np.bincount(y_true)[y_true]  # a bootstrap of m has (m - 1) / m of the variance: made good for every class (Rao & Wu 1988)
+    weights = np.vstack([np.ones(n), 1 + (resample(y_true) - 1) * np.sqrt(m / np.maximum(m - 1, 1))])
+    weights /= m * len(np.unique(y_true))  # mean recall is the weighted sum of the right answers
     values = {name: weights @ r for name, r in right.items()}  # of the data, then of each resample
     pairs = []
     for a, b in itertools.combinations(runs, 2):

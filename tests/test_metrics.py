@@ -233,8 +233,8 @@ def test_alarms_are_silent_when_all_is_well_and_name_a_class_never_right():
     p[y == 3] = [0.7, 0.1, 0.1, 0.1]  # class 3 is answered 0 ...
     p[0] = [0.1, 0.1, 0.1, 0.7]  # ... and the one answer 3 is wrong
     assert metrics.evaluate(y, p)["alarms"] == [
-        "class 3 predicted, but never rightly (F1 = 0)", "class 0 is the answer for 49 %, and the truth of 25 %: shares far apart",
-        "class 3 is the answer for 1 %, and the truth of 25 %: shares far apart"]
+        "class 3 predicted, but never rightly (F1 = 0)", "class 0 is answered 39 times and true 20 times of 80: shares far apart",
+        "class 3 is answered 1 times and true 20 times of 80: shares far apart"]
 
 
 def test_gap_alarm():
@@ -307,7 +307,7 @@ def test_temperature_undoes_overconfidence():
 def test_temperature_of_degenerate_predictions():
     y, p = random_case()
     perfect, hopeless = metrics.temperature(y, 0.6 * one_hot(y) + 0.1), metrics.temperature(y, 0.9 * one_hot((y + 1) % 4) + 0.025)
-    assert perfect == pytest.approx(0.05, rel=1e-3) and hopeless == pytest.approx(20, rel=1e-3)
+    assert 0.05 <= perfect < 0.06 and 19.9 < hopeless <= 20  # the ends of the search
     assert metrics.temperature(y, np.full((159, 4), 0.25)) == 1
     answers = one_hot(np.where(np.arange(159) % 3, y, (y + 1) % 4))  # zeros, a third of them wrong
     T = metrics.temperature(y, answers)
@@ -472,7 +472,7 @@ def test_intervals_cover_the_truth(recalls):
 @pytest.mark.slow
 @pytest.mark.parametrize("sharpness", [1, 1 / 0.7, 2])
 def test_the_interval_of_ece_covers_the_truth(sharpness):
-    """Calibrated and overconfident predictions; the percentiles alone would cover 0 to 92 %."""
+    """Calibrated and overconfident predictions; plain percentiles would hold the truth in 0 to 91 %."""
     rng, covered = np.random.default_rng(0), []
 
     def draw(n):
