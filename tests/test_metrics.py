@@ -88,8 +88,8 @@ def test_every_score_equals_scikit_learn_or_its_formula(case):
 @pytest.mark.parametrize("case", CASES)
 def test_scores_of_resamples_equal_those_of_the_drawn_rows(case):
     y, p = CASES[case]
-    weights = metrics.resample(y)[:15]
-    assert weights.sum(1).tolist() == [len(y)] * 15
+    weights = metrics.resample(y)[:8]
+    assert weights.sum(1).tolist() == [len(y)] * 8
     found = metrics.scores(y, p, weights)
     for r, w in enumerate(weights):
         rows = np.repeat(np.arange(len(y)), w.astype(int))
@@ -289,7 +289,7 @@ def test_bad_input_is_one_sentence(call, message):
 
 def test_temperature_equals_a_grid_search():
     for y, p in (random_case(n=400, signal=1), random_case(signal=0.3)):
-        losses = {T: -np.mean(np.log((p ** (1 / T) / (p ** (1 / T)).sum(1, keepdims=True))[np.arange(len(y)), y])) for T in np.geomspace(0.05, 20, 4001)}
+        losses = {T: np.mean(np.log((p ** (1 / T)).sum(1)) - np.log(p[np.arange(len(y)), y]) / T) for T in np.geomspace(0.05, 20, 4001)}
         assert metrics.temperature(y, p) == pytest.approx(min(losses, key=losses.get), rel=2e-3)
         assert metrics.rescale(p, 2) == pytest.approx(p**0.5 / (p**0.5).sum(1, keepdims=True))
         assert metrics.rescale(p, 1) == pytest.approx(p)
@@ -301,7 +301,8 @@ def test_temperature_undoes_overconfidence():
     y = (rng.random(20_000)[:, None] > q.cumsum(1)).sum(1)  # q are the true probabilities
     p = q**2.5 / (q**2.5).sum(1, keepdims=True)
     T = metrics.temperature(y, p)
-    assert T == pytest.approx(2.5, abs=0.05) and slow_scores(y[:2000], metrics.rescale(p, T)[:2000])["ece"] < 0.03 < slow_scores(y[:2000], p[:2000])["ece"]
+    before, after = (slow_scores(y[:2000], probabilities[:2000])["ece"] for probabilities in (p, metrics.rescale(p, T)))
+    assert T == pytest.approx(2.5, abs=0.05) and after < 0.04 < 0.15 < before
 
 
 def test_temperature_of_degenerate_predictions():
@@ -331,18 +332,18 @@ def test_subgroups():
     rng, pred = np.random.default_rng(0), p.argmax(1)
     for name, g in found.items():
         at = site == name
-        assert g["n"] == at.sum() and g["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y[at], pred[at]))
+        assert g["n"] == at.sum() and g["balanced_accuracy"] == pytest.approx(recall_score(y[at], pred[at], average="macro", labels=g["classes"]))
     for name in ("UAB", "UCSD"):
         slow, lead, at = [], [], site == name
         for _ in range(600):
             rows = np.concatenate([rng.choice(np.flatnonzero(y == k), (y == k).sum()) for k in range(4)])
             inside, outside = rows[at[rows]], rows[~at[rows]]
-            slow.append(balanced_accuracy_score(y[inside], pred[inside]))
-            lead.append(slow[-1] - balanced_accuracy_score(y[outside], pred[outside]))
+            slow.append(np.mean([np.mean(pred[inside][y[inside] == k] == k) for k in range(4)]))
+            lead.append(slow[-1] - np.mean([np.mean(pred[outside][y[outside] == k] == k) for k in range(4)]))
         low, high = np.percentile(slow, [2.5, 97.5])
         assert found[name]["ci95"] == pytest.approx([low, high], abs=0.2 * (high - low))
         assert found[name]["p_above_rest"] == pytest.approx(np.mean(np.array(lead) <= 0), abs=0.09)  # 4 standard deviations of 600
-    assert metrics.evaluate(y, p, groups=site)["subgroups"]["group"] == metrics.evaluate(y, p, groups={"site": site})["subgroups"]["site"] == list(found.values())
+    assert metrics.evaluate(y, p, groups=site)["subgroups"] == {"group": list(found.values())}
     alone = metrics.subgroups(y, p, ["UW"] * 159)
     assert len(alone) == 1 and alone[0]["rest"] is alone[0]["p_above_rest"] is None and not alone[0]["small"]
 
@@ -495,32 +496,30 @@ def test_the_interval_of_ece_covers_the_truth(sharpness):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("agree", [0, 0.5, 0.8])
-def test_compare_false_alarms_over_1000_data_sets(agree):
-    """Equal models, right in 45 %, B's answer copied from A's for a share of the participants: p < 0.05 in 3 to 7 %. Power for 10 points."""
-    rng, y, alarms, found = np.random.default_rng(0), REAL_TEST, 0, 0
-    for gap in (0, 0.1):
-        for _ in range(1000):
+def test_compare_false_alarms_and_power_over_thousands_of_data_sets(agree):
+    """Models right in 45 %, B's answer A's for a share of the participants: equal ones get p < 0.05 in 3 to 7 %; 10 points are found."""
+    rng, y, found = np.random.default_rng(0), REAL_TEST, {0: [], 0.1: []}
+    for gap in found:
+        for _ in range(4000 if gap == 0 else 1000):
             a = rng.random(159) < 0.45
             b = np.where(rng.random(159) < agree, a, rng.random(159) < 0.45 + gap / (1 - agree))
             wrong = (y + rng.integers(1, 4, size=159)) % 4
-            significant = metrics.compare(y, one_hot(np.where(a, y, wrong)), one_hot(np.where(b, y, wrong)))["p_value"] < 0.05
-            alarms, found = (alarms + significant, found) if gap == 0 else (alarms, found + significant)
-    print(f"agreement {agree}: false alarms {alarms / 1000:.3f}, power for a 10-point gap {found / 1000:.3f}")
-    assert 30 <= alarms <= 70
-    assert found > 350
+            found[gap].append(metrics.compare(y, one_hot(np.where(a, y, wrong)), one_hot(np.where(b, y, wrong)))["p_value"] < 0.05)
+    false_alarms, power = np.mean(found[0]), np.mean(found[0.1])
+    print(f"agreement {agree}: false alarms {false_alarms:.4f}, power for a 10-point gap {power:.3f}")
+    assert 0.03 <= false_alarms <= 0.07
+    assert power > {0: 0.38, 0.5: 0.68, 0.8: 0.98}[agree]
 
 
 @pytest.mark.slow
 def test_alarms_without_effect_are_rare(monkeypatch):
     """A model that is as good at every site and answers each class as often as it is true: few alarms on sites and on shares."""
     monkeypatch.setattr(metrics, "RESAMPLES", 2000)
-    metrics.drawn.cache_clear()
     rng, y, site, share = np.random.default_rng(0), REAL_TEST, 0, 0
     age = np.array(["40-54", "55-64", "65-74", "75-"])
     for _ in range(500):
         groups = {"site": rng.integers(3, size=159), "age": age[rng.integers(4, size=159)]}
         found = " ".join(metrics.evaluate(y, random_answers(y, 0.3, rng), groups=groups)["alarms"])
         site, share = site + ("carries" in found), share + ("shares" in found)
-    metrics.drawn.cache_clear()
     print(f"alarms without effect: groups {site / 500:.3f}, shares {share / 500:.3f}")
     assert site / 500 < 0.06 and share / 500 < 0.05
