@@ -344,6 +344,8 @@ def test_subgroups():
         assert found[name]["ci95"] == pytest.approx([low, high], abs=0.2 * (high - low))
         assert found[name]["p_above_rest"] == pytest.approx(np.mean(np.array(lead) <= 0), abs=0.09)  # 4 standard deviations of 600
     assert metrics.evaluate(y, p, groups=site)["subgroups"] == {"group": list(found.values())}
+    pair = metrics.subgroups([0, 0, 1, 1, 1], np.full((5, 4), 0.25), ["in", "out", "in", "out", "out"])[0]  # one of two, one of three
+    assert pair["skipped"] == pytest.approx(10_000 * (1 - (1 - 1 / 4) * (1 - 8 / 27)), abs=200)  # 4 standard deviations
     alone = metrics.subgroups(y, p, ["UW"] * 159)
     assert len(alone) == 1 and alone[0]["rest"] is alone[0]["p_above_rest"] is None and not alone[0]["small"]
 
