@@ -81,10 +81,10 @@ def shape_of(cfg):
 
 def new_head(cfg, num_rows=0):
     """The config's head, not trained. num_rows: of the training features, which a kNN keeps."""
-    dim, num_classes, head = cfg.model.emb_dim, len(data.CLASSES), cfg.model.head
-    if head.kind == "knn":
+    dim, num_classes = cfg.model.emb_dim, len(data.CLASSES)
+    if cfg.model.head.kind == "knn":
         return model.KNN(dim, num_classes, num_rows)
-    return model.Head(dim, num_classes, head.hidden, head.dropout, cfg.model.pool_method == "attentive")
+    return model.Head(dim, num_classes, cfg.model.head.hidden, cfg.model.head.dropout, cfg.model.pool_method == "attentive")
 
 
 def encode(cfg, encoder, volume, dev):

@@ -635,7 +635,7 @@ def best_constant(log_prior, class_weights, loss):
 
     The last bias starts there, as in Lin et al. 2017, section 4.1: otherwise a slow head has not learned the prior yet when logit adjustment takes it away.
     """
-    logits = log_prior + class_weights.clamp(min=1e-3).log() - (log_prior if loss == "balanced_softmax" else 0)
+    logits = (log_prior.exp() * class_weights).clamp(min=1e-3).log() - (log_prior.clamp(min=math.log(1e-3)) if loss == "balanced_softmax" else 0)
     return logits - logits.mean()
 
 

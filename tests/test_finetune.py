@@ -142,11 +142,11 @@ def test_memory_and_workers_do_not_change_the_result(written, alone, tmp_path, o
 def test_bf16_trains_the_encoder(written, alone, tmp_path):
     cfg = cfg_of(written, tmp_path, "train.precision=bf16")
     train.main(0, cfg)
-    history, _, last = read_run(cfg)
+    history, best, last = read_run(cfg)
     assert {v.dtype for v in last["encoder"].values()} == {torch.float32}  # bf16 is how it computes, not what it is
     assert len(history) == 3 and not same_encoder(tmp_path, alone, 1e-4) and same_encoder(tmp_path, alone, 1e-2)
     result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "val")
-    assert result["log_loss"] == min(h["val/loss"] for h in history if h["best"])
+    assert result["log_loss"] == best["val_loss"]
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(5, marks=pytest.mark.slow)])
@@ -278,6 +278,8 @@ def test_a_run_equals_one_written_from_the_formulas(written, tmp_path):
         pretrained = encoder(volumes).mean(dim=1)
         head[0].mean.copy_(pretrained.mean(dim=0))
         head[0].std.copy_((pretrained.var(dim=0, unbiased=False) + 1e-6).sqrt())
+        shares = labels.bincount() * weights  # as the weighted loss sees the classes: the best answer that looks at nothing is their logarithm
+        head[-1].bias.copy_(shares.log() - shares.log().mean())
     rates = {}
     for name, p in [*head.named_parameters(prefix="head"), *encoder.named_parameters(prefix="encoder")]:
         block = re.match(r"encoder.blocks\.(\d+)", name)
