@@ -174,6 +174,7 @@ KEYS = {
     "train.early_stopping.enabled": boolean,
     "train.early_stopping.patience": integer(1),
     "train.early_stopping.min_delta": number(0),
+    "eval.floors": boolean,
     "device.backend": one_of("auto", "xla", "cuda", "cpu"),
     "device.processes": integer(1),
     "demo.dir": optional(text),
@@ -210,6 +211,8 @@ def check_together(cfg):
                  f"train.seeds={cfg.train.seeds}": cfg.train.seeds and not cfg.data.cv}
         for name in (name for name, is_asked in asked.items() if is_asked):
             raise ValueError(f"{name} means nothing to model.head.kind={cfg.model.head.kind}; unset it, or set model.head.kind=network")
+    if cfg.eval.floors and (not cfg.model.freeze_encoder or unfreeze >= 0):
+        raise ValueError("eval.floors trains probes to compare with, and this encoder is to train; set eval.floors=false, and floors in a probe's run")
     never, views, augments = cfg.model.freeze_encoder and unfreeze < 0, cfg.data.augment_views, any(vars(cfg.data.augment).values())
     if never and cfg.model.drop_path:
         raise ValueError(f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; set model.drop_path=0, or let it train (model.unfreeze_at_epoch)")

@@ -60,6 +60,7 @@ class Row:
     split: str
     label: int
     site: str
+    age: str = ""  # as in the table; "" where that has none
     volumes: int = 0
     status: str = "used"
     reason: str = ""
@@ -146,7 +147,7 @@ def read_labels(path, name=None):
             raise ValueError(f"{name}: participant {pid} has unknown recommended_split '{split}'; known are {', '.join(SPLITS)}")
         if oct_.upper() not in ("TRUE", "FALSE"):
             raise ValueError(f"{name}: participant {pid} has retinal_oct '{oct_}', neither TRUE nor FALSE")
-        person = Row(pid, split, CLASSES.index(group), row["clinical_site"])
+        person = Row(pid, split, CLASSES.index(group), row["clinical_site"], row.get("age", ""))
         if oct_.upper() == "FALSE":
             person.status, person.reason = "no_oct", "retinal_oct is FALSE"
         earlier = people.setdefault(pid, person)

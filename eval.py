@@ -231,7 +231,7 @@ def open_run(ckpt, overrides=()):
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.basename(path) != BEST:  # last.pt, say: its results must not pass for those of the best checkpoint
         folder = os.path.join(folder, os.path.splitext(os.path.basename(path))[0])
-    saved = read_saved(path, {"config", "encoder_sha256", "train_participants", "labels_sha256", "head", "epoch"})
+    saved = read_saved(path, {"config", "encoder_sha256", "train_participants", "labels_sha256", "head", "epoch", "val_predictions"})
     return saved, config.resolve(saved["config"], overrides, path), path, folder
 
 
@@ -255,6 +255,7 @@ def read_saved(path, keys):
 def evaluate_run(ckpt, split, overrides=()):
     """Score a run's checkpoint (folder or .pt file) on a split, in every replica; rank 0 writes all beside it -> (result, folder)."""
     saved, cfg, path, folder = open_run(ckpt, overrides)
+    check_config(saved["config"], os.path.join(os.path.dirname(os.path.abspath(path)), "config.yaml"))
     trained, trained_on = saved["encoder_sha256"], set(saved["train_participants"])
     encoder, size, encoder_hash = open_encoder(cfg)
     if encoder_hash != trained:
@@ -271,14 +272,34 @@ def evaluate_run(ckpt, split, overrides=()):
         raise ValueError(f"{path}: not loaded: {' '.join(str(error).split())}") from error
     ledger = data.read_ledger(cfg)
     data.check_missing(ledger, cfg.data.max_missing)
+    elsewhere = any(o.startswith("paths.data=") for o in overrides)
+    if ledger.sha256[data.LABELS] != saved["labels_sha256"] and not elsewhere:
+        raise ValueError(f"{data.LABELS} in {cfg.paths.data} is not the file that {path} was trained with; put that back, train again, or name the other data: paths.data=...")
     samples = ledger.of(split)
     if not samples:
         raise ValueError(f"no participant of split {split} has a volume")
     dev = device.get(cfg.device.backend)
     samples, x = features(cfg, ledger, samples, encoder, size, encoder_hash, dev)
-    (ids, y_true, probabilities), *others = [by_participant(samples, predict(head, x)) for head in heads]
+    of_volumes, *other_heads = [predict(head, x) for head in heads]
+    (ids, y_true, probabilities), *others = [by_participant(samples, p) for p in (of_volumes, *other_heads)]
 
-    result = metrics.evaluate(y_true, probabilities, len(data.CLASSES))
+    row_of = {r.participant_id: r for r in ledger.rows}
+    labels_trained = [r.label for r in ledger.rows if r.participant_id in trained_on]
+    prior = np.bincount(labels_trained, minlength=len(data.CLASSES)) / len(labels_trained) if labels_trained else None
+    groups = {"site": [row_of[i].site for i in ids], "age": [age_band(row_of[i].age) for i in ids], "scanner": [cfg.data.scanner] * len(ids)}
+    result = metrics.evaluate(y_true, probabilities, len(data.CLASSES), ids, prior, groups)
+    volume_ids, volume_labels = [s.participant_id for s in samples], np.array([s.label for s in samples])
+    result["subgroups"]["laterality"] = metrics.subgroups(volume_labels, of_volumes, [s.laterality for s in samples], ids=volume_ids)
+    per_volume = metrics.evaluate(volume_labels, of_volumes, len(data.CLASSES), volume_ids)
+    result["per_volume"] = {name: per_volume[name] for name in ("n", "participants", *metrics.SCORES, *metrics.MORE_SCORES, "ci95")}
+    T = metrics.temperature(np.array(saved["val_predictions"]["y_true"]), saved["val_predictions"]["p"].numpy())
+    flatter = metrics.rescale(probabilities, T)
+    result |= {"temperature": T, "calibrated": {**{name: metrics.score(y_true, flatter)[name] for name in ("log_loss", "brier", "ece")},
+                                                "reliability": metrics.reliability(y_true, flatter)}}
+    if saved.get("train_balanced_accuracy") is not None:
+        result["alarms"] += metrics.gap_alarm(saved["train_balanced_accuracy"], saved["val_balanced_accuracy"])
+    if "floors" in saved:
+        add_floors(result, saved["floors"], cfg, ledger, samples, size, dev, x, ids, y_true, probabilities)
     seen = sorted(trained_on & set(ids))
     if seen:
         result["alarms"].append(f"{len(seen)} participants of {split} were trained on: {data.few(seen)}")
@@ -291,6 +312,8 @@ def evaluate_run(ckpt, split, overrides=()):
         result["alarms"].append(f"this checkpoint was saved within epoch {saved['epoch']}, after step {saved['step']}")
     if ledger.sha256[data.LABELS] != saved["labels_sha256"]:
         result["alarms"].append(f"{data.LABELS} is not the file that this run was trained with")
+    predictions = predictions_csv(ids, y_true, probabilities)
+    result |= {"labels_sha256": ledger.sha256[data.LABELS], "predictions_sha256": hashlib.sha256(predictions.encode()).hexdigest()}
     result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),
               "data": ledger.description, "encoder_sha256": encoder_hash, **result}
     if others:
@@ -301,11 +324,64 @@ def evaluate_run(ckpt, split, overrides=()):
     result["unreadable"] = [{"participant_id": s.participant_id, "path": s.path, "reason": reason} for s, reason in ledger.unreadable]
     if device.rank() == 0:
         update_ledger(os.path.join(folder, "ledger.csv"), ledger, split)
-        b2.write(os.path.join(folder, f"predictions_{split}.csv"), predictions_csv(ids, y_true, probabilities))
+        b2.write(os.path.join(folder, f"predictions_{split}.csv"), predictions)
         b2.write(os.path.join(folder, f"eval_{split}.json"), json.dumps(result, indent=1) + "\n")
         write_plots(folder, result)
         write_report(folder)
     return result, folder
+
+
+def check_config(trained, path):
+    """ValueError when the run's config.yaml is not what its checkpoint was trained with."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as f:
+        written = config.parse(f.read(), path)
+    old, new = config.flatten(trained), config.flatten(written if isinstance(written, dict) else {})
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        raise ValueError(f"{path} is not what this checkpoint was trained with: {'; '.join(changed[:5])}; set that back, or train again")
+
+
+def age_band(age):
+    """Age in years, as text -> its decade as text; "unknown" where it is no number."""
+    try:
+        decade = int(float(age)) // 10 * 10
+    except ValueError:
+        return "unknown"
+    return f"{decade} to {decade + 9}"
+
+
+def random_encoder(cfg):
+    """An encoder of the pretrained one's shape with random weights, its size and hash, as open_encoder gives them."""
+    encoder, size, _ = open_encoder(cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        other = model.ViT3D(encoder.pos_embed.shape[-1], len(encoder.blocks), encoder.pos_embed.shape[1], encoder.blocks[0].mlp.fc1.out_features, encoder.patch_size)
+    return other.eval(), size, model.weights_hash(other)
+
+
+def add_floors(result, floors, cfg, ledger, samples, size, dev, x, ids, y_true, probabilities):
+    """Score the heads of eval.floors beside the run's -> result["floors"], and an alarm where the run is not shown to be better."""
+    result["floors"] = {}
+    for name, state in floors.items():
+        head = new_head(cfg, len(state.get("features", ())))
+        head.load_state_dict(state, strict=True)
+        if name == "random encoder":
+            encoder, _, encoder_hash = random_encoder(cfg)
+            again, x_floor = features(cfg, ledger, samples, encoder, size, encoder_hash, dev)
+            if len(again) < len(samples):
+                raise ValueError(f"a volume that could be read before cannot be read now: {data.unreadable_table(ledger).splitlines()[-1]}")
+        else:
+            x_floor = x
+        p = by_participant(samples, predict(head, x_floor))[2]
+        score = metrics.evaluate(y_true, p, len(data.CLASSES), ids)
+        pair = metrics.compare(y_true, probabilities, p, ids)
+        result["floors"][name] = {**{key: score[key] for key in metrics.SCORES}, "ci95": {key: score["ci95"][key] for key in metrics.SCORES},
+                                  "difference": pair["difference"], "difference_ci95": pair["ci95"], "p_value": pair["p_value"]}
+        if pair["p_value"] >= 0.05 or pair["difference"] <= 0:
+            result["alarms"].append(f"not shown to be better than the same probe on {'a random encoder' if name == 'random encoder' else name}: balanced accuracy "
+                                    f"{result['balanced_accuracy']:.3f} against {score['balanced_accuracy']:.3f}, p = {pair['p_value']:.3f}")
 
 
 def update_ledger(path, ledger, split):

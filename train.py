@@ -14,6 +14,7 @@ then `python eval.py --ckpt RUN_DIR --split test`. The README says what a run le
 import argparse
 import contextlib
 import csv
+import dataclasses
 import importlib.metadata
 import io
 import itertools
@@ -109,8 +110,14 @@ def main(rank, cfg):
 
     identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
                 "train_participants": list(participants), "volumes": [len(train), len(val)]}  # what the run is known by
-    if any(vars(cfg.train.sweep).values()) or cfg.train.seeds or cfg.data.cv or cfg.model.head.kind != "network":
-        run_heads(rank, cfg, run_dir, identity, ledger, dev, x_views, samples, x_val, len(train))
+    if any(vars(cfg.train.sweep).values()) or cfg.train.seeds or cfg.data.cv or cfg.eval.floors or cfg.model.head.kind != "network":
+        x_random = None
+        if cfg.eval.floors:
+            other, _, other_hash = evaluation.random_encoder(cfg)
+            again, x_random = evaluation.features(cfg, ledger, samples, other, size, other_hash, dev)
+            if len(again) < len(samples):
+                raise ValueError(f"a volume that could be read before cannot be read now: {data.unreadable_table(ledger).splitlines()[-1]}")
+        run_heads(rank, cfg, run_dir, identity, ledger, dev, x_views, samples, x_val, len(train), x_random)
         return
 
     # model and optimizer
@@ -256,7 +263,7 @@ def main(rank, cfg):
         at["history"].append(record)
 
         # save: best first, so that last.pt never knows of a best that is not on disk
-        at_best = {"val_balanced_accuracy": now[0], "val_loss": now[1]}
+        at_best = scores_of(record, ids, y_val, p_val)
         if rank == 0:
             if is_best:
                 remove_evaluations(run_dir)  # of the best before
@@ -273,7 +280,7 @@ def main(rank, cfg):
     print(f"best: epoch {at['best_epoch']}, val balanced accuracy {at['best'][0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
     if ledger.unreadable:
         print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
-    wandb_run.finish()
+    finish_wandb(wandb_run, rank, cfg, run_dir, ledger)
     device.barrier(dev)  # nobody ends before rank 0 has written all
 
 
@@ -312,10 +319,11 @@ def start_head(cfg, seed, x_train):
     return head
 
 
-def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_train):
+def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_train, x_random):
     """Fit all heads that the config asks for and save the one that validation chooses as a run's best. On the CPU; every replica does the same.
 
     x (volumes, views, C): of train, and of samples (train, then val) where they are cross-validated. x_val (volumes, C).
+    x_random (volumes, C): of samples, by a random encoder, for eval.floors.
     """
     if cfg.train.resume == "auto" and resume(run_dir, identity, {"head"}):
         print(f"{run_dir} holds this run, finished")
@@ -329,14 +337,20 @@ def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_
     torch.set_num_threads(1)  # many small operations: on a busy machine, more threads mostly wait for each other
     fits = [fit_heads(cfg, seed, x[:num_train], train, x_val, val) for seed in seeds]
     folds = cross_validate(cfg, seeds, x, samples) if cfg.data.cv else []
+    floors = {}
+    if cfg.eval.floors:
+        floors["random encoder"] = fit_heads(cfg, seeds[0], x_random[:num_train, None], train, x_random[num_train:], val)[0].state_dict()
+        floors["shuffled labels"] = fit_heads(cfg, seeds[0], x[:num_train], shuffled(train, cfg.seed), x_val, shuffled(val, cfg.seed))[0].state_dict()
     torch.set_num_threads(threads)
 
     head, history, predictions, rows = fits[0]
     best = next(row for row in rows if row["chosen"])
     if rank == 0:
         prepare_run_dir(run_dir, cfg, ledger, identity["encoder_sha256"], dev, None)
-        content = {**identity, "epoch": best["best_epoch"], "head": head.state_dict(), "val_balanced_accuracy": best["val_balanced_accuracy"],
-                   "val_loss": best["val_loss"], "sweep": best, "repeats": [{"seed": seed, "head": fit[0].state_dict()} for seed, fit in zip(seeds, fits)]}
+        content = {**identity, "epoch": best["best_epoch"], "head": head.state_dict(), **scores_of(history[best["best_epoch"] - 1], *predictions), "sweep": best,
+                   "repeats": [{"seed": seed, "head": fit[0].state_dict()} for seed, fit in zip(seeds, fits)], **({"floors": floors} if floors else {})}
+        if cfg.model.head.kind == "knn":
+            content["train_balanced_accuracy"] = None  # everybody is their own nearest neighbour there
         for name in (evaluation.BEST, "last.pt"):  # the latter says that the run is finished
             b2.write(os.path.join(run_dir, name), lambda file: torch.save(content, file))
         b2.write(os.path.join(run_dir, "predictions_val.csv"), evaluation.predictions_csv(*predictions))
@@ -366,8 +380,22 @@ def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_
               f"participants, each held out once; folds {mean_and_sd([row['held_out_balanced_accuracy'] for row, *_ in folds if row['seed'] == seed])}")
     if ledger.unreadable:
         print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
-    wandb_run.finish()
+    finish_wandb(wandb_run, rank, cfg, run_dir, ledger)
     device.barrier(dev)
+
+
+def scores_of(record, ids, y_val, p_val):
+    """What a checkpoint says of its epoch: its scores, and its answers on validation, to which eval.py fits a temperature."""
+    return {"val_balanced_accuracy": record["val/balanced_accuracy"], "val_loss": record["val/loss"], "train_balanced_accuracy": record["train/balanced_accuracy"],
+            "val_predictions": {"participant_id": ids, "y_true": y_val.tolist(), "p": torch.from_numpy(p_val)}}
+
+
+def shuffled(samples, seed):
+    """The samples with the participants' labels permuted among them."""
+    people = list({s.participant_id: s.label for s in samples}.items())
+    labels = [people[i][1] for i in np.random.default_rng(seed).permutation(len(people))]
+    label_of = {i: label for (i, _), label in zip(people, labels)}
+    return [dataclasses.replace(s, label=label_of[s.participant_id]) for s in samples]
 
 
 def mean_and_sd(values):
@@ -802,7 +830,7 @@ def command():
 def start_wandb(cfg, run_dir, rank, earlier):
     """The W&B run, or an object that ignores everything when log.wandb=disabled, and on ranks above 0. earlier: id of the run to go on with."""
     if cfg.log.wandb == "disabled" or rank:
-        return SimpleNamespace(id=earlier, log=lambda record: None, finish=lambda: None)
+        return SimpleNamespace(id=earlier, log=lambda record: None)
     try:
         import wandb
     except ImportError:
@@ -818,9 +846,35 @@ def start_wandb(cfg, run_dir, rank, earlier):
         mode = "online" if has_key else "offline"
     os.makedirs(run_dir, exist_ok=True)
     try:
-        return wandb.init(project=cfg.log.wandb_project, name=cfg.log.run_name, mode=mode, dir=run_dir, config=config.to_dict(cfg), id=earlier, resume="allow" if earlier else None)
+        return wandb.init(project=cfg.log.wandb_project, name=cfg.log.run_name, mode=mode, dir=run_dir, config=config.to_dict(cfg), id=earlier, resume="allow" if earlier else None,
+                          group=os.path.splitext(os.path.basename(cfg.paths.checkpoint_path))[0],
+                          tags=["probe" if first_epoch_of_encoder(cfg) > cfg.train.epochs else "finetune", cfg.model.head.kind, cfg.model.pool_method, cfg.data.scanner])
     except wandb.Error as error:
         raise ValueError(f"W&B did not start: {error}; mend that, or set log.wandb=offline") from error
+
+
+def finish_wandb(run, rank, cfg, run_dir, ledger):
+    """Log what the run came to on validation: summary with intervals and alarms, confusion matrix, curves, ledger."""
+    if cfg.log.wandb == "disabled" or rank:
+        return
+    import wandb
+    from sklearn.metrics import roc_curve
+    saved = evaluation.read_saved(os.path.join(run_dir, evaluation.BEST), {"val_predictions"})
+    y, p = saved["val_predictions"]["y_true"], saved["val_predictions"]["p"].numpy()
+    result = metrics.evaluate(y, p, len(data.CLASSES), saved["val_predictions"]["participant_id"])
+    if saved["train_balanced_accuracy"] is not None:
+        result["alarms"] += metrics.gap_alarm(saved["train_balanced_accuracy"], saved["val_balanced_accuracy"])
+    header, *rows = csv.reader(io.StringIO(data.ledger_csv(ledger)))
+    curves = {name: roc_curve(np.array(y) == k, p[:, k])[:2] for k, name in enumerate(data.CLASS_NAMES) if 0 < y.count(k) < len(y)}
+    run.log({"val/confusion_matrix": wandb.plot.confusion_matrix(y_true=y, preds=p.argmax(axis=1).tolist(), class_names=list(data.CLASS_NAMES)),
+             "val/roc": wandb.plot.line_series(*([c[axis].tolist() for c in curves.values()] for axis in (0, 1)), keys=list(curves), title="ROC, one against the rest",
+                                              xname="false positives"),
+             "ledger": wandb.Table(columns=header, data=rows)})
+    run.summary.update({"best_epoch": saved["epoch"], "alarms": result["alarms"]})
+    for name in metrics.SCORES:
+        interval = result["ci95"][name] or (None, None)
+        run.summary.update({f"best/val/{name}": result[name], f"best/val/{name}_low": interval[0], f"best/val/{name}_high": interval[1]})
+    run.finish()
 
 
 if __name__ == "__main__":

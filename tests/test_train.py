@@ -362,7 +362,9 @@ def test_participants_that_moved_from_train_to_test_raise_an_alarm(dataset, conf
     moved = data.read_ledger(cfg).of("train")[0].participant_id
     edit(dataset / "participants.tsv", lambda t: "".join(
         line.replace("\ttrain\t", "\ttest\t") if line.startswith(moved) else line for line in t.splitlines(True)))
-    result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "test")
+    with pytest.raises(ValueError, match="participants.tsv in .* is not the file that .* was trained with; put that back, train again, or name the other data"):
+        evaluation.evaluate_run(cfg.paths.run_dir, "test")
+    result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "test", [f"paths.data={dataset}"])
     assert f"1 participants of test were trained on: {moved}" in result["alarms"]
     assert "participants.tsv is not the file that this run was trained with" in result["alarms"]
 
