@@ -31,7 +31,7 @@ def main():
                        f"paths.run_dir={folder}/{name}", f"train.epochs={epochs}", f"train.warmup_epochs={min(2, epochs - 2)}", "demo.dir=null",
                        "paths.checkpoint_path=demo/encoder.pt"]
             subprocess.run([sys.executable, *command], check=True)
-            trained = evaluation.read_saved(f"{folder}/{name}/{evaluation.BEST}", {"encoder"})
+            trained = evaluation.read_saved(f"{folder}/{name}/last.pt", {"encoder"})
             state = {prefix + key: value for prefix in ("context_encoder.", "target_encoder.encoder.") for key, value in trained["encoder"].items()}
             config = {"experiment_name": f"demo_{name}", "image_size": [16, 96, 96], "patch_size": [4, 16, 16]}
             b2.write(f"demo_encoders/{name}.pt", lambda file: torch.save({"epoch": trained["epoch"], "step": 0, "model_state_dict": state, "optimizer_state_dict": {},
