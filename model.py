@@ -441,6 +441,43 @@ def fit_logistic_regression(head, x, labels, weights, C):
     return bool(fitted.n_iter_.max() < fitted.max_iter)
 
 
+def discriminant(x, labels, participants, num_classes, is_ordinal):
+    """Penalised discriminant analysis (Hastie, Buja and Tibshirani 1995) -> weight (num_classes, C) and bias (num_classes,) for equal priors.
+
+    Ridge regression of the class (is_ordinal: of its rank) on x (n, C), with the penalty that predicts best when a participant, with all
+    volumes, is left out; then Gaussian classes of one covariance on what was predicted so. participants (n,): integers from 0 on.
+    """
+    x, y = x.double(), F.one_hot(labels, num_classes).double()  # (n, C), (n, num_classes)
+    target = labels[:, None].double() if is_ordinal else y[:, 1:]  # (n, d)
+    centre, target = x.mean(dim=0), target - target.mean(dim=0)
+    values, axes = torch.linalg.eigh((x - centre).T @ (x - centre))  # principal axes (C, C)
+    x = (x - centre) @ axes
+    rows = torch.argsort(participants, stable=True).split(participants.bincount().tolist())
+    rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (P, volumes)
+    own = x[rows] * (rows >= 0)[..., None]  # (P, volumes, C)
+    best = None
+    for penalty in values.mean().clamp(min=1e-12) * torch.logspace(-4, 4, 17, dtype=torch.float64):
+        shrunk = 1 / (values + penalty)
+        coefficients = shrunk[:, None] * (x.T @ target)  # (C, d)
+        residual = (target - x @ coefficients)[rows] * (rows >= 0)[..., None]
+        left_out = torch.linalg.solve(torch.eye(rows.shape[1], dtype=torch.float64) - own * shrunk @ own.mT, residual)  # (P, volumes, d): exact, without a refit
+        error = left_out.square().sum()
+        if best is None or error < best[0]:
+            scores = target.clone()
+            scores[rows[rows >= 0]] -= left_out[rows >= 0]
+            best = error, coefficients, scores
+    _, coefficients, scores = best  # scores (n, d)
+    means = y.T @ scores / y.sum(dim=0).clamp(min=1)[:, None]  # (num_classes, d)
+    covariance = (scores - means[labels]).T @ (scores - means[labels]) + (num_classes + 1) * scores.T @ scores / len(x)  # few volumes: do not believe how well they part
+    slopes = torch.linalg.lstsq(covariance / (len(x) + num_classes + 1), means.T).solution.T  # (num_classes, d)
+    bias = -(slopes * means).sum(dim=1) / 2
+    if is_ordinal:  # equal slopes; the borders between neighbours stay in the middle
+        slopes = ordinal(slopes)
+        bias = -F.pad((slopes.diff(dim=0) * (means[1:] + means[:-1]) / 2).cumsum(dim=0)[:, 0], (1, 0))
+    weight = slopes @ coefficients.T @ axes.T  # (num_classes, C)
+    return weight.float(), (bias - weight @ centre).float()
+
+
 def ordinal(weight):
     """weight (..., num_classes, C) -> the nearest that share one direction and differ by the class's rank."""
     rank = torch.arange(weight.shape[-2], device=weight.device, dtype=weight.dtype)[:, None]

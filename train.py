@@ -87,6 +87,9 @@ def main(rank, cfg):
     train_labels = [s.label for s in ledger.of("train")]  # what could not train stops here, before anything is encoded
     data.epoch_order(torch.tensor(train_labels), cfg.data.sampler, cfg.seed, 1)
     losses.class_weights(train_labels, len(data.CLASSES), cfg.train.class_weights)
+    steps = math.ceil(len(train_labels) / cfg.data.batch_size) * cfg.train.epochs
+    if cfg.model.head.kind == "network" and (cfg.model.head.hidden or cfg.model.pool_method == "attentive") and steps < 500:
+        print(f"note: data.batch_size={cfg.data.batch_size} makes {steps} steps in all, few for a head that starts knowing nothing; lower it")
 
     # features of the pretrained encoder: while it is frozen, every volume is encoded once, and the head trains on these
     encoder, size, encoder_hash = evaluation.open_encoder(cfg)
@@ -121,7 +124,14 @@ def main(rank, cfg):
         return
 
     # model and optimizer
-    head, x_val = start_head(cfg, cfg.seed, x_train).to(dev), x_val.to(dev)
+    head, log_prior = start_head(cfg, cfg.seed, x_train), log_prior_of(labels, cfg.data.sampler)
+    with torch.no_grad():
+        weight, bias = last_layer(head, x_train, train, cfg.model.head.ordinal)
+        head[-1].weight.copy_(weight)
+        head[-1].bias.copy_(bias + best_constant(log_prior, weights, cfg.train.loss))
+        if cfg.train.loss == "logit_adjustment":
+            head.log_prior.copy_(log_prior)
+    head, x_val, log_prior = head.to(dev), x_val.to(dev), log_prior.to(dev)
     if unfreeze <= epochs:
         encoder.to(dev)
         encoder.drop_path = cfg.model.drop_path
@@ -130,13 +140,6 @@ def main(rank, cfg):
                                     cfg.train.weight_decay)
     optimizer = getattr(torch.optim, cfg.train.optimizer)(groups)
     loss_of = losses.LOSSES[cfg.train.loss]
-    log_prior = log_prior_of(labels, cfg.data.sampler).to(dev)
-    if cfg.train.loss == "logit_adjustment":
-        head.log_prior.copy_(log_prior)
-    with torch.no_grad():
-        head[-1].bias.copy_(best_constant(log_prior.cpu(), weights, cfg.train.loss))
-    if cfg.model.head.ordinal:
-        head.share_direction()
     batch_size = min(cfg.data.batch_size, len(train))
     steps_per_epoch = math.ceil(len(train) / batch_size)
     print(f"head: {count(head)} parameters; class weights {[round(w, 3) for w in weights.tolist()]}")
@@ -249,6 +252,7 @@ def main(rank, cfg):
         if encoder_trains:
             x_val = evaluation.features_now(cfg, val, encoder, size, dev, f"val of epoch {epoch}").to(dev)
         ids, y_val, p_val = evaluation.by_participant(val, evaluation.predict(head, x_val))
+        check_finite(torch.from_numpy(p_val), at, cfg)
         record = epoch_record(epoch, train, device.all_sum(seen).cpu(), torch.cat(batches), y_val, p_val)
         record |= {f"train/lr_{part}": max([g["lr"] for g in optimizer.param_groups if g["part"] == part], default=0.0) for part in ("head", "encoder")}
         record |= {"train/loss": train_loss / len(train), "train/grad_norm": grad_norm / steps_per_epoch}
@@ -317,6 +321,19 @@ def start_head(cfg, seed, x_train):
     head = evaluation.new_head(cfg)
     head[0].fit(x_train.flatten(0, -2))
     return head
+
+
+def last_layer(head, x_train, train, is_ordinal):
+    """Weight (num_classes, C) and bias (num_classes,) that the last layer starts from: model.discriminant of what it is given; of an MLP as they are."""
+    if any(isinstance(layer, torch.nn.Linear) for layer in list(head)[:-1]):  # on tiny random hidden units it would need huge weights
+        return (model.ordinal(head[-1].weight) if is_ordinal else head[-1].weight), head[-1].bias
+    place = {i: n for n, i in enumerate(dict.fromkeys(s.participant_id for s in train))}
+    x, views = x_train.flatten(0, 1), x_train.shape[1]
+    for layer in list(head.eval())[:-1]:
+        x = layer(x)
+    labels, participants = (torch.tensor(values).repeat_interleave(views) for values in ([s.label for s in train], [place[s.participant_id] for s in train]))
+    with torch.no_grad():
+        return model.discriminant(x.detach(), labels, participants, len(data.CLASSES), is_ordinal)
 
 
 def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_train, x_random):
@@ -517,7 +534,9 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
     class_weights = torch.stack([losses.class_weights(people, num_classes, h["class_weights"]) for h in grid])  # (G, num_classes)
     subtracted = torch.stack([log_prior * (h["loss"] == "logit_adjustment") for h in grid])[:, None]  # (G, 1, num_classes)
     with torch.no_grad():
-        params[f"{len(head) - 1}.bias"].copy_(torch.stack([best_constant(log_prior, w, h["loss"]) for w, h in zip(class_weights, grid)]))
+        starts = {is_ordinal: last_layer(head, x_train, train, is_ordinal) for is_ordinal in {h["ordinal"] for h in grid}}
+        weight.copy_(torch.stack([starts[h["ordinal"]][0] for h in grid]))
+        params[f"{len(head) - 1}.bias"].copy_(torch.stack([starts[h["ordinal"]][1] + best_constant(log_prior, w, h["loss"]) for w, h in zip(class_weights, grid)]))
     heads_of_loss = runs([h["loss"] for h in grid])
     ordinal_heads = [heads for is_ordinal, heads in runs([h["ordinal"] for h in grid]) if is_ordinal]
     rates, decays = torch.tensor([h["lr_head"] for h in grid]), torch.tensor([h["weight_decay"] for h in grid])  # (G,)
@@ -549,8 +568,6 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
         for heads in ordinal_heads:
             weight[heads] = model.ordinal(weight[heads])
 
-    with torch.no_grad():
-        share_directions()
     ids, y_val, _ = evaluation.by_participant(val, np.zeros((len(val), num_classes)))
     place = {i: n for n, i in enumerate(ids)}
     person = torch.tensor([place[s.participant_id] for s in val])  # (volumes,)
@@ -586,13 +603,12 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
                     rate = along(rates * factor, p)
                     p.mul_(1 - rate * along(decays * (p.ndim > 2), p)).addcmul_(update, rate)
                 share_directions()
-        diverged = ~torch.isfinite(sums).all(dim=0)  # (G,); the others do not feel it
-
         head.eval()
         with torch.no_grad():
             p = (logits_of(x_val) - subtracted).double().softmax(dim=2)  # (G, volumes, num_classes)
             p_val = torch.zeros(num_heads, len(ids), num_classes, dtype=torch.float64).index_add_(1, person, p)
-            p_val = (p_val / person.bincount()[:, None]).numpy()  # (G, participants, num_classes)
+            p_val = p_val / person.bincount()[:, None]  # (G, participants, num_classes)
+        diverged, p_val = ~(torch.isfinite(sums).all(dim=0) & torch.isfinite(p_val).flatten(1).all(dim=1)), p_val.numpy()  # (G,); the others do not feel it
         log.append((drawn, sums, factor, order, p_val))
         improved = []
         for g, now in enumerate(zip(*metrics.quick_scores(y_val, p_val))):
@@ -661,7 +677,7 @@ def log_prior_of(labels, sampler):
 def best_constant(log_prior, class_weights, loss):
     """Logits (num_classes,) of the best answer that looks at nothing, as losses.LOSSES[loss] and these class weights see it.
 
-    The last bias starts there, as in Lin et al. 2017, section 4.1: otherwise a slow head has not learned the prior yet when logit adjustment takes it away.
+    The last bias starts with it, as in Lin et al. 2017, section 4.1: otherwise a slow head has not learned the prior yet when logit adjustment takes it away.
     """
     logits = (log_prior.exp() * class_weights).clamp(min=1e-3).log() - (log_prior.clamp(min=math.log(1e-3)) if loss == "balanced_softmax" else 0)
     return logits - logits.mean()
@@ -684,13 +700,13 @@ def volumes_of(samples, parts, size, cfg, augment):
             yield torch.stack([next(arriving)[2] if row >= 0 else torch.zeros(1, *size, dtype=torch.float16) for row in rows])
 
 
-def check_finite(sums, at, cfg):
-    """sums on the host; ValueError before weights that are no numbers any more are saved."""
-    sums = sums.cpu()
-    if not torch.isfinite(sums).all():
-        raise ValueError(f"train loss or gradient is not finite in epoch {at['epoch']}; lower train.lr_head={cfg.train.lr_head} or "
+def check_finite(values, at, cfg):
+    """values on the host; ValueError before weights that are no numbers any more are saved."""
+    values = values.cpu()
+    if not torch.isfinite(values).all():
+        raise ValueError(f"train loss, gradient or prediction is not finite in epoch {at['epoch']}; lower train.lr_head={cfg.train.lr_head} or "
                          f"train.lr_encoder={cfg.train.lr_encoder}, or look at train.class_weights")
-    return sums
+    return values
 
 
 def first_epoch_of_encoder(cfg):

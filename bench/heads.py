@@ -65,7 +65,6 @@ def swept(data, seed):
     """Test balanced accuracy of the head that configs/probe.yaml's sweep chooses."""
     (x, y), (x_val, y_val), (x_test, y_test) = data
     cfg = config.load(os.path.join(ROOT, "configs", "probe.yaml"), [f"seed={seed}"])
-
     cfg.model.emb_dim = x.shape[1]
     head = train.fit_heads(cfg, seed, torch.from_numpy(x)[:, None], samples(y), torch.from_numpy(x_val), samples(y_val))[0].eval()
     with torch.no_grad():

@@ -261,7 +261,7 @@ def test_what_corrects_more_than_once_is_said(configure, overrides, said):
 
 def test_a_loss_that_is_not_finite_stops_the_run(written, configure):
     # class 0 alone counts, one volume a step: most steps have a weight of 0 in all
-    with pytest.raises(ValueError, match="train loss or gradient is not finite in epoch 1; lower train.lr_head"):
+    with pytest.raises(ValueError, match="train loss, gradient or prediction is not finite in epoch 1; lower train.lr_head"):
         train.main(0, configure(written, "train.class_weights=[1,0,0,0]", "data.batch_size=1"))
 
 
