@@ -216,13 +216,13 @@ def test_a_feature_belongs_to_the_content_of_its_volume(dataset, configure, monk
 
 
 @pytest.mark.parametrize("overrides", [["train.loss=focal"], ["train.loss=ordinal"], ["train.loss=label_smoothing"], ["train.class_weights=effective"],
-                                       ["train.loss=balanced_softmax", "train.class_weights=none"], ["train.loss=logit_adjustment", "train.class_weights=none"], ["train.class_weights=[1,2,3,4]"], ["model.head.hidden=16"], ["model.pool_method=max"],
+                                       ["train.loss=balanced_softmax", "train.class_weights=none"], ["train.loss=logit_adjustment", "train.class_weights=none"], ["train.class_weights=[1,2,3,4]"], ["model.head.hidden=16", "train.lr_head=0.03"], ["model.pool_method=max"],
                                        ["data.batch_size=7"], ["data.batch_size=1000"], ["train.precision=bf16"], ["model.encoder=target"]])
 def test_variants_train_and_evaluate(written, configure, overrides):
     cfg = configure(written, *overrides)
     train.main(0, cfg)
     history, _, _ = read_run(cfg)
-    assert history[-1]["train/loss"] < history[0]["train/loss"]
+    assert history[-1]["train/balanced_accuracy"] > 0.5  # of volumes that it trains on; 0.25 is chance
     evaluation.evaluate_run(cfg.paths.run_dir, "test")
 
 
