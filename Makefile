@@ -45,10 +45,10 @@ setup-xla: .venv-xla/installed
 	touch $@
 
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "not slow" tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "not slow and not browser" tests
 
 test-slow: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m slow tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "slow or browser" tests
 
 test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py

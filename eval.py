@@ -2,10 +2,11 @@
 
     python eval.py --ckpt runs/cls_single_domain_01 --split test
     python eval.py --ckpt runs/cls_single_domain_01/best_checkpoint_during_training.pt --split val
-    python eval.py --leaderboard runs/*
+    python eval.py --compare runs/cls_single_domain_01 runs/cls_multi_domain     # which is better, by how much, how sure
+    python eval.py --leaderboard runs/*                                          # leaderboard.md, .csv, .html in runs/
 
-Writes eval_SPLIT.json, predictions_SPLIT.csv, plots/*.png and report.html beside the checkpoint. A row of every table is
-a participant: probabilities are averaged over both eyes and repeated scans.
+The first two write eval_SPLIT.json, predictions_SPLIT.csv, plots/*.png and report.html beside the checkpoint; the others read
+these. A row of every table is a participant: probabilities are averaged over both eyes and repeated scans.
 """
 
 import argparse
@@ -37,8 +38,9 @@ import model
 BEST = "best_checkpoint_during_training.pt"
 CHANGEABLE = ("max_missing", "num_workers", "prefetch", "cache_gb", "fetch_deadline")  # keys of data: that do not change a score
 FEATURES = "v1"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
-SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",
-               "auroc_macro_ovr": "AUROC (macro, one vs rest)", "log_loss": "log-loss"}
+SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc_macro_ovr": "AUROC (macro, one vs rest)",
+               "log_loss": "log-loss", "macro_precision": "macro precision", "macro_recall": "macro recall", "auprc_macro_ovr": "AUPRC (macro, one vs rest)",
+               "quadratic_kappa": "quadratic kappa", "brier": "Brier score", "ece": "expected calibration error"}
 
 # ----------------------------------------------------------------------------------- encoder -> features -> predictions
 
@@ -231,7 +233,7 @@ def open_run(ckpt, overrides=()):
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.basename(path) != BEST:  # last.pt, say: its results must not pass for those of the best checkpoint
         folder = os.path.join(folder, os.path.splitext(os.path.basename(path))[0])
-    saved = read_saved(path, {"config", "encoder_sha256", "train_participants", "labels_sha256", "head", "epoch", "val_predictions"})
+    saved = read_saved(path, {"config", "encoder_sha256", "train_participants", "labels_sha256", "manifest_sha256", "head", "epoch"})
     return saved, config.resolve(saved["config"], overrides, path), path, folder
 
 
@@ -272,9 +274,9 @@ def evaluate_run(ckpt, split, overrides=()):
         raise ValueError(f"{path}: not loaded: {' '.join(str(error).split())}") from error
     ledger = data.read_ledger(cfg)
     data.check_missing(ledger, cfg.data.max_missing)
-    elsewhere = any(o.startswith("paths.data=") for o in overrides)
-    if ledger.sha256[data.LABELS] != saved["labels_sha256"] and not elsewhere:
-        raise ValueError(f"{data.LABELS} in {cfg.paths.data} is not the file that {path} was trained with; put that back, train again, or name the other data: paths.data=...")
+    changed = [name for name, key in ((data.LABELS, "labels_sha256"), (data.MANIFEST, "manifest_sha256")) if ledger.sha256[name] != saved[key]]
+    if changed and not any(o.startswith("paths.data=") for o in overrides):
+        raise ValueError(f"{' and '.join(changed)} in {cfg.paths.data} changed since {path} was trained; put that back, train again, or name the other data: paths.data=...")
     samples = ledger.of(split)
     if not samples:
         raise ValueError(f"no participant of split {split} has a volume")
@@ -292,10 +294,13 @@ def evaluate_run(ckpt, split, overrides=()):
     result["subgroups"]["laterality"] = metrics.subgroups(volume_labels, of_volumes, [s.laterality for s in samples], ids=volume_ids)
     per_volume = metrics.evaluate(volume_labels, of_volumes, len(data.CLASSES), volume_ids)
     result["per_volume"] = {name: per_volume[name] for name in ("n", "participants", *metrics.SCORES, *metrics.MORE_SCORES, "ci95")}
-    T = metrics.temperature(np.array(saved["val_predictions"]["y_true"]), saved["val_predictions"]["p"].numpy())
-    flatter = metrics.rescale(probabilities, T)
-    result |= {"temperature": T, "calibrated": {**{name: metrics.score(y_true, flatter)[name] for name in ("log_loss", "brier", "ece")},
-                                                "reliability": metrics.reliability(y_true, flatter)}}
+    if "val_predictions" in saved:  # not in what was saved within an epoch
+        T = metrics.temperature(np.array(saved["val_predictions"]["y_true"]), saved["val_predictions"]["p"].numpy())
+        flatter = metrics.rescale(probabilities, T)
+        result |= {"temperature": T, "calibrated": {**{name: metrics.score(y_true, flatter)[name] for name in ("log_loss", "brier", "ece")},
+                                                    "reliability": metrics.reliability(y_true, flatter)}}
+    else:
+        result["alarms"].append(f"this checkpoint was saved within epoch {saved['epoch']}, after step {saved['step']}")
     if saved.get("train_balanced_accuracy") is not None:
         result["alarms"] += metrics.gap_alarm(saved["train_balanced_accuracy"], saved["val_balanced_accuracy"])
     if "floors" in saved:
@@ -308,14 +313,12 @@ def evaluate_run(ckpt, split, overrides=()):
     partly = [r.participant_id for r in ledger.rows if r.split == split and r.status == "used" and r.reason]
     if partly:
         result["alarms"].append(f"{len(partly)} participants of {split} lack some of their volumes: {data.few(partly)}")
-    if "optimizer" in saved and "val_loss" not in saved:
-        result["alarms"].append(f"this checkpoint was saved within epoch {saved['epoch']}, after step {saved['step']}")
-    if ledger.sha256[data.LABELS] != saved["labels_sha256"]:
-        result["alarms"].append(f"{data.LABELS} is not the file that this run was trained with")
+    if changed:
+        result["alarms"].append(f"{' and '.join(changed)} of {cfg.paths.data} {'is' if len(changed) == 1 else 'are'} not what this run was trained with")
     predictions = predictions_csv(ids, y_true, probabilities)
-    result |= {"labels_sha256": ledger.sha256[data.LABELS], "predictions_sha256": hashlib.sha256(predictions.encode()).hexdigest()}
-    result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples),
-              "data": ledger.description, "encoder_sha256": encoder_hash, **result}
+    result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples), "data": ledger.description, "scanner": cfg.data.scanner,
+              "anatomic_region": cfg.data.anatomic_region, "encoder_sha256": encoder_hash, "checkpoint_sha256": sha256(path),
+              "labels_sha256": ledger.sha256[data.LABELS], "predictions_sha256": hashlib.sha256(predictions.encode()).hexdigest(), **result}
     if others:
         each = [metrics.score(y_true, p) for p in (probabilities, *(p for _, _, p in others))]
         values = {name: [score[name] for score in each] for name in metrics.SCORES}
@@ -326,7 +329,7 @@ def evaluate_run(ckpt, split, overrides=()):
         update_ledger(os.path.join(folder, "ledger.csv"), ledger, split)
         b2.write(os.path.join(folder, f"predictions_{split}.csv"), predictions)
         b2.write(os.path.join(folder, f"eval_{split}.json"), json.dumps(result, indent=1) + "\n")
-        write_plots(folder, result)
+        write_plots(folder, result, y_true, probabilities)
         write_report(folder)
     return result, folder
 
@@ -377,7 +380,7 @@ def add_floors(result, floors, cfg, ledger, samples, size, dev, x, ids, y_true, 
         p = by_participant(samples, predict(head, x_floor))[2]
         score = metrics.evaluate(y_true, p, len(data.CLASSES), ids)
         pair = metrics.compare(y_true, probabilities, p, ids)
-        result["floors"][name] = {**{key: score[key] for key in metrics.SCORES}, "ci95": {key: score["ci95"][key] for key in metrics.SCORES},
+        result["floors"][name] = {**{key: score[key] for key in metrics.SCORES + metrics.MORE_SCORES}, "ci95": {key: score["ci95"][key] for key in metrics.SCORES},
                                   "difference": pair["difference"], "difference_ci95": pair["ci95"], "p_value": pair["p_value"]}
         if pair["p_value"] >= 0.05 or pair["difference"] <= 0:
             result["alarms"].append(f"not shown to be better than the same probe on {'a random encoder' if name == 'random encoder' else name}: balanced accuracy "
@@ -386,56 +389,207 @@ def add_floors(result, floors, cfg, ledger, samples, size, dev, x, ids, y_true, 
 
 def update_ledger(path, ledger, split):
     """Write what was found of the split's participants into the run's ledger; the other rows stay as training left them."""
-    earlier = {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", newline="") as f:
-            earlier = {row[0]: row for row in csv.reader(f)}
+    earlier = {row["participant_id"]: list(row.values()) for row in read_csv(path)} if os.path.exists(path) else {}
     out = io.StringIO()
     rows = csv.reader(io.StringIO(data.ledger_csv(ledger)))
     csv.writer(out, lineterminator="\n").writerows(row if row[1] == split else earlier.get(row[0], row) for row in rows)
     b2.write(path, out.getvalue())
 
 
-def score_rows(result):
-    """[name, score, 95 % interval, majority class, chance band] of every score, as text."""
-    def number(value):
-        return "-" if value is None else f"{value:.3f}"
-
-    def span(pair):
-        return "-" if pair is None else f"{pair[0]:.3f} to {pair[1]:.3f}"
-
-    return [[SCORE_NAMES[name], number(result[name]), span(result["ci95"][name]), number(result["majority"][name]), span(result["chance"][name])]
-            for name in metrics.SCORES]
+def sha256(path):
+    return b2.checksum(path, "sha256").split(":")[1]
 
 
-def class_rows(result):
-    """[class, participants, predicted, F1] of every class, as text."""
-    return [[name, str(result["true_counts"][k]), str(result["predicted_counts"][k]), f"{result['f1_per_class'][k]:.3f}"]
-            for k, name in enumerate(data.CLASS_NAMES)]
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
 
 
-SCORE_HEADER = ["", "score", "95 % interval", "majority class", "chance band"]
-CLASS_HEADER = ["class", "participants", "predicted", "F1"]
+# ------------------------------------------------------------------------------------------------------- compare runs
+
+
+def open_results(folder, split):
+    """What eval.py wrote of a run on a split -> {"result", "ids", "y_true", "probabilities"}. ValueError when the files do not belong together."""
+    again = f"run eval.py --ckpt {folder} --split {split}"
+    path = os.path.join(folder, f"eval_{split}.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{folder} has no eval_{split}.json; {again}")
+    with open(path, encoding="utf-8") as f:
+        result = json.load(f)
+    if result.get("split") != split:
+        raise ValueError(f"{path} is about split {result.get('split')}; {again}")
+    table, checkpoint = os.path.join(folder, f"predictions_{split}.csv"), os.path.join(folder, BEST)
+    if not os.path.isfile(table) or sha256(table) != result.get("predictions_sha256"):
+        raise ValueError(f"{table} is not what {path} was computed from; {again}")
+    if os.path.isfile(checkpoint) and sha256(checkpoint) != result.get("checkpoint_sha256"):
+        raise ValueError(f"{checkpoint} is not the checkpoint that {path} is about; {again}")
+    rows = read_csv(table)
+    return {"result": result, "ids": [row["participant_id"] for row in rows], "y_true": [int(row["y_true"]) for row in rows],
+            "probabilities": np.array([[float(row[f"p{k}"]) for k in range(len(data.CLASSES))] for row in rows])}
+
+
+def unlike(name_a, a, name_b, b):
+    """How the participants or labels of two results of open_results differ, in words; None: they can be compared."""
+    label_a, label_b = (dict(zip(run["ids"], run["y_true"])) for run in (a, b))
+    only = [(name, sorted(mine.keys() - other.keys())) for name, mine, other in ((name_a, label_a, label_b), (name_b, label_b, label_a)) if mine.keys() - other.keys()]
+    if only:
+        return "other participants: " + "; ".join(f"{len(ids)} only in {name} ({data.few(ids, 3)})" for name, ids in only)
+    relabelled = sorted(i for i in label_a if label_a[i] != label_b[i])
+    if relabelled:
+        return f"other labels: participant {relabelled[0]} is of class {label_a[relabelled[0]]} in {name_a} and {label_b[relabelled[0]]} in {name_b} ({len(relabelled)} such)"
+    if a["result"]["labels_sha256"] != b["result"]["labels_sha256"]:
+        return f"other labels: {data.LABELS} of {name_a} (sha256 {a['result']['labels_sha256'][:12]}) is not that of {name_b} ({b['result']['labels_sha256'][:12]})"
+    return None
+
+
+def names_of(folders):
+    """{name: folder}: the last part of each path, or the whole path where two share that."""
+    lasts = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    return {last if lasts.count(last) == 1 else folder: folder for last, folder in zip(lasts, folders)}
+
+
+def paired(runs):
+    """metrics.compare_all of {name: what open_results gives}, all of the same participants."""
+    first = next(iter(runs.values()))
+    row = {name: {i: n for n, i in enumerate(run["ids"])} for name, run in runs.items()}  # in the first run's order
+    return metrics.compare_all(first["y_true"], {name: run["probabilities"][[row[name][i] for i in first["ids"]]] for name, run in runs.items()}, first["ids"])
+
+
+def compare(folders, split):
+    """Is one run better than another? -> text: the runs, and a sentence for every pair. ValueError when they were not scored on the same."""
+    if len(set(map(os.path.realpath, folders))) < max(2, len(folders)):
+        raise ValueError("--compare needs two or more different run folders")
+    runs = {name: open_results(folder, split) for name, folder in names_of(folders).items()}
+    (first_name, first), *rest = runs.items()
+    for name, run in rest:
+        difference = unlike(first_name, first, name, run)
+        if difference:
+            raise ValueError(f"{first_name} and {name} cannot be compared on {split}, for they have {difference}")
+    pairs = paired(runs)
+    lines = [f"{split}, {len(first['ids'])} participants, {first['result']['data']}", "", *table_lines(["", "balanced accuracy", "95 % interval", "chance band", "alarms"], [
+        [name, number(r["balanced_accuracy"]), span(r["ci95"]["balanced_accuracy"]), span(r["chance_band"]), str(len(r["alarms"]))] for name, r in ((name, run["result"]) for name, run in runs.items())]), ""]
+    seen_through = {(run["result"]["scanner"], run["result"]["anatomic_region"]) for run in runs.values()}
+    if len(seen_through) > 1:
+        lines.append(f"note: these runs saw other volumes of the same participants: {'; '.join(sorted(', '.join(pair) for pair in seen_through))}")
+    for pair in pairs:
+        lines += [f"{pair['sentence']}.", f"    McNemar's test of accuracy: {pair['only_a_right']} right only by {pair['a']}, {pair['only_b_right']} only by {pair['b']}, p = {pair['mcnemar_p']:.4f}"]
+    lines += [f"ALARM: {name}: {alarm}" for name, run in runs.items() for alarm in run["result"]["alarms"]]
+    return "\n".join(lines)
+
+
+def leaderboard(folders, split):
+    """Rank the runs by balanced accuracy; writes leaderboard.md, .csv and .html beside the first -> text. ValueError without any."""
+    folders = [folder for folder in folders if os.path.isdir(folder)]
+    scored = [folder for folder in folders if os.path.exists(os.path.join(folder, f"eval_{split}.json"))]
+    if not scored:
+        raise ValueError(f"--leaderboard: no folder holds an eval_{split}.json; run eval.py --ckpt RUN --split {split} first")
+    runs = {name: open_results(folder, split) for name, folder in names_of(scored).items()}
+    runs = dict(sorted(runs.items(), key=lambda run: (-run[1]["result"]["balanced_accuracy"], run[1]["result"]["log_loss"])))
+    best, *others = runs
+    apart = {name: difference for name in others if (difference := unlike(best, runs[best], name, runs[name]))}
+    alike = {name: run for name, run in runs.items() if name not in apart}
+    pairs = paired(alike) if len(alike) > 1 else []
+    p_holm = {pair["b"]: pair["p_holm"] for pair in pairs if pair["a"] == best}
+    tied = [name for name, p in p_holm.items() if p >= 0.05]
+    place = {name: "not compared" if name in apart else "best" if name == best and not tied else "tied for best" if name in (best, *tied) else "worse" for name in runs}
+    floors = [name for name in ("random encoder", "shuffled labels") if any(name in run["result"].get("floors", {}) for run in runs.values())]
+    header = ["run", "balanced accuracy", "95 % interval", "place", "p (Holm)", "majority class, random answers", "chance band", *floors, "log-loss", "participants", "alarms", "encoder"]
+    rows = []
+    for name, r in ((name, run["result"]) for name, run in runs.items()):
+        rows.append([name, number(r["balanced_accuracy"]), span(r["ci95"]["balanced_accuracy"]), place[name], f"{p_holm[name]:.4f}" if name in p_holm else "-",
+                     f"{number(r['majority']['balanced_accuracy'])}, {number(r['random']['balanced_accuracy'])}", span(r["chance_band"]),
+                     *(number(r.get("floors", {}).get(floor, {}).get("balanced_accuracy")) for floor in floors),
+                     number(r["log_loss"]), str(r["n"]), str(len(r["alarms"])), r["encoder_sha256"][:12]])
+    score = f"balanced accuracy {number(runs[best]['result']['balanced_accuracy'])} on {split}"
+    if not p_holm:
+        verdict = f"{best}: {score}; there is no other run to compare it with."
+    elif tied:
+        verdict = f"{best} leads with {score}, but is not shown to be better than {', '.join(tied)}."
+    else:
+        verdict = f"{best} is the best of {len(alike)} runs: {score}, better than every other (p at most {max(p_holm.values()):.4f}, Holm over {len(pairs)} pairs)."
+    about = [verdict, f"{', '.join(dict.fromkeys(run['result']['data'] for run in runs.values()))}. Tied: the difference from the best is not significant at 5 % "
+             "(paired bootstrap over the same participants, Holm-corrected over all pairs)."]
+    notes = [f"{name}: not compared, for it has {difference}" for name, difference in apart.items()]
+    notes += [f"{name}: ALARM: {alarm}" for name, run in runs.items() for alarm in run["result"]["alarms"]]
+    notes += [f"not scored on {split}: {folder}" for folder in folders if folder not in scored]
+    text = "\n".join([*about, "", *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]), "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+    beside, csv_table = os.path.dirname(os.path.abspath(folders[0])), io.StringIO()
+    csv.writer(csv_table, lineterminator="\n").writerows([header, *rows])
+    body = [f"<p><b>{html.escape(verdict)}</b></p><p>{html.escape(about[1])}</p>", html_figure(leaderboard_plot(runs), "Balanced accuracy of each run with its 95 % interval: "
+            + "; ".join(f"{row[0]} {row[1]} ({row[2]})" for row in rows), "Balanced accuracy and 95 % interval; grey: each run's chance band."), html_table(header, rows, "cards"), html_list(notes)]
+    if pairs:
+        body += ["<h2>Every pair</h2>", html_table(["better", "worse", "difference", "95 % interval", "p", "p (Holm)", "McNemar p"], [
+            [pair[a], pair[b], number(abs(pair["difference"])), span(sorted(abs(pair["difference"]) / (pair["difference"] or 1) * v for v in pair["ci95"])), f"{pair['p_value']:.4f}",
+             f"{pair['p_holm']:.4f}", f"{pair['mcnemar_p']:.4f}"] for pair in pairs for a, b in [("a", "b") if pair["difference"] >= 0 else ("b", "a")]], "cards")]
+    b2.write(os.path.join(beside, "leaderboard.csv"), csv_table.getvalue())
+    b2.write(os.path.join(beside, "leaderboard.md"), text)
+    b2.write(os.path.join(beside, "leaderboard.html"), html_page(f"leaderboard on {split}", "".join(body)))
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def number(value):
+    return "-" if value is None else f"{value:.3f}"
+
+
+def span(pair):
+    return "-" if pair is None else f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+def score_table(result, names):
+    """-> header and rows, as text: each score with its interval and its floors."""
+    header = ["", "score", "95 % interval", "majority class", "random answers", "chance band"]
+    return header, [[SCORE_NAMES[name], number(result[name]), span(result["ci95"][name]), number(result["majority"][name]), number(result["random"][name]),
+                     span(result["chance"][name])] for name in names]
+
+
+def floor_table(result):
+    """-> header and rows, as text, of the probes that eval.floors asked for."""
+    rows = [[name, number(f["balanced_accuracy"]), span(f["ci95"]["balanced_accuracy"]), number(f["difference"]), span(f["difference_ci95"]), f"{f['p_value']:.4f}"]
+            for name, f in result["floors"].items()]
+    return ["the same probe on", "balanced accuracy", "95 % interval", "this run is above by", "95 % interval", "p"], rows
+
+
+def class_table(result, names):
+    """-> header and rows, as text, of every class: participants, answers, and scores with their intervals."""
+    rows = [[name, str(result["true_counts"][k]), str(result["predicted_counts"][k]),
+             *(f"{number(result[f'{of}_per_class'][k])} ({span(result['ci95'][f'{of}_per_class'][k])})" for of in names)] for k, name in enumerate(data.CLASS_NAMES)]
+    return ["class", "participants", "predicted", *({"f1": "F1", "auroc": "AUROC", "auprc": "AUPRC"}.get(of, of) for of in names)], rows
+
+
+def group_table(result):
+    """-> header and rows, as text, of every subgroup."""
+    rows = [[f"{name} {g['group']}", f"{g['n']}{' (small)' if g['small'] else ''}", number(g["balanced_accuracy"]), span(g["ci95"]), number(g["rest"])]
+            for name, groups in result["subgroups"].items() for g in groups]
+    return ["group", "participants", "balanced accuracy", "95 % interval", "all others"], rows
+
+
+def table_lines(header, rows):
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in [header, *rows]]
 
 
 def sentence(result):
     return (f"{result['run']} on {result['split']}: balanced accuracy {result['balanced_accuracy']:.3f} "
-            f"(95 % interval {result['ci95']['balanced_accuracy'][0]:.3f} to {result['ci95']['balanced_accuracy'][1]:.3f}; "
-            f"chance band {result['chance_band'][0]:.3f} to {result['chance_band'][1]:.3f}), "
+            f"(95 % interval {span(result['ci95']['balanced_accuracy'])}; chance band {span(result['chance_band'])}), "
             f"{result['n']} participants, {result['volumes']} volumes, checkpoint of epoch {result['epoch']}, {result['data']}.")
 
 
-def print_table(result):
-    def lines(header, rows):
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in [header, *rows]]
+def seeds_line(result):
+    spread = result["seeds"]["balanced_accuracy"]
+    return (f"over seeds {', '.join(map(str, result['seeds']['seeds']))}: balanced accuracy {spread['mean']:.3f} ± {spread['sd']:.3f} "
+            f"({', '.join(f'{v:.3f}' for v in spread['each'])}); the table is of the first")
 
+
+def print_result(result):
     print(f"\n{sentence(result)}\n")
-    print("\n".join([*lines(SCORE_HEADER, score_rows(result)), "", *lines(CLASS_HEADER, class_rows(result))]))
+    tables = [score_table(result, metrics.SCORES), *([floor_table(result)] if "floors" in result else []), class_table(result, ("f1",)), group_table(result)]
+    for header, rows in tables:
+        print("\n".join([*table_lines(header, rows), ""]))
     if "seeds" in result:
-        spread = result["seeds"]["balanced_accuracy"]
-        print(f"\nover seeds {', '.join(map(str, result['seeds']['seeds']))}: balanced accuracy {spread['mean']:.3f} ± {spread['sd']:.3f} "
-              f"({', '.join(f'{v:.3f}' for v in spread['each'])}); the table is of the first")
+        print(seeds_line(result))
     for lost in result["unreadable"]:
         print(f"unreadable: participant {lost['participant_id']}: {lost['reason']}")
     for alarm in result["alarms"]:
@@ -447,115 +601,192 @@ def print_table(result):
 # --------------------------------------------------------------------------------------------------- plots and report
 
 
-def write_plots(folder, result):
-    """plots/confusion_SPLIT.png and plots/training.png (from metrics.jsonl, where the folder has one)."""
+def png(figure):
+    import matplotlib.pyplot as plt
+
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return out.getvalue()
+
+
+def new_figure(*args, **options):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def save(figure, name):
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
-        plt.close(figure)
-        b2.write(os.path.join(folder, "plots", name), out.getvalue())
+    return plt.subplots(*args, **options)
 
-    counts = np.array(result["confusion_matrix"])
+
+def write_plots(folder, result, y_true, probabilities):
+    """plots/: confusion, ROC and reliability of the split, and what metrics.jsonl says of training, where the folder has one."""
+    def save(figure, name):
+        b2.write(os.path.join(folder, "plots", name), png(figure))
+
+    counts, split = np.array(result["confusion_matrix"]), result["split"]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axis = plt.subplots(figsize=(5.2, 4.6))
+    figure, axis = new_figure(figsize=(5.2, 4.6))
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(counts):
         axis.text(j, i, f"{count}\n{shares[i, j]:.0%}", ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
-    axis.set(xticks=range(len(counts)), yticks=range(len(counts)), xlabel="predicted", ylabel="true",
-             title=f"{result['split']}: participants, share of the row")
+    axis.set(xticks=range(len(counts)), yticks=range(len(counts)), xlabel="predicted", ylabel="true", title=f"{split}: participants, share of the row")
     axis.set_xticklabels(data.CLASS_NAMES, rotation=20)
     axis.set_yticklabels(data.CLASS_NAMES)
     figure.colorbar(image, fraction=0.046)
-    save(figure, f"confusion_{result['split']}.png")
+    save(figure, f"confusion_{split}.png")
+
+    from sklearn.metrics import roc_curve
+    figure, axis = new_figure(figsize=(4.8, 4.6))
+    for k, name in enumerate(data.CLASS_NAMES):
+        if result["auroc_per_class"][k] is not None:
+            axis.plot(*roc_curve(y_true == k, probabilities[:, k])[:2], label=f"{name}: {result['auroc_per_class'][k]:.3f}")
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="false positives, share of the other classes", ylabel="true positives, share of the class", title=f"{split}: ROC, each class against the rest")
+    axis.legend(frameon=False, title="AUROC", loc="lower right")
+    save(figure, f"roc_{split}.png")
+
+    figure, axis = new_figure(figsize=(4.8, 4.6))
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    calibrated = [("temperature " + f"{result['temperature']:.2f}", result["calibrated"]["reliability"])] if "calibrated" in result else []
+    for (label, bins), color in zip([("as predicted", result["reliability"]), *calibrated], ("C0", "C1")):
+        axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=color, linewidth=1)
+        axis.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=[8 + 4 * b["count"] for b in bins], color=color, alpha=0.6, label=label)
+    axis.set(xlim=(0, 1.03), ylim=(-0.03, 1.03), xlabel="probability of the answer", ylabel="share of right answers", title=f"{split}: reliability (area: participants)")
+    for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
+        handle.set_sizes([30])
+    save(figure, f"reliability_{split}.png")
 
     history = os.path.join(folder, "metrics.jsonl")
     if not os.path.exists(history):
         return
     with open(history, encoding="utf-8") as f:
         epochs = [json.loads(line) for line in f]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    style = {"marker": "o"} if len(epochs) == 1 else {}  # a line of one point would not be seen
+    figure, axes = new_figure(1, 2, figsize=(9, 3.4))
     for axis, name, title in ((axes[0], "loss", "loss"), (axes[1], "balanced_accuracy", "balanced accuracy")):
         for part in ("train", "val"):
-            axis.plot([e["epoch"] for e in epochs], [e[f"{part}/{name}"] for e in epochs], label=part)
+            axis.plot([e["epoch"] for e in epochs], [e[f"{part}/{name}"] for e in epochs], label=part, **style)
         axis.axvline(result["epoch"], color="grey", linewidth=0.8, linestyle="--", label="best checkpoint")
         axis.set(xlabel="epoch", title=title)
     axes[1].axhline(1 / len(data.CLASSES), color="grey", linewidth=0.8, linestyle=":", label="one class for all")
     axes[1].legend(frameon=False)
     save(figure, "training.png")
 
+    figure, axis = new_figure(figsize=(9, 3))
+    for k, name in enumerate(data.CLASS_NAMES):
+        axis.plot([e["epoch"] for e in epochs], [e[f"val/predicted_share_{k}"] for e in epochs], label=name, **style)
+    axis.set(xlabel="epoch", ylim=(-0.03, 1.03), title="validation: share of the participants that each class is answered for")
+    axis.legend(frameon=False, ncols=len(data.CLASS_NAMES))
+    save(figure, "shares.png")
+
+
+def leaderboard_plot(runs):
+    figure, axis = new_figure(figsize=(7, 1.2 + 0.4 * len(runs)))
+    for n, run in enumerate(runs.values()):
+        r = run["result"]
+        axis.barh(n, r["chance_band"][1] - r["chance_band"][0], left=r["chance_band"][0], color="0.88", height=0.8)
+        axis.plot(r["ci95"]["balanced_accuracy"], [n, n], color="C0", linewidth=2)
+        axis.plot(r["balanced_accuracy"], n, "o", color="C0")
+    axis.set(yticks=range(len(runs)), xlabel="balanced accuracy", xlim=(0, 1))
+    axis.set_yticklabels(runs)
+    axis.invert_yaxis()
+    return png(figure)
+
+
+def html_table(header, rows, kind=""):
+    """kind: "cards" shows a row as a list on a phone, for tables of many columns; "long" breaks long words."""
+    header, *rows = [[html.escape(cell) for cell in row] for row in [header, *rows]]
+    body = "".join(f"<tr><th>{first}</th>" + "".join(f'<td data-label="{name}">{cell}</td>' for name, cell in zip(header[1:], rest)) + "</tr>" for first, *rest in rows)
+    return f'<div class="wide {kind}"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in header)}</tr></thead>{body}</table></div>'
+
+
+def html_figure(content, alt, caption=""):
+    image = base64.b64encode(content).decode()
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{image}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def html_list(lines):
+    return "<ul>" + "".join(f"<li{' class=alarm' if 'ALARM' in line else ''}>{html.escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def html_page(title, body):
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem; color: #222; background: #fff; overflow-wrap: anywhere }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-size: .9rem; overflow-wrap: normal }}
+th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }} th:first-child {{ text-align: left }}
+figure {{ margin: 1rem 0; display: inline-block; max-width: 100%; vertical-align: top }} img {{ max-width: 100%; height: auto }} figcaption {{ font-size: .85rem; color: #555 }}
+.wide {{ overflow-x: auto }} .alarm {{ color: #a00; font-weight: bold }} .long td, .cards th:first-child {{ text-align: left; overflow-wrap: anywhere }}
+.cards th:first-child {{ min-width: 9rem }} .cards table {{ font-size: .8rem }}
+@media (max-width: 600px) {{ body {{ font-size: 15px; padding: .6rem }} table {{ font-size: .7rem }} th, td {{ padding: .15rem .2rem }}
+.cards thead {{ display: none }} .cards table {{ width: 100%; font-size: .85rem }} .cards tr, .cards tr > * {{ display: block; text-align: left }}
+.cards tr {{ margin-bottom: 1rem }} .cards td::before {{ content: attr(data-label) ": "; color: #555 }} }}
+@media print {{ body {{ max-width: none; font-size: 10pt }} .wide {{ overflow: visible }} figure, tr {{ break-inside: avoid }} h2 {{ break-after: avoid }} table {{ font-size: 8pt }} }}
+</style><h1>{html.escape(title)}</h1>{body}</html>
+"""
+
 
 def write_report(folder):
-    """report.html: every eval_SPLIT.json of the folder, with its plots inside; opens offline."""
-    def table(header, rows):
-        cells = [[html.escape(cell) for cell in row] for row in [header, *rows]]
-        head = "".join(f"<th>{c}</th>" for c in cells[0])
-        body = "".join(f"<tr><th>{row[0]}</th>" + "".join(f"<td>{c}</td>" for c in row[1:]) + "</tr>" for row in cells[1:])
-        return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    """report.html: every eval_SPLIT.json of the folder with its plots, training, ledger and provenance inside; opens offline."""
+    def there(name):
+        return next((path for path in (os.path.join(folder, name), os.path.join(os.path.dirname(folder), name)) if os.path.exists(path)), None)
 
-    def picture(name, alt):
+    def picture(name, alt, caption=""):
         path = os.path.join(folder, "plots", name)
         if not os.path.exists(path):
             return ""
         with open(path, "rb") as f:
-            return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(f.read()).decode()}">'
+            return html_figure(f.read(), alt, caption)
 
-    parts = []
+    parts, made = [], {}
     for split in ("test", "val"):
         path = os.path.join(folder, f"eval_{split}.json")
         if not os.path.exists(path):
             continue
         with open(path, encoding="utf-8") as f:
             result = json.load(f)
-        alarms = "".join(f'<li class="alarm">{html.escape(a)}</li>' for a in result["alarms"]) or "<li>no alarms</li>"
-        parts += [f"<h2>{split}</h2><p><b>{html.escape(sentence(result))}</b></p><ul>{alarms}</ul>",
-                  table(SCORE_HEADER, score_rows(result)), table(CLASS_HEADER, class_rows(result)),
-                  picture(f"confusion_{split}.png", f"confusion matrix of {split}: {result['confusion_matrix']}")]
-        name = result["run"]
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(name)}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; color: #222; background: #fff }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child {{ text-align: left }} img {{ max-width: 100%; height: auto }} .wide {{ overflow-x: auto }} .alarm {{ color: #a00; font-weight: bold }}
-</style><h1>{html.escape(name)}</h1>{"".join(parts)}
-<h2>training</h2>{picture("training.png", "loss and balanced accuracy of train and val over the epochs")}</html>
-"""
-    b2.write(os.path.join(folder, "report.html"), page)
+        made |= {f"{name} of {split}": result[name] for name in ("checkpoint_sha256", "labels_sha256", "predictions_sha256")}
+        names = metrics.SCORES + metrics.MORE_SCORES
+        header, by_class = class_table(result, ("precision", "recall", "f1", "auroc", "auprc"))
+        columns = list(zip(header, *by_class))  # a column for each class: narrow enough for a phone
+        matrix = "; ".join(f"{name}: {', '.join(map(str, row))}" for name, row in zip(data.CLASS_NAMES, result["confusion_matrix"]))
+        parts += [f"<h2>{split}</h2><p><b>{html.escape(sentence(result))}</b></p>", html_list([f"ALARM: {alarm}" for alarm in result["alarms"]] or ["no alarms"]),
+                  html_table(*score_table(result, names)), html_table(*floor_table(result)) if "floors" in result else "", f"<p>{html.escape(seeds_line(result))}</p>" if "seeds" in result else "",
+                  html_table(columns[0], columns[1:]),
+                  picture(f"confusion_{split}.png", f"Confusion matrix of {split}, rows true, columns predicted ({', '.join(data.CLASS_NAMES)}). {matrix}"),
+                  picture(f"roc_{split}.png", f"ROC curves of {split}, each class against the rest. AUROC " + ", ".join(f"{name} {number(value)}" for name, value in zip(data.CLASS_NAMES, result["auroc_per_class"]))),
+                  picture(f"reliability_{split}.png", f"Reliability of {split}: probability of the answer against share of right answers; expected calibration error {number(result['ece'])}"),
+                  "<h3>Groups</h3>", html_table(*group_table(result)), "<h3>Volumes</h3>",
+                  html_table([f"of {result['per_volume']['n']} volumes", "score", "95 % interval"], [[SCORE_NAMES[name], number(result["per_volume"][name]), span(result["per_volume"]["ci95"][name])] for name in names])]
+        if "calibrated" in result:
+            parts += [f"<h3>Calibration</h3><p>Temperature {result['temperature']:.3f}, fitted on validation.</p>",
+                      html_table(["", "as predicted", "calibrated"], [[SCORE_NAMES[name], number(result[name]), number(result["calibrated"][name])] for name in ("log_loss", "brier", "ece")])]
+    parts += ["<h2>Training</h2>", picture("training.png", f"Loss and balanced accuracy of training and validation over the epochs; the best checkpoint is of epoch {result['epoch']}"),
+              picture("shares.png", "Share of the validation participants that each class is answered for, over the epochs")] if os.path.exists(os.path.join(folder, "plots", "training.png")) else []
+    rows = read_csv(os.path.join(folder, "ledger.csv"))
 
+    def share(split, labels):
+        here = [row for row in rows if row["split"] == split and int(row["label"]) in labels and row["status"] != "no_oct"]
+        return f"{sum(row['status'] == 'used' for row in here)}/{len(here)}"
 
-def leaderboard(folders):
-    """Rank the runs by balanced accuracy on test; writes leaderboard.md and .csv beside the first -> text of the table. ValueError without any."""
-    scored, without = [], []
-    for folder in folders:
-        path = os.path.join(folder, "eval_test.json")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                scored.append((os.path.basename(os.path.abspath(folder)), json.load(f)))
-        elif os.path.isdir(folder):
-            without.append(folder)
-    if not scored:
-        raise ValueError(f"--leaderboard: none of {', '.join(folders)} holds an eval_test.json; run eval.py --ckpt RUN --split test first")
-    scored.sort(key=lambda run: (-run[1]["balanced_accuracy"], run[1]["log_loss"]))
-    header = ["run", "balanced accuracy", "95 % interval", "chance band", "majority class", "log-loss", "participants", "alarms", "encoder", "data"]
-    rows = [[name, f"{r['balanced_accuracy']:.3f}", *(" to ".join(f"{v:.3f}" for v in pair) for pair in (r["ci95"]["balanced_accuracy"], r["chance_band"])),
-             f"{r['majority']['balanced_accuracy']:.3f}", f"{r['log_loss']:.3f}", str(r["n"]), str(len(r["alarms"])), r["encoder_sha256"][:12], r["data"]] for name, r in scored]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
-    text += "".join(f"\n{name}: ALARM: {alarm}" for name, r in scored for alarm in r["alarms"]) + "".join(f"\nnot scored on test: {folder}" for folder in without)
-    beside = os.path.dirname(os.path.abspath(folders[0]))
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([header, *rows])
-    b2.write(os.path.join(beside, "leaderboard.csv"), table.getvalue())
-    b2.write(os.path.join(beside, "leaderboard.md"), text.rstrip() + "\n")
-    return text
+    classes = [*((name, [k]) for k, name in enumerate(data.CLASS_NAMES)), ("all", range(len(data.CLASSES)))]
+    volumes = [str(sum(int(row["volumes"]) for row in rows if row["split"] == split)) for split in data.SPLITS]
+    parts += ["<h2>Participants</h2><p>With a volume / labelled.</p>",
+              html_table(["", *data.SPLITS], [*([name, *(share(split, labels) for split in data.SPLITS)] for name, labels in classes), ["volumes", *volumes]]),
+              html_list([f"{row['participant_id']} ({row['split']}): {row['reason']}" for row in rows if row["reason"]])]
+    provenance = there("provenance.json")
+    if provenance:
+        with open(provenance, encoding="utf-8") as f:
+            made = json.load(f) | made
+    shown = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in made.items()]
+    parts += ["<h2>Provenance</h2>", html_table(["", ""], shown, "long")]
+    b2.write(os.path.join(folder, "report.html"), html_page(result["run"], "".join(parts)))
 
 
 def main(rank, cfg, ckpt, split, overrides):
     """The job, in every replica."""
     result, folder = evaluate_run(ckpt, split, overrides)
-    print_table(result)
+    print_result(result)
     print(f"report: {os.path.join(os.path.relpath(folder), 'report.html')}")
 
 
@@ -563,15 +794,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ckpt", help="run folder, or a checkpoint file in it")
-    what.add_argument("--leaderboard", nargs="+", metavar="RUN", help="run folders, to rank by balanced accuracy on test")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="two or more run folders: is one better than another?")
+    what.add_argument("--leaderboard", nargs="+", metavar="RUN", help="run folders, to rank by balanced accuracy")
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as paths.data=ELSEWHERE")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of --ckpt, such as paths.data=ELSEWHERE")
     args = parser.parse_intermixed_args()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
 
     def job():
-        if args.leaderboard:
-            print(leaderboard(args.leaderboard))
+        if args.overrides and not args.ckpt:
+            raise ValueError(f"{args.overrides[0]} means nothing to --compare and --leaderboard, which read what eval.py --ckpt wrote; leave it out")
+        if not args.ckpt:
+            print(compare(args.compare, args.split) if args.compare else leaderboard(args.leaderboard, args.split))
             return
         cfg = open_run(args.ckpt, args.overrides)[1]
         device.launch(functools.partial(main, ckpt=args.ckpt, split=args.split, overrides=args.overrides), cfg)

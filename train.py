@@ -111,7 +111,7 @@ def main(rank, cfg):
     participants = {s.participant_id: s.label for s in train}
     weights = losses.class_weights(list(participants.values()), len(data.CLASSES), cfg.train.class_weights)
 
-    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
+    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS], "manifest_sha256": ledger.sha256[data.MANIFEST],
                 "train_participants": list(participants), "volumes": [len(train), len(val)]}  # what the run is known by
     if any(vars(cfg.train.sweep).values()) or cfg.train.seeds or cfg.data.cv or cfg.eval.floors or cfg.model.head.kind != "network":
         x_random = None
@@ -778,7 +778,7 @@ def resume(run_dir, identity, keys):
         raise ValueError(f"{error}; {INSTEAD}") from error
     old, new = (config.flatten(part["config"]) for part in (last, identity))
     changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key] and not key.startswith(HARMLESS)]
-    changed += [f"{what} is another" for what in ("encoder_sha256", "labels_sha256", "train_participants", "volumes") if last[what] != identity[what]]
+    changed += [f"{what} is another" for what in ("encoder_sha256", "labels_sha256", "manifest_sha256", "train_participants", "volumes") if last[what] != identity[what]]
     if changed:
         raise ValueError(f"{run_dir} holds a run whose result this would change: {'; '.join(changed)}; set that back, or {INSTEAD}")
     return last
@@ -832,9 +832,10 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
 
 def remove_evaluations(run_dir):
     """Remove what eval.py wrote of a checkpoint that is there no longer."""
+    names = ["report.html", "plots/training.png", "plots/shares.png", "predictions_test.csv"]
+    names += [name for split in ("val", "test") for name in (f"eval_{split}.json", *(f"plots/{plot}_{split}.png" for plot in ("confusion", "roc", "reliability")))]
     for folder in (run_dir, os.path.join(run_dir, "last")):
-        for name in ("predictions_test.csv", "eval_val.json", "eval_test.json", "report.html", "plots/confusion_val.png", "plots/confusion_test.png",
-                     "plots/training.png", *(("predictions_val.csv", "ledger.csv") if folder != run_dir else ())):
+        for name in (*names, *(("predictions_val.csv", "ledger.csv") if folder != run_dir else ())):  # of the run folder itself, training writes these
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
 

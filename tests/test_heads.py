@@ -1,4 +1,4 @@
-"""Attentive heads on cached tokens, the references, repeats over seeds and folds, losses under a prior shift, the leaderboard."""
+"""Attentive heads on cached tokens, the references, repeats over seeds and folds, losses under a prior shift, make sweep."""
 
 import csv
 import json
@@ -358,29 +358,7 @@ def test_what_corrects_the_imbalance_beats_what_does_not():
     assert collapsed >= 19, collapsed
 
 
-# ------------------------------------------------------------------------------------------------- leaderboard, make sweep
-
-
-def fake_run(folder, accuracy, alarms=()):
-    os.makedirs(folder)
-    result = {"balanced_accuracy": accuracy, "ci95": {"balanced_accuracy": [accuracy - 0.1, accuracy + 0.1]}, "chance_band": [0.18, 0.33], "majority": {"balanced_accuracy": 0.25},
-              "log_loss": 1.0, "n": 159, "alarms": list(alarms), "encoder_sha256": "abcdef" * 10, "data": "the data"}
-    with open(f"{folder}/eval_test.json", "w") as f:
-        json.dump(result, f)
-
-
-def test_the_leaderboard_ranks_and_names_what_it_lacks(tmp_path, command):
-    fake_run(tmp_path / "a", 0.31, ["model collapse: class 3 never predicted"])
-    fake_run(tmp_path / "b", 0.52)
-    (tmp_path / "c").mkdir()
-    (tmp_path / "notes.txt").write_text("")
-    job = command("eval.py", "--leaderboard", *sorted(tmp_path.iterdir()))
-    assert job.returncode == 0, job.stderr
-    rows = rows_of(tmp_path / "leaderboard.csv")
-    assert [(row["run"], row["balanced accuracy"], row["alarms"]) for row in rows] == [("b", "0.520", "0"), ("a", "0.310", "1")]
-    text = (tmp_path / "leaderboard.md").read_text()
-    assert text.strip() in job.stdout and "a: ALARM: model collapse: class 3 never predicted" in text and f"not scored on test: {tmp_path / 'c'}" in text
-    assert command("eval.py", "--leaderboard", tmp_path / "c").returncode == 1
+# ------------------------------------------------------------------------------------------------------------ make sweep
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_design_says(written, configure):
     expected = {"config.yaml", "provenance.json", "ledger.csv", "metrics.jsonl", evaluation.BEST, "last.pt", "predictions_val.csv", "eval_val.json",
                 "predictions_test.csv", "eval_test.json", "report.html", "plots"}
     assert set(os.listdir(cfg.paths.run_dir)) == expected
-    assert set(os.listdir(f"{cfg.paths.run_dir}/plots")) == {"confusion_val.png", "confusion_test.png", "training.png"}
+    assert set(os.listdir(f"{cfg.paths.run_dir}/plots")) == {"training.png", "shares.png", *(f"{plot}_{split}.png" for plot in ("confusion", "roc", "reliability") for split in ("val", "test"))}
     assert not glob.glob(f"{cfg.paths.run_dir}/**/*.part", recursive=True)
 
     with open(f"{cfg.paths.run_dir}/config.yaml") as f:
@@ -362,11 +362,11 @@ def test_participants_that_moved_from_train_to_test_raise_an_alarm(dataset, conf
     moved = data.read_ledger(cfg).of("train")[0].participant_id
     edit(dataset / "participants.tsv", lambda t: "".join(
         line.replace("\ttrain\t", "\ttest\t") if line.startswith(moved) else line for line in t.splitlines(True)))
-    with pytest.raises(ValueError, match="participants.tsv in .* is not the file that .* was trained with; put that back, train again, or name the other data"):
+    with pytest.raises(ValueError, match="participants.tsv in .* changed since .* was trained; put that back, train again, or name the other data"):
         evaluation.evaluate_run(cfg.paths.run_dir, "test")
     result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "test", [f"paths.data={dataset}"])
     assert f"1 participants of test were trained on: {moved}" in result["alarms"]
-    assert "participants.tsv is not the file that this run was trained with" in result["alarms"]
+    assert f"participants.tsv of {dataset} is not what this run was trained with" in result["alarms"]
 
 
 def test_missing_participants_raise_an_alarm(dataset, configure):
