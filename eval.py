@@ -292,7 +292,7 @@ def evaluate_run(ckpt, split, overrides=()):
     result = metrics.evaluate(y_true, probabilities, len(data.CLASSES), ids, prior, groups)
     volume_ids, volume_labels = [s.participant_id for s in samples], np.array([s.label for s in samples])
     result["subgroups"]["laterality"] = metrics.subgroups(volume_labels, of_volumes, [s.laterality for s in samples], ids=volume_ids)
-    per_volume = metrics.evaluate(volume_labels, of_volumes, len(data.CLASSES), volume_ids)
+    per_volume = metrics.score_with_intervals(volume_labels, of_volumes, len(data.CLASSES), volume_ids)
     result["per_volume"] = {name: per_volume[name] for name in ("n", "participants", *metrics.SCORES, *metrics.MORE_SCORES, "ci95")}
     if "val_predictions" in saved:  # not in what was saved within an epoch
         T = metrics.temperature(np.array(saved["val_predictions"]["y_true"]), saved["val_predictions"]["p"].numpy())
@@ -378,7 +378,7 @@ def add_floors(result, floors, cfg, ledger, samples, size, dev, x, ids, y_true, 
         else:
             x_floor = x
         p = by_participant(samples, predict(head, x_floor))[2]
-        score = metrics.evaluate(y_true, p, len(data.CLASSES), ids)
+        score = metrics.score_with_intervals(y_true, p, len(data.CLASSES), ids)
         pair = metrics.compare(y_true, probabilities, p, ids)
         result["floors"][name] = {**{key: score[key] for key in metrics.SCORES + metrics.MORE_SCORES}, "ci95": {key: score["ci95"][key] for key in metrics.SCORES},
                                   "difference": pair["difference"], "difference_ci95": pair["ci95"], "p_value": pair["p_value"]}

@@ -225,6 +225,19 @@ def reliability(y_true, probabilities):
             for b in np.unique(found)]
 
 
+def score_with_intervals(y_true, probabilities, num_classes=4, ids=None):
+    """`score`, with ci95, resamples and skipped as in `evaluate`: what costs little."""
+    result = score(y_true, probabilities, num_classes, ids)
+    y_true, probabilities = check(y_true, probabilities, num_classes, ids)
+    names, resampled = SCORES + MORE_SCORES + PER_CLASS, scores(y_true, probabilities, resample(y_true, ids))
+    return result | {
+        "participants": len(participants(y_true, ids)[0]),
+        "ci95": {name: interval(resampled[name]) for name in names} | {"ece": ece_interval(result["ece"], resampled["ece"])},
+        "resamples": RESAMPLES,
+        "skipped": {name: np.isnan(resampled[name]).sum(0).tolist() for name in names},
+    }
+
+
 def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=None):
     """Scores of one split -> dict, ready for JSON (None: undefined).
 
@@ -240,23 +253,19 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
       subgroups          {"site": what `subgroups` finds, ...}
       alarms             sentences; empty when all is well
     """
-    result = score(y_true, probabilities, num_classes, ids)
+    result = score_with_intervals(y_true, probabilities, num_classes, ids)
     y_true, probabilities = check(y_true, probabilities, num_classes, ids)
     shares = np.bincount(y_true, minlength=num_classes) / len(y_true)
     prior = shares if prior is None else np.asarray(prior, dtype=float)
     if prior.shape != (num_classes,) or not (prior >= 0).all() or not np.isclose(prior.sum(), 1, atol=1e-3):
         raise ValueError(f"prior must be {num_classes} class shares that add up to 1; it is {prior.tolist()}")
     groups = {} if groups is None else groups if isinstance(groups, dict) else {"group": groups}
-    resampled, chance = scores(y_true, probabilities, resample(y_true, ids)), permuted_scores(y_true, probabilities, ids)
+    chance = permuted_scores(y_true, probabilities, ids)
     cells = np.bincount(num_classes * y_true + probabilities.argmax(axis=1), minlength=num_classes**2)
     majority = score(y_true, np.eye(num_classes)[np.full(len(y_true), shares.argmax())], num_classes)
     names = SCORES + MORE_SCORES + PER_CLASS
     result |= {
-        "participants": len(participants(y_true, ids)[0]),
         "confusion_matrix": cells.reshape(num_classes, -1).tolist(),  # rows: true
-        "ci95": {name: interval(resampled[name]) for name in names} | {"ece": ece_interval(result["ece"], resampled["ece"])},
-        "resamples": RESAMPLES,
-        "skipped": {name: np.isnan(resampled[name]).sum(0).tolist() for name in names},
         "majority_baseline": float(shares.max()),
         "majority": {name: majority[name] for name in names} | dict.fromkeys(("log_loss", "brier", "ece")),
         "random": random_floor(y_true, prior),

@@ -74,6 +74,7 @@ def better(new, old, min_delta=0.0):
 def main(rank, cfg):
     """The job, from data to saved checkpoint, in every replica; rank 0 alone writes."""
     dev = device.get(cfg.device.backend)
+    device.seed(cfg.seed, dev)  # for what you add: all that is random here draws from generators of its own
     run_dir, epochs = b2.local_folder(cfg.paths.run_dir, "paths.run_dir"), cfg.train.epochs
     check_run_dir(run_dir, cfg)
     print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: {cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}")
