@@ -479,7 +479,10 @@ def compare(folders, split):
 
 def leaderboard(folders, split):
     """Rank the runs by balanced accuracy; writes leaderboard.md, .csv and .html beside the first -> text. ValueError without any."""
-    folders = [folder for folder in folders if os.path.isdir(folder)]
+    absent = [folder for folder in folders if not os.path.exists(folder)]
+    if absent:
+        raise FileNotFoundError(f"--leaderboard: {absent[0]} is not there; name run folders")
+    folders = [folder for folder in folders if os.path.isdir(folder)]  # runs/* also has leaderboard.md and the like
     scored = [folder for folder in folders if os.path.exists(os.path.join(folder, f"eval_{split}.json"))]
     if not scored:
         raise ValueError(f"--leaderboard: no folder holds an eval_{split}.json; run eval.py --ckpt RUN --split {split} first")
@@ -802,8 +805,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar also where the output is a file
 
     def job():
-        if args.overrides and not args.ckpt:
-            raise ValueError(f"{args.overrides[0]} means nothing to --compare and --leaderboard, which read what eval.py --ckpt wrote; leave it out")
         if not args.ckpt:
             print(compare(args.compare, args.split) if args.compare else leaderboard(args.leaderboard, args.split))
             return

@@ -107,8 +107,9 @@ def test_a_comparison_needs_two_runs_and_takes_no_settings(tmp_path, command):
     a = write_run(tmp_path / "a", answers(0.5, 0))
     for runs in ([a], [a, tmp_path / "b" / ".." / "a"]):
         assert "--compare needs two or more different run folders" in command("eval.py", "--compare", *runs).stderr
-    job = command("eval.py", "--leaderboard", a, "data.max_missing=1")  # what follows runs is taken for a run, as runs/* may hold anything
-    assert job.returncode == 0 and not (tmp_path / "data.max_missing=1").exists()
+    for what in ("--leaderboard", "--compare"):
+        job = command("eval.py", what, a, "data.max_missing=1")
+        assert job.returncode == 1 and "data.max_missing=1" in job.stderr and not job.stdout
 
 
 def test_other_volumes_of_the_same_participants_are_noted(tmp_path, command):
