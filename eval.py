@@ -488,9 +488,12 @@ def leaderboard(folders, split):
         raise ValueError(f"--leaderboard: no folder holds an eval_{split}.json; run eval.py --ckpt RUN --split {split} first")
     runs = {name: open_results(folder, split) for name, folder in names_of(scored).items()}
     runs = dict(sorted(runs.items(), key=lambda run: (-run[1]["result"]["balanced_accuracy"], run[1]["result"]["log_loss"])))
-    best, *others = runs
-    apart = {name: difference for name in others if (difference := unlike(best, runs[best], name, runs[name]))}
-    alike = {name: run for name, run in runs.items() if name not in apart}
+    kind_of = {name: (sorted(zip(run["ids"], run["y_true"])), run["result"]["labels_sha256"]) for name, run in runs.items()}
+    usual = max(kind_of.values(), key=list(kind_of.values()).count)  # one run of other participants does not end the comparison of all others
+    alike = {name: run for name, run in runs.items() if kind_of[name] == usual}
+    best = next(iter(alike))
+    apart = {name: unlike(best, runs[best], name, run) for name, run in runs.items() if name not in alike}
+    runs = alike | {name: runs[name] for name in apart}
     pairs = paired(alike) if len(alike) > 1 else []
     p_holm = {pair["b"]: pair["p_holm"] for pair in pairs if pair["a"] == best}
     tied = [name for name, p in p_holm.items() if p >= 0.05]
@@ -518,15 +521,9 @@ def leaderboard(folders, split):
     text = "\n".join([*about, "", *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]), "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
     beside, csv_table = os.path.dirname(os.path.abspath(folders[0])), io.StringIO()
     csv.writer(csv_table, lineterminator="\n").writerows([header, *rows])
-    body = [f"<p><b>{html.escape(verdict)}</b></p><p>{html.escape(about[1])}</p>", html_figure(leaderboard_plot(runs), "Balanced accuracy of each run with its 95 % interval: "
-            + "; ".join(f"{row[0]} {row[1]} ({row[2]})" for row in rows), "Balanced accuracy and 95 % interval; grey: each run's chance band."), html_table(header, rows, "cards"), html_list(notes)]
-    if pairs:
-        body += ["<h2>Every pair</h2>", html_table(["better", "worse", "difference", "95 % interval", "p", "p (Holm)", "McNemar p"], [
-            [pair[a], pair[b], number(abs(pair["difference"])), span(sorted(abs(pair["difference"]) / (pair["difference"] or 1) * v for v in pair["ci95"])), f"{pair['p_value']:.4f}",
-             f"{pair['p_holm']:.4f}", f"{pair['mcnemar_p']:.4f}"] for pair in pairs for a, b in [("a", "b") if pair["difference"] >= 0 else ("b", "a")]], "cards")]
     b2.write(os.path.join(beside, "leaderboard.csv"), csv_table.getvalue())
     b2.write(os.path.join(beside, "leaderboard.md"), text)
-    b2.write(os.path.join(beside, "leaderboard.html"), html_page(f"leaderboard on {split}", "".join(body)))
+    b2.write(os.path.join(beside, "leaderboard.html"), leaderboard_page(f"leaderboard on {split}", about, runs, header, rows, notes, pairs))
     return text
 
 
@@ -694,6 +691,20 @@ def leaderboard_plot(runs):
     axis.set_yticklabels(runs)
     axis.invert_yaxis()
     return png(figure)
+
+
+def leaderboard_page(title, about, runs, header, rows, notes, pairs):
+    body = [f"<p><b>{html.escape(about[0])}</b></p><p>{html.escape(about[1])}</p>",
+            html_figure(leaderboard_plot(runs), "Balanced accuracy of each run with its 95 % interval: " + "; ".join(f"{row[0]} {row[1]} ({row[2]})" for row in rows),
+                        "Balanced accuracy and 95 % interval; grey: each run's chance band."), html_table(header, rows, "cards"), html_list(notes)]
+    if pairs:
+        pair_rows = []
+        for pair in pairs:
+            a, b, sign = ("a", "b", 1) if pair["difference"] >= 0 else ("b", "a", -1)
+            pair_rows.append([pair[a], pair[b], number(sign * pair["difference"]), span(sorted(sign * end for end in pair["ci95"])),
+                              *(f"{pair[p]:.4f}" for p in ("p_value", "p_holm", "mcnemar_p"))])
+        body += ["<h2>Every pair</h2>", html_table(["higher", "lower", "difference", "95 % interval", "p", "p (Holm)", "McNemar p"], pair_rows, "cards")]
+    return html_page(title, "".join(body))
 
 
 def html_table(header, rows, kind=""):
