@@ -62,6 +62,7 @@ bench: setup
 	.venv/bin/python bench/finetune.py --seeds 1
 	.venv/bin/python bench/heads.py --seeds 2 --features 64
 	.venv/bin/python bench/sweep.py
+	.venv/bin/python bench/evaluate.py
 
 # A TPU pod, from your own machine: the same command line on every host. DRY=1 only prints. TPU and ZONE name the TPU VM.
 TPU ?= TPU-NAME
