@@ -71,12 +71,12 @@ def attend_bfloat16(q, k, v, chunk=128):
     def head(q, k, v):  # each (N, d)
         k = (k.float() - k.float().mean(dim=0)).to(k.dtype).T.contiguous()  # softmax cancels what all keys share, and a smaller score loses less to rounding
         q, out = q * q.shape[-1] ** -0.5, torch.empty_like(v)
-        scores, weights = torch.empty(2, chunk, len(v), dtype=v.dtype)  # they stay in the cache, and malloc is not asked again
+        scores = torch.empty(chunk, len(v), dtype=v.dtype)  # they stay in the cache, and malloc is not asked again
         for part, to in zip(q.split(chunk), out.split(chunk)):
-            n = len(part)
-            torch.mm(part, k, out=scores[:n])
-            torch.softmax(scores[:n], dim=-1, out=weights[:n])
-            torch.mm(weights[:n], v, out=to)
+            s = scores[:len(part)]
+            torch.mm(part, k, out=s)
+            torch.softmax(s, dim=-1, out=s)
+            torch.mm(s, v, out=to)
         return out
 
     threads = torch.get_num_threads()
@@ -291,7 +291,8 @@ def load_encoder(path, encoder="context"):
     if state["pos_embed"].shape[1] == 0:
         refuse(f"{prefix}pos_embed is empty")
     depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
-    model = ViT3D(dim, depth, state["pos_embed"].shape[1], state["blocks.0.mlp.fc1.weight"].shape[0], patch_size)
+    with torch.device("meta"):  # shapes without memory: no random weights are drawn to be replaced
+        model = ViT3D(dim, depth, state["pos_embed"].shape[1], state["blocks.0.mlp.fc1.weight"].shape[0], patch_size)
     expected = model.state_dict()
     problems = {
         "missing": [prefix + k for k in expected if k not in state],
@@ -305,7 +306,8 @@ def load_encoder(path, encoder="context"):
     not_finite = [prefix + k for k, v in state.items() if not torch.isfinite(v).all()]
     if not_finite:
         refuse(f"not finite: {', '.join(not_finite)}")
-    model.load_state_dict(state, strict=True)  # copies, as float32: nothing of the mapped file is kept
+    # copies, as float32: nothing of the mapped file is kept, which may be replaced or cut short while this runs
+    model.load_state_dict({k: torch.empty(v.shape, device="cpu").copy_(v) for k, v in state.items()}, strict=True, assign=True)
 
     settings = checkpoint.get("config")
     image_size = plain(settings.get("image_size")) if isinstance(settings, dict) else None
