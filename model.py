@@ -70,7 +70,7 @@ def attend_bfloat16(q, k, v, chunk=128):
 
     def head(q, k, v):  # each (N, d)
         k = (k.float() - k.float().mean(dim=0)).to(k.dtype).T.contiguous()  # softmax cancels what all keys share, and a smaller score loses less to rounding
-        q, out = q * q.shape[-1] ** -0.5, torch.empty_like(v)
+        q, v, out = q * q.shape[-1] ** -0.5, v.contiguous(), torch.empty(v.shape, dtype=v.dtype)
         scores = torch.empty(chunk, len(v), dtype=v.dtype)  # they stay in the cache, and malloc is not asked again
         for part, to in zip(q.split(chunk), out.split(chunk)):
             s = scores[:len(part)]
@@ -81,9 +81,9 @@ def attend_bfloat16(q, k, v, chunk=128):
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        out = list(pool.map(head, *(x.contiguous().flatten(0, 1) for x in (q, k, v))))  # B x heads of (N, d)
+        out = [list(pool.map(head, *sample)) for sample in zip(q, k, v)]  # B lists of (N, d), one for each head
     torch.set_num_threads(threads)  # a thread's own 1 would be the start of threads to come
-    return torch.stack(out).view(q.shape)
+    return torch.stack([torch.stack(heads, dim=1) for heads in out]).transpose(1, 2)  # (B, N, heads, d) -> (B, heads, N, d)
 
 
 class Attention(nn.Module):
@@ -120,10 +120,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x, keep=(1, 1)):
+    def forward(self, x, keep=None):
         """Tokens x (B, N, C) -> the same; keep (2, B, 1, 1): factors of the two branches (drop-path)."""
-        x = x + self.attn(self.norm1(x)) * keep[0]
-        return x + self.mlp(self.norm2(x)) * keep[1]
+        attn = self.attn(self.norm1(x))
+        x = x + (attn if keep is None else attn * keep[0])
+        mlp = self.mlp(self.norm2(x))
+        return x + (mlp if keep is None else mlp * keep[1])
 
 
 class PatchEmbed(nn.Module):
