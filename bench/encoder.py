@@ -167,20 +167,25 @@ def cuda(depth, volumes=64):
     print(f"feature pass from preprocessed volumes: {passed:.1f} volumes/s, {passed / best[0]:.0%} of the best batch's rate (aim: 90 %)")
 
 
+def fill_cache(folder, count, size):
+    """Preprocessed volumes of `count` participants below folder -> (their samples, cache_dir)."""
+    samples, cache = [], f"{folder}/cache"
+    for i in range(count):
+        with open(f"{folder}/{i}", "w", encoding="utf-8") as f:
+            f.write(str(i))  # never decoded: what it would give is in the cache
+        samples.append(data.Sample(str(i), data.SPLITS[i % 3], 0, "", "L", f"{folder}/{i}", data.b2.Object(f"{folder}/{i}", 1)))
+    kept = data.Volumes(samples, size, cache)
+    for i in range(count):
+        data.b2.write(kept.note(i), data.b2.checksum(samples[i].path, "sha1"))
+        data.save_array(os.path.join(kept.folder, kept.key(i) + ".npy"), torch.randn(size).half().numpy())
+    return samples, cache
+
+
 def feature_pass(dev, encoder, count):
     """Volumes/s of eval.features when all preprocessed volumes are in the cache."""
     cfg = settings("bf16")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        cfg.paths.cache_dir = f"{folder}/cache"
-        samples = []
-        for i in range(count):
-            with open(f"{folder}/{i}", "w", encoding="utf-8") as f:
-                f.write(str(i))  # never decoded: what it would give is in the cache
-            samples.append(data.Sample(str(i), "train", 0, "", "L", f"{folder}/{i}", data.b2.Object(f"{folder}/{i}", 1)))
-        kept = data.Volumes(samples, SIZE, cfg.paths.cache_dir)
-        for i in range(count):
-            data.b2.write(kept.note(i), data.b2.checksum(samples[i].path, "sha1"))
-            data.save_array(os.path.join(kept.folder, kept.key(i) + ".npy"), torch.randn(SIZE).half().numpy())
+        samples, cfg.paths.cache_dir = fill_cache(folder, count, SIZE)
         ledger = data.Ledger([], samples)
         began = now(dev)
         evaluation.features(cfg, ledger, samples, encoder, SIZE, "0" * 64, dev)
