@@ -7,8 +7,8 @@ Synthetic volumes of Triton 256x992x512, Spectralis 61x496x768, Maestro2 128x885
 JPEG 2000, to (64, 384, 384) on one thread. The stages are those of data.decode_volume and data.save_array: read the file, decode
 the frames that the resize needs, resize, normalise, write (round to float16, checksum, file). Limits, measured in the same run:
 bare decoder, that is openjpeg on the same frames, or for uncompressed files a copy of their pixels; copying memory, against which
-the resize and the normalisation stand with the bytes that they must read and write at least. Medians of --times rounds. Prints; the
-only requirement is that the stages add up to what the product does.
+the resize and the normalisation stand with the bytes that they must read and write at least. "In one go" is
+what the product calls, beside the sum of the stages. Medians of --times rounds. Nothing is required.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main():
     parser.add_argument("--times", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    copy, missed = copy_rate(), []
+    copy = copy_rate()
     print(f"copying memory: {copy / 1e9:.1f} GB/s, read and written; one thread; times in seconds")
     print(f"{'':<36}{'file':>8}" + "".join(f"{stage:>11}" for stage in STAGES) + f"{'sum':>8}{'in one go':>11}{'bare decoder':>14}{'decode / it':>13}{'resize':>10}{'normalise':>11}")
     output = 4 * SIZE[0] * SIZE[1] * SIZE[2]
@@ -114,10 +114,7 @@ def main():
                 least = {"resize": (needed + output) / copy, "normalise": 2 * output / copy}
                 print(f"{name + ' ' + 'x'.join(map(str, shape)) + ' ' + syntax[:12]:<36}{os.path.getsize(path) / 1e6:>5.0f} MB" + "".join(f"{spent[stage]:>11.3f}" for stage in STAGES)
                       + f"{total:>8.2f}{whole:>11.2f}{bare:>14.3f}{spent['decode'] / bare:>12.1f}x" + "".join(f"{least[stage] / spent[stage]:>{width}.0%}" for stage, width in (("resize", 10), ("normalise", 11))), flush=True)
-                if not 0.5 < total / whole < 2:
-                    missed.append(f"{name}: the stages add up to what data.py does")
     print("(last two columns: share of the rate of copying memory, for the bytes that the stage must read and write at least)")
-    sys.exit(f"not met: {'; '.join(missed)}" if missed else 0)
 
 
 if __name__ == "__main__":
