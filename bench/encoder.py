@@ -21,7 +21,7 @@ What was tried on CPU and did not pay, of a block's 3.2 s of processor time in b
 a C++ compiler); bmm over all heads (2.8 s, and twice that beside other processes, which every product waits for); scores in float32
 (3.1 s); chunks of 64, 256, 512 (within 10 %); exp, sum and division apart from softmax (2.4 s); k packed beforehand for oneDNN
 (the same); huge pages (THP_MEM_ALLOC_ENABLE=1: 5 % less, but only if set before torch is imported); weights cast to bf16
-beforehand (8 ms a layer of 2.4 M). What remains: the matrix products at 0.65 to 1.0 of this machine's peak, and softmax, 0.7 s.
+beforehand (less than 1 %). What remains: the matrix products at 0.65 to 1.0 of this machine's peak, and softmax, 0.7 s.
 """
 
 import argparse
