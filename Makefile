@@ -63,6 +63,11 @@ bench: setup
 	.venv/bin/python bench/heads.py --seeds 2 --features 64
 	.venv/bin/python bench/sweep.py
 	.venv/bin/python bench/evaluate.py
+	.venv/bin/python bench/encoder.py --depth 2
+	.venv/bin/python bench/checkpoint.py
+	.venv/bin/python bench/volumes.py --times 1
+	.venv/bin/python bench/growth.py
+	.venv/bin/python bench/cost.py
 
 # A TPU pod, from your own machine: the same command line on every host. DRY=1 only prints. TPU and ZONE name the TPU VM.
 TPU ?= TPU-NAME

@@ -429,6 +429,11 @@ def preprocess(volume, size):
     Pretraining: z-score, trilinear resize (align_corners=False, no anti-aliasing), z-score. The resize is linear with
     weights that add up to 1, so the first z-score cancels in the second and is left out. A constant volume gives zeros.
     """
+    return normalise(resize(volume, size))
+
+
+def resize(volume, size):
+    """Volume (frames, rows, columns) -> float32 tensor (D, H, W): trilinear, up to a constant that normalise takes away."""
     volume, (depth, height, width) = np.asarray(volume), size
     if volume.ndim != 3 or volume.size == 0 or min(size) < 1:
         raise ValueError(f"a volume is (frames, rows, columns) and its size (D, H, W), all above 0; these are {volume.shape} and {tuple(size)}")
@@ -444,6 +449,11 @@ def preprocess(volume, size):
         if weight[d] > 0:
             plane = torch.lerp(plane, frame(high[d]), float(weight[d]))  # (rows, columns)
         out[d] = F.interpolate(plane[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
+    return out
+
+
+def normalise(out):
+    """Z-score of a tensor, in place."""
     # numpy, not torch: a sum in torch depends on the number of threads, and a volume must not
     values = out.numpy()
     values -= np.float32(values.mean(dtype=np.float64))

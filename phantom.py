@@ -401,10 +401,11 @@ def picture(path, seed=5):
     figure.savefig(path, dpi=100)
 
 
-def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0):
+def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0, optimizer=False):
     """Write a small encoder with RANDOM weights, in the format of the pretraining's checkpoints.
 
-    Random suffices for the demo: mean-pooled tokens of a random network show the boosted effect.
+    Random suffices for the demo: mean-pooled tokens of a random network show the boosted effect. optimizer: with AdamW's two moments
+    of the context encoder and the predictor, which double the file.
     """
     import torch
 
@@ -417,8 +418,11 @@ def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0):
     predictor = torch.nn.Sequential(torch.nn.Linear(dim, dim), torch.nn.BatchNorm1d(dim), torch.nn.ReLU(), torch.nn.Linear(dim, dim))
     state = {**{f"context_encoder.{k}": v for k, v in context.items()}, **{f"target_encoder.encoder.{k}": v for k, v in target.items()},
              **{f"predictor.net.{k}": v for k, v in predictor.state_dict().items()}}
+    trained = [v for k, v in state.items() if v.is_floating_point() and not k.startswith("target_encoder.")] if optimizer else []
+    moments = {i: {"step": torch.tensor(1.0), "exp_avg": torch.randn_like(v), "exp_avg_sq": torch.rand_like(v)} for i, v in enumerate(trained)}
+    groups = [{"lr": 1e-4, "params": list(moments)}] if optimizer else []
     checkpoint = {
-        "epoch": 0, "step": 0, "model_state_dict": state, "optimizer_state_dict": {"state": {}, "param_groups": []}, "scheduler_state_dict": {},
+        "epoch": 0, "step": 0, "model_state_dict": state, "optimizer_state_dict": {"state": moments, "param_groups": groups}, "scheduler_state_dict": {},
         "loss": float("nan"), "config": {"experiment_name": "random_demo_encoder", "seed": seed, "image_size": list(image_size), "patch_size": [4, 16, 16]}}
     b2.write(path, lambda file: torch.save(checkpoint, file))
 
