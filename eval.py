@@ -37,7 +37,7 @@ import model
 
 BEST = "best_checkpoint_during_training.pt"
 CHANGEABLE = ("max_missing", "num_workers", "prefetch", "cache_gb", "fetch_deadline")  # keys of data: that do not change a score
-FEATURES = "v1"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
+FEATURES = "v2"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
 SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc_macro_ovr": "AUROC (macro, one vs rest)",
                "log_loss": "log-loss", "macro_precision": "macro precision", "macro_recall": "macro recall", "auprc_macro_ovr": "AUPRC (macro, one vs rest)",
                "quadratic_kappa": "quadratic kappa", "brier": "Brier score", "ece": "expected calibration error"}
