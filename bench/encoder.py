@@ -5,7 +5,7 @@ with the whole matrix of attention in memory: softmax(q k^T) v, float32.
     .venv/bin/python bench/encoder.py --depth 2      # the same in a minute and a half: the blocks are alike
     .venv/bin/python bench/encoder.py --only cuda    # the GPU alone. This part has never met a GPU
 
-CPU: each way runs in a process of its own, for its peak memory; bf16 runs before and after what it is compared with. GFLOP/s are
+CPU: each way runs in a process of its own, for its peak memory; bf16 runs before and after what it is compared with, and its mean counts. GFLOP/s are
 of the forward pass, beside this machine's matrix product of 4096 x 4096, measured by the same process around it; the table below
 says where the time goes. "Materialised" is V-JEPA's own expression; "q scaled" saves it one pass over the scores. Exits 1 when bf16
 (train.precision=bf16) is not 4.5 times faster than the first, or float32 or bf16 take more than a sixth of the memory, or tokens differ
@@ -150,7 +150,7 @@ def cpu(depth):
         print(f"{way:<14}{seconds[way]:>7.1f} s{faster:>8.1f}x{memory[way]:>10.2f} GB{share:>8.0%}{rate:>9.0f}{limit:>16.0f}{rate / limit:>8.0%}{difference:>12.1e}")
         missed += [f"{way}: {what}" for what, is_met in (("4.5 times faster", way != "bf16" or faster >= 4.5), ("a sixth of the memory", way in ("materialised", "q scaled") or share <= 1 / 6),
                                                          ("the same tokens", difference <= (1e-2 if way == "bf16" else 1e-4))) if not is_met]
-    print(f"bf16 against the leaner reference: {seconds['q scaled'] / seconds['bf16']:.1f} times faster")
+    print(f"bf16 against the leaner reference: {seconds['q scaled'] / seconds['bf16']:.1f} times faster; its runs before, between and after: {', '.join(f'{r[0]:.1f} s' for r in results['bf16'])}")
     print("(difference: norm of the tokens' difference to the materialised ones', against the norm of those)\n\nshare of the time")
     parts = sorted(results["bf16"][0][3], key=results["bf16"][0][3].get, reverse=True)
     print(f"{'':<14}" + "".join(f"{part:>{max(12, len(part) + 2)}}" for part in parts))
