@@ -59,7 +59,6 @@ bench: setup
 	.venv/bin/python bench/processes.py
 	.venv/bin/python bench/augment.py
 	.venv/bin/python bench/step.py
-	.venv/bin/python bench/finetune.py --seeds 1
 	.venv/bin/python bench/heads.py --seeds 2 --features 64
 	.venv/bin/python bench/sweep.py
 	.venv/bin/python bench/evaluate.py

@@ -221,6 +221,7 @@ def test_a_reference_run_is_scikit_learn_on_the_features(written, configure, kin
     evaluation.evaluate_run(cfg.paths.run_dir, "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme, sk", [("none", None), ("auto", "balanced")])
 def test_a_linear_head_at_its_optimum_is_logistic_regression(scheme, sk, monkeypatch):
     """Without penalty, for AdamW's decay is none that the loss knows."""

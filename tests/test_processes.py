@@ -57,6 +57,7 @@ def test_any_number_of_processes_gives_one_result(written, alone, tmp_path, proc
     assert content(f"{tmp_path}/run/ledger.csv") == content(f"{alone}/run/ledger.csv")
 
 
+@pytest.mark.slow
 def test_eval_in_several_processes(written, alone, tmp_path):
     results = []
     for processes in (1, 3):

@@ -59,6 +59,7 @@ def train_and_eval(command, overrides):
     return run, trained, scored
 
 
+@pytest.mark.slow
 def test_from_a_faulty_store_as_from_a_folder_bit_for_bit(written, bucket, command, tmp_path):
     local, *_ = train_and_eval(command, settings(written, tmp_path))
     with bucket(written, key_id="0042key-id", key="K0042-application-key") as server:
@@ -316,6 +317,7 @@ def test_what_the_terminal_shows(written, bucket, tmp_path, monkeypatch, variabl
     assert errors.startswith(message) and len(errors.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_fetch_each_volume_once(written, bucket, tmp_path):
     with bucket(written) as server:
         runs = [start("train.py", "--config", "configs/demo.yaml", *remote(tmp_path), f"paths.run_dir={tmp_path}/run{k}") for k in range(2)]
@@ -372,6 +374,7 @@ def test_a_consumer_that_fails_stops_what_is_on_its_way(written, bucket, configu
         assert time.monotonic() - began < 3 and not glob.glob(f"{cfg.paths.cache_dir}/raw/*.dcm")
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_nothing_that_stops_the_next_run(written, bucket, tmp_path):
     overrides = [*remote(tmp_path), "data.num_workers=2"]
     with bucket(written) as server:

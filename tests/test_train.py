@@ -80,7 +80,7 @@ def test_a_run_leaves_what_the_design_says(written, configure):
         assert_scores_are_scikit_learns(result, y, p)
         assert {"majority_baseline", "chance_band", "ci95", "predicted_counts", "alarms", "confusion_matrix"} <= set(result)
     page = open(f"{cfg.paths.run_dir}/report.html", encoding="utf-8").read()
-    assert "SYNTHETIC" in page and page.count("data:image/png;base64,") == 3 and "http" not in page.replace("http-equiv", "")
+    assert "SYNTHETIC" in page and page.count("data:image/png;base64,") == 8 and "http" not in page.replace("http-equiv", "")
 
 
 def test_best_checkpoint_holds_the_best_epoch(written, configure):
