@@ -104,6 +104,7 @@ def main():
     encode = seconds(lambda: evaluation.encode(cfg, encoder, volume, dev))
     decoding = {"uncompressed": measure_decoding(pydicom.uid.ExplicitVRLittleEndian), "JPEG 2000": measure_decoding(pydicom.uid.JPEG2000Lossless)}
     with contextlib.redirect_stdout(sys.stderr):
+        measure_probe(encoder, 1)  # imports
         probe = {n: measure_probe(encoder, n) for n in (1, 2)}
 
     print(f"MEASURED here ({os.cpu_count()} cores): encoder {encode:.1f} s a volume ({work / encode * 1e3:.0f} GFLOP/s, bf16); "
@@ -113,7 +114,7 @@ def main():
     print(f"ASSUMED: network {args.network:g} MB/s here, {args.gpu_network:g} to the GPU's host, {args.tpu_network:g} to each of {args.tpu_hosts} TPU hosts; encoder at {args.gpu_share:.0%} of {args.gpu_peak:g} "
           f"TFLOP/s on the GPU and {args.tpu_share:.0%} of {args.tpu_peak:g} on the v4-32; {args.gpu_cores} and {args.tpu_hosts} x {args.tpu_cores} cores decode, each as fast as one here\n")
     machines = [  # seconds a volume of the encoder, cores that decode, MB/s, do decoding and encoding share the cores?
-        ("this machine", "measured, network assumed", encode, os.cpu_count(), args.network, True),
+        ("this machine", "measured a volume, times their number; network assumed", encode, os.cpu_count(), args.network, True),
         ("one H200-class GPU", "extrapolated", work / gpu, args.gpu_cores, args.gpu_network, False),
         ("v4-32", "extrapolated", work / tpu, args.tpu_hosts * args.tpu_cores, args.tpu_hosts * args.tpu_network, False)]
     print("| machine | | volumes | files | first feature pass | bound by | network, decode, encoder alone | any further probe |\n|---|---|---|---|---|---|---|---|")

@@ -5,7 +5,7 @@ participants and classes.
     .venv/bin/python bench/growth.py --processes 1 2 4 8      # where there are so many cores
 
 Feature pass: the demo's encoder (128 wide, 4 deep, 16x96x96) in float32 on preprocessed volumes from the cache, one thread a process;
-each row is a run of its own, through device.launch. Heads: train.sweep, 20 epochs, on 768 features, one thread. The number of classes
+each row is a run of its own, through device.launch (several processes gain only where cores are free). Heads: train.sweep, 20 epochs, on 768 features, one thread. The number of classes
 is four everywhere (data.CLASSES, and the default of metrics.score); both are replaced within this process. A line seconds = fixed + slope x number is fitted to each table. Exits 1 when
 the feature pass does not follow its line (R^2 0.95), or its memory grows by more than a tenth from the first row to the last.
 """
@@ -13,9 +13,7 @@ the feature pass does not follow its line (R^2 0.95), or its memory grows by mor
 import argparse
 import functools
 import json
-import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -72,22 +70,6 @@ def settings(folder, count, processes):
         f"paths.data={folder}", f"paths.cache_dir={folder}/cache", f"paths.run_dir={folder}/{count}", "model.emb_dim=128", "device.backend=cpu", f"device.processes={processes}"])
 
 
-def spin(_):
-    """How often a loop ran in a second."""
-    count, end = 0, time.perf_counter() + 1
-    while time.perf_counter() < end:
-        count += 1
-    return count
-
-
-def at_hand(processes):
-    """Cores' worth of time that so many processes get of this machine now, beside all that runs on it."""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(abs, range(processes), chunksize=1)  # they have started
-        many = sum(pool.map(spin, range(processes), chunksize=1))
-        return many / statistics.mean(pool.map(spin, range(1), chunksize=1))
-
-
 def line(numbers, values):
     """Least squares: fixed part, slope, R^2."""
     slope, fixed = np.polyfit(numbers, values, 1)
@@ -130,8 +112,7 @@ def main():
         rows = [[feature_pass(folder, max(args.volumes), p)[0] for p in args.processes] for _ in range(2)]
         seconds = [min(row) for row in zip(*rows)]
         print(f"\nfeature pass, {max(args.volumes)} volumes, {os.cpu_count()} cores\n{'processes':<14}" + "".join(f"{p:>10}" for p in args.processes)
-              + f"\n{'times faster':<14}" + "".join(f"{seconds[0] / s:>10.2f}" for s in seconds)
-              + f"\n{'possible now':<14}" + "".join(f"{at_hand(p):>10.2f}" for p in args.processes) + "   (idle loops in so many processes, against one)")
+              + f"\n{'times faster':<14}" + "".join(f"{seconds[0] / s:>10.2f}" for s in seconds))
     torch.set_num_threads(1)
     train_heads(8, 743, 4)  # imports, and the allocator's first pages
     for what, numbers, settings_of in (("heads", (8, 16, 32, 64, 128), lambda n: (n, 743, 4)), ("participants", (250, 500, 1000, 2000), lambda n: (24, n, 4)),
