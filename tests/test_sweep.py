@@ -32,12 +32,12 @@ VIEWS = ["data.augment.flip=true", "data.augment.intensity_jitter=0.5", "data.au
 
 
 @pytest.mark.parametrize("grid, more", [
-    (GRID, [*VIEWS, "train.early_stopping.patience=3"]),
+    pytest.param(GRID, [*VIEWS, "train.early_stopping.patience=3"], marks=pytest.mark.slow),
     ({"loss": ["ce", "focal", "ordinal", "balanced_softmax", "logit_adjustment"], "class_weights": ["none", "auto"], "lr_head": [0.01]}, [*VIEWS, "train.early_stopping.enabled=false"]),
     ({"lr_head": [0.003, 0.01], "weight_decay": [0.1, 2]}, ["model.head.hidden=8", "data.sampler=stratified", "train.class_weights=none", "train.grad_clip=0.5",
                                                             "data.augment.flip=true", "data.augment_views=2", "data.batch_size=7"]),
     ({"lr_head": [0.003, 0.03], "ordinal": [False, True]}, ["model.pool_method=attentive", "model.token_grid=[2,2,2]"]),
-    ({"lr_head": [0.003, 0.03]}, ["model.pool_method=attentive", "model.token_grid=[2,2,2]", "model.head.hidden=8"]),
+    pytest.param({"lr_head": [0.003, 0.03]}, ["model.pool_method=attentive", "model.token_grid=[2,2,2]", "model.head.hidden=8"], marks=pytest.mark.slow),
 ], ids=["rates", "losses", "MLP", "attentive", "attentive MLP"])
 def test_every_head_is_what_it_would_be_alone(written, tmp_path, grid, more):
     cfg = cfg_of(written, tmp_path, *more, *(f"train.sweep.{name}={json.dumps(values)}" for name, values in grid.items()))

@@ -510,6 +510,7 @@ def test_killed_while_training_then_run_again(written, tmp_path, command):
 # --------------------------------------------------------------------------------------------------------------- W&B
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_disabled(written, tmp_path):
     def go(mode, **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path), **env}
