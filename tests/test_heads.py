@@ -1,6 +1,7 @@
 """Attentive heads on cached tokens, the references, repeats over seeds and folds, losses under a prior shift, make sweep."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -229,8 +230,8 @@ def test_a_linear_head_at_its_optimum_is_logistic_regression(scheme, sk, monkeyp
     cfg = config.load(os.path.join(ROOT, "configs", "probe.yaml"), [
         "train.sweep=null", "model.emb_dim=12", "train.weight_decay=0", "model.head.dropout=0", "train.lr_head=0.03", "train.epochs=2000", "data.batch_size=743",
         "train.early_stopping.enabled=false", f"train.class_weights={scheme}"])
-    epochs = iter(range(2000))
-    monkeypatch.setattr(metrics, "quick_scores", lambda y_true, p: ([next(epochs) / 2000], [0.0]))  # the last epoch is to be kept
+    calls = itertools.count()
+    monkeypatch.setattr(metrics, "quick_scores", lambda y_true, p: ([float(next(calls))], [0.0]))  # the last epoch is to be kept
     X, X_val = torch.from_numpy(x), torch.from_numpy(x_val)
     head = train.fit_heads(cfg, 0, X[:, None], gaussians.samples(y), X_val, gaussians.samples(y_val))[0]
     reference = LogisticRegression(C=np.inf, class_weight=sk, max_iter=5000, tol=1e-8).fit(x, y)
