@@ -415,7 +415,10 @@ def open_results(folder, split):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{folder} has no eval_{split}.json; {again}")
     with open(path, encoding="utf-8") as f:
-        result = json.load(f)
+        try:
+            result = json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); {again}") from error
     if result.get("split") != split:
         raise ValueError(f"{path} is about split {result.get('split')}; {again}")
     table, checkpoint = os.path.join(folder, f"predictions_{split}.csv"), os.path.join(folder, BEST)
@@ -742,15 +745,12 @@ figure {{ margin: 1rem 0; display: inline-block; max-width: 100%; vertical-align
 
 def write_report(folder):
     """report.html: every eval_SPLIT.json of the folder with its plots, training, ledger and provenance inside; opens offline."""
-    def there(name):
-        return next((path for path in (os.path.join(folder, name), os.path.join(os.path.dirname(folder), name)) if os.path.exists(path)), None)
-
-    def picture(name, alt, caption=""):
+    def picture(name, alt):
         path = os.path.join(folder, "plots", name)
         if not os.path.exists(path):
             return ""
         with open(path, "rb") as f:
-            return html_figure(f.read(), alt, caption)
+            return html_figure(f.read(), alt)
 
     parts, made = [], {}
     for split in ("test", "val"):
@@ -788,10 +788,12 @@ def write_report(folder):
     parts += ["<h2>Participants</h2><p>With a volume / labelled.</p>",
               html_table(["", *data.SPLITS], [*([name, *(share(split, labels) for split in data.SPLITS)] for name, labels in classes), ["volumes", *volumes]]),
               html_list([f"{row['participant_id']} ({row['split']}): {row['reason']}" for row in rows if row["reason"]])]
-    provenance = there("provenance.json")
-    if provenance:
-        with open(provenance, encoding="utf-8") as f:
-            made = json.load(f) | made
+    for place in (folder, os.path.dirname(folder)):  # results of last.pt lie in a folder of their own, within the run's
+        provenance = os.path.join(place, "provenance.json")
+        if os.path.exists(provenance):
+            with open(provenance, encoding="utf-8") as f:
+                made = json.load(f) | made
+            break
     shown = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in made.items()]
     parts += ["<h2>Provenance</h2>", html_table(["", ""], shown, "long")]
     b2.write(os.path.join(folder, "report.html"), html_page(result["run"], "".join(parts)))

@@ -93,6 +93,7 @@ def relabel(folder, change):
     (lambda f: edit(f"{f}/eval_test.json", lambda t: t.replace('"split": "test"', '"split": "val"')), "b/eval_test.json is about split val; run eval.py --ckpt .*b --split test"),
     (lambda f: edit(f"{f}/predictions_test.csv", lambda t: t.replace("1005,0,", "1005,1,")), "b/predictions_test.csv is not what .*b/eval_test.json was computed from; run eval.py"),
     (lambda f: (f / evaluation.BEST).write_bytes(b"another"), f"b/{evaluation.BEST} is not the checkpoint that .*b/eval_test.json is about; run eval.py"),
+    (lambda f: (f / "eval_test.json").write_text('{"split": "te'), r"b/eval_test.json is damaged \(.*\); run eval.py --ckpt .*b --split test"),
     (lambda f: os.remove(f / "eval_test.json"), "b has no eval_test.json; run eval.py --ckpt .*b --split test"),
 ])
 def test_what_does_not_belong_together_is_refused(tmp_path, command, change, message):
