@@ -261,8 +261,10 @@ class Patience:
         self.failures += 1
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         left = self.end - time.monotonic()
-        if left <= 0 and (self.failures > 1 or isinstance(error, TimeoutError)):  # one long wait for an answer is no reason not to ask again
-            raise TimeoutError(f"{what}: given up after {self.seconds:g} s of failures (data.fetch_deadline), the last one {reason}") from error
+        # one long wait for an answer is no reason not to ask again
+        if left <= 0 and (self.failures > 1 or isinstance(error, TimeoutError)):
+            raise TimeoutError(f"{what}: given up after {self.seconds:g} s of failures (data.fetch_deadline), "
+                               f"the last one {reason}") from error
         backoff = random.uniform(0.5, 1) * 2 ** min(self.failures - 2, 10)  # jittered, for many clients fail together
         wait = min(max(wait, backoff), MAX_WAIT, max(left, 0.5))
         if self.failures > 2:
@@ -277,7 +279,8 @@ def diagnose(error, what):
     import urllib3
     from b2sdk.v3 import exception as b2
 
-    if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError, UnicodeDecodeError, b2.InvalidAuthToken, b2.UnknownHost)):
+    if isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError, UnicodeDecodeError,
+                          b2.InvalidAuthToken, b2.UnknownHost)):
         return 0  # UnicodeDecodeError: garbage where JSON was due
     if isinstance(error, (FileNotFoundError, b2.FileNotPresent)):
         raise Absent(f"{what} is not there") from error
@@ -286,8 +289,8 @@ def diagnose(error, what):
     forbidden = type(error) is OSError and "Forbidden" in str(error)  # how gcsfs says 403
     if forbidden or (package := type(error).__module__.split(".")[0]) in ("aiohttp", "gcsfs", "google"):  # not imported: gcsfs is optional
         if forbidden or getattr(error, "code", None) in (401, 403) or package == "google" and not getattr(error, "retryable", False):
-            raise PermissionError(f"{what}: Google Cloud does not allow this ({' '.join(str(error).split())}); run gcloud auth application-default login, or set "
-                                  "GOOGLE_APPLICATION_CREDENTIALS") from error
+            raise PermissionError(f"{what}: Google Cloud does not allow this ({' '.join(str(error).split())}); "
+                                  "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS") from error
         return 0
     if not isinstance(error, b2.B2Error):
         raise error
@@ -295,7 +298,8 @@ def diagnose(error, what):
         raise PermissionError(f"{what}: there is no such bucket, or B2_APPLICATION_KEY_ID is a key of another account") from error
     text = " ".join(str(error).split())
     if isinstance(error, b2.CapExceeded) or "cap_exceeded" in text:
-        raise PermissionError(f"{what}: a cap of the B2 account is reached ({text}); raise it on the account's page of caps and alerts") from error
+        raise PermissionError(f"{what}: a cap of the B2 account is reached ({text}); "
+                              "raise it on the account's page of caps and alerts") from error
     if isinstance(error, (b2.RestrictedBucket, b2.Unauthorized, b2.AccessDenied)) or "error: 403" in text:  # HEAD has no body to tell more
         raise PermissionError(f"{what}: the key of B2_APPLICATION_KEY_ID may not read this ({text}); it needs listBuckets, listFiles and "
                               "readFiles for this bucket, and the account's caps must allow it") from error
@@ -354,7 +358,8 @@ def download(source, part, deadline, stop, bar):
     downloads = itertools.count(1)
     part.seek(0)
     digest = hashlib.file_digest(part, name)  # of what an earlier run left
-    progress = tqdm(total=source.size, initial=part.tell(), desc=posixpath.basename(source.path), unit="B", unit_scale=True, disable=not bar)
+    progress = tqdm(total=source.size, initial=part.tell(), desc=posixpath.basename(source.path), unit="B", unit_scale=True,
+                    disable=not bar)
 
     def attempt(patience):
         nonlocal digest
@@ -378,8 +383,8 @@ def download(source, part, deadline, stop, bar):
         part.truncate()
         digest = hashlib.new(name)
         if next(downloads) == DOWNLOADS:
-            raise Corrupt(f"{source.path}: its content is not that of its {name.upper()}, in {DOWNLOADS} downloads; it was damaged before or "
-                             "during its upload")
+            raise Corrupt(f"{source.path}: its content is not that of its {name.upper()}, in {DOWNLOADS} downloads; "
+                          "it was damaged before or during its upload")
         raise ConnectionError(f"the content that came is not that of its {name.upper()}")
 
     with progress:
@@ -464,7 +469,8 @@ def write(path, data):
         error = raised if isinstance(raised, OSError) else raised.__context__  # torch.save hides the disk's error in its own
         if not isinstance(error, OSError):
             raise
-        reason = "no space left on the disk; make room, or set paths.cache_dir and paths.run_dir to another one" if error.errno == errno.ENOSPC else error.strerror
+        reason = ("no space left on the disk; make room, or set paths.cache_dir and paths.run_dir to another one"
+                  if error.errno == errno.ENOSPC else error.strerror)
         raise OSError(error.errno, f"not written: {reason}", path) from error
     finally:
         if os.path.exists(temporary):

@@ -38,7 +38,8 @@ def number(low, below=float("inf"), most=float("inf")):
         except (TypeError, ValueError):
             pass
         if type(value) is not float or not low <= value < below or value > most:
-            raise ValueError(f"a number >= {low:g}" + (f" and < {below:g}" if below < float("inf") else "") + (f" and <= {most:g}" if most < float("inf") else ""))
+            raise ValueError(f"a number >= {low:g}" + (f" and < {below:g}" if below < float("inf") else "")
+                             + (f" and <= {most:g}" if most < float("inf") else ""))
         return value
     return check
 
@@ -200,27 +201,32 @@ def check_together(cfg):
     if any(vars(cfg.train.sweep).values()) and (not cfg.model.freeze_encoder or unfreeze >= 0):
         raise ValueError("train.sweep tries heads on the features of a frozen encoder, and this one is to train; set train.sweep=null")
     if (cfg.train.seeds or cfg.data.cv) and (not cfg.model.freeze_encoder or unfreeze >= 0):
-        raise ValueError("train.seeds and data.cv repeat the head, on the features of a frozen encoder, and this one is to train; set both to null "
-                         "and run train.py once for each seed=")
+        raise ValueError("train.seeds and data.cv repeat the head, on the features of a frozen encoder, and this one is to train; "
+                         "set both to null and run train.py once for each seed=")
     if cfg.model.head.kind != "network":
         if not cfg.model.freeze_encoder or unfreeze >= 0:
-            raise ValueError(f"model.head.kind={cfg.model.head.kind} is for the features of a frozen encoder, and this one is to train; set model.head.kind=network")
-        asked = {"model.pool_method=attentive": cfg.model.pool_method == "attentive", f"model.head.hidden={cfg.model.head.hidden}": cfg.model.head.hidden,
+            raise ValueError(f"model.head.kind={cfg.model.head.kind} is for the features of a frozen encoder, and this one is to train; "
+                             "set model.head.kind=network")
+        asked = {"model.pool_method=attentive": cfg.model.pool_method == "attentive",
+                 f"model.head.hidden={cfg.model.head.hidden}": cfg.model.head.hidden,
                  "model.head.ordinal=true": cfg.model.head.ordinal, f"train.loss={cfg.train.loss}": cfg.train.loss != "ce",
                  f"data.sampler={cfg.data.sampler}": cfg.data.sampler != "shuffle", "train.sweep": any(vars(cfg.train.sweep).values()),
                  f"train.seeds={cfg.train.seeds}": cfg.train.seeds and not cfg.data.cv}
         for name in (name for name, is_asked in asked.items() if is_asked):
             raise ValueError(f"{name} means nothing to model.head.kind={cfg.model.head.kind}; unset it, or set model.head.kind=network")
     if cfg.eval.floors and (not cfg.model.freeze_encoder or unfreeze >= 0):
-        raise ValueError("eval.floors trains probes to compare with, and this encoder is to train; set eval.floors=false, and floors in a probe's run")
+        raise ValueError("eval.floors trains probes to compare with, and this encoder is to train; "
+                         "set eval.floors=false, and floors in a probe's run")
     never, views, augments = cfg.model.freeze_encoder and unfreeze < 0, cfg.data.augment_views, any(vars(cfg.data.augment).values())
     if never and cfg.model.drop_path:
-        raise ValueError(f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; set model.drop_path=0, or let it train (model.unfreeze_at_epoch)")
+        raise ValueError(f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; "
+                         "set model.drop_path=0, or let it train (model.unfreeze_at_epoch)")
     if never and augments and not views:
-        raise ValueError("data.augment asks for augmentation, data.augment_views=0 for none while the encoder is frozen, and it always is; set "
-                         "data.augment_views=1 or more, or switch data.augment off")
+        raise ValueError("data.augment asks for augmentation, data.augment_views=0 for none while the encoder is frozen, "
+                         "and it always is; set data.augment_views=1 or more, or switch data.augment off")
     if views > 1 and (not cfg.model.freeze_encoder or unfreeze == 0):
-        raise ValueError(f"data.augment_views={views} is for a frozen encoder, and this one trains from the start; set data.augment_views=1")
+        raise ValueError(f"data.augment_views={views} is for a frozen encoder, and this one trains from the start; "
+                         "set data.augment_views=1")
     if views > 1 and not augments:
         raise ValueError(f"data.augment_views={views} asks for augmented views, and every switch of data.augment is off; set one of "
                          f"{', '.join('data.augment.' + name for name in vars(cfg.data.augment))}")

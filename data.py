@@ -1,6 +1,6 @@
 """Labels and manifest -> ledger -> samples -> preprocessed volumes.
 
-    python data.py --config configs/single_domain_01.yaml                                     # the ledger: who is there, who is missing, and why
+    python data.py --config configs/single_domain_01.yaml  # the ledger: who is there, who is missing, and why
     python data.py --config configs/demo.yaml --config configs/finetune.yaml --preview a.png  # what augmentation makes of the volumes
 
 A participant has a label (study_group) and a split (recommended_split); a sample is one OCT volume of a participant,
@@ -226,7 +226,8 @@ def read_ledger(cfg):
             lost |= {path: f"with content that participants {few(owners)} share" for path in group}
     unverified = [path for path, source in there.items() if b2.is_remote(path) and not source.checksum]
     if unverified:
-        notes.append(f"{len(unverified)} volumes have no checksum in the store and are verified by their size alone, and not compared with each other: {short(unverified)}")
+        notes.append(f"{len(unverified)} volumes have no checksum in the store and are verified by their size alone, "
+                     f"and not compared with each other: {short(unverified)}")
 
     used = []
     for pid, person in people.items():
@@ -252,7 +253,8 @@ def read_ledger(cfg):
             person.status = "missing"
         elif reasons:
             notes.append(f"participant {pid}: {person.reason}")
-    return Ledger(list(people.values()), used, notes, describe(cfg), {name: b2.checksum(path, "sha256").split(":")[1] for name, path in tables.items()})
+    return Ledger(list(people.values()), used, notes, describe(cfg),
+                  {name: b2.checksum(path, "sha256").split(":")[1] for name, path in tables.items()})
 
 
 def same_content(there):
@@ -333,7 +335,8 @@ def ledger_table(ledger):
 
 def unreadable_table(ledger):
     """A line for every volume that could not be read; "" when there is none."""
-    return "\n".join(f"unreadable: participant {s.participant_id} ({s.split}, {CLASS_NAMES[s.label]}, {s.site}): {reason}" for s, reason in ledger.unreadable)
+    return "\n".join(f"unreadable: participant {s.participant_id} ({s.split}, {CLASS_NAMES[s.label]}, {s.site}): {reason}"
+                     for s, reason in ledger.unreadable)
 
 
 def ledger_csv(ledger):
@@ -392,7 +395,8 @@ def read_dicom(path_or_file, size=None):
     except MemoryError:
         raise
     except Exception as error:  # pydicom and the decoders raise a dozen types for a damaged file
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's or the process's trouble; EINVAL: an absurd offset
+        # the disk's or the process's trouble; EINVAL: an absurd offset
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"{name} is not a readable OCT volume: {' '.join(str(error).split())}") from error
     return volume
@@ -436,7 +440,8 @@ def resize(volume, size):
     """Volume (frames, rows, columns) -> float32 tensor (D, H, W): trilinear, up to a constant that normalise takes away."""
     volume, (depth, height, width) = np.asarray(volume), size
     if volume.ndim != 3 or volume.size == 0 or min(size) < 1:
-        raise ValueError(f"a volume is (frames, rows, columns) and its size (D, H, W), all above 0; these are {volume.shape} and {tuple(size)}")
+        raise ValueError("a volume is (frames, rows, columns) and its size (D, H, W), all above 0; "
+                         f"these are {volume.shape} and {tuple(size)}")
     low, high, weight = taps(len(volume), depth)
     origin = np.float32(volume[low[0], 0, 0])  # cancels too; with it, a constant volume is exactly zero all the way
 
@@ -525,7 +530,8 @@ def epoch_order(labels, sampler, seed, epoch):
     for k in range(len(CLASSES)):
         own = (labels == k).nonzero().flatten()
         if not len(own):
-            raise ValueError(f"data.sampler=stratified draws every class, and no training volume is of class {k} ({CLASS_NAMES[k]}); set data.sampler=shuffle")
+            raise ValueError("data.sampler=stratified draws every class, and no training volume is of class "
+                             f"{k} ({CLASS_NAMES[k]}); set data.sampler=shuffle")
         again = -(-rounds // len(own))
         columns.append(torch.cat([own[torch.randperm(len(own), generator=generator)] for _ in range(again)])[:rounds])
     table = torch.stack(columns, dim=1)  # (rounds, num_classes)
@@ -706,7 +712,8 @@ def stream(volumes, ledger, order, cfg, transform=None):
                 key, volume = future.result()
             except Unreadable as error:
                 if ledger is None:
-                    raise ValueError(f"participant {sample.participant_id}: a volume that could be read before cannot be read now: {error}") from error
+                    raise ValueError(f"participant {sample.participant_id}: "
+                                     f"a volume that could be read before cannot be read now: {error}") from error
                 ledger.strike(sample, str(error))
                 check_missing(ledger, cfg.data.max_missing)
                 fill()
@@ -747,7 +754,8 @@ def preview(path, cfg, ledger, size, views=5):
 
     samples = list({s.label: s for s in reversed(ledger.of("train"))}.values())
     volumes = Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
-    figure, axes = plt.subplots(2 * len(samples), 1 + views, figsize=(1.8 * (1 + views), 3.4 * len(samples)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2 * len(samples), 1 + views, figsize=(1.8 * (1 + views), 3.4 * len(samples)), squeeze=False,
+                                layout="constrained")
     with contextlib.closing(stream(volumes, ledger, range(len(samples)), cfg)) as arriving:
         for i, key, volume in tqdm(arriving, total=len(samples), desc="preview", unit="volume"):
             for column in range(1 + views):
@@ -755,7 +763,8 @@ def preview(path, cfg, ledger, size, views=5):
                 frames = view[0].float()  # (D, H, W)
                 scan, lateral = frames[len(frames) // 2], frames.mean(dim=1)
                 if column == 0:
-                    low, high = scan.min(), scan.max()  # one scale for the original and its views; for the faint lateral plane, each its own
+                    # one scale for the original and its views; for the faint lateral plane, each its own
+                    low, high = scan.min(), scan.max()
                 axes[2 * i, column].imshow(scan, cmap="gray", vmin=low, vmax=high, aspect="auto")
                 axes[2 * i + 1, column].imshow(lateral, cmap="gray", aspect="auto")
             axes[2 * i, 0].set_ylabel(CLASS_NAMES[samples[i].label])

@@ -55,7 +55,8 @@ def launch(main, cfg):
         if processes != 1:
             raise ValueError("device.processes is for CPU and CUDA; on XLA there is a replica for every core: set device.processes=1")
         threading.Thread(target=watch_replicas, daemon=True).start()
-        signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in multiprocessing.active_children()] or sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in multiprocessing.active_children()]
+                                                 or sys.exit(128 + signal.SIGTERM))
         try:
             xmp.spawn(ReplicaXla(main, cfg))
         except BrokenProcessPool:
@@ -64,7 +65,8 @@ def launch(main, cfg):
         main(0, cfg)
     else:
         if backend == "cuda" and processes > torch.cuda.device_count():
-            raise ValueError(f"device.processes={processes}, but there are {torch.cuda.device_count()} GPUs; set device.processes to at most that")
+            raise ValueError(f"device.processes={processes}, but there are {torch.cuda.device_count()} GPUs; "
+                             "set device.processes to at most that")
         spawn(main, cfg, backend, processes)
 
 
@@ -75,7 +77,8 @@ def spawn(main, cfg, backend, world):
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
-        replicas = [context.Process(target=replica, args=(rank, world, main, cfg, backend, meeting, pipes[rank][1])) for rank in range(world)]
+        replicas = [context.Process(target=replica, args=(rank, world, main, cfg, backend, meeting, pipes[rank][1]))
+                    for rank in range(world)]
         for process in replicas:
             process.start()
         earlier = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in replicas])
@@ -162,7 +165,8 @@ class ReplicaXla:
 
 
 def watch_replicas():
-    """In the parent on XLA: when a replica has died, the others of this host are killed, for they wait for it and SIGTERM does not end them."""
+    """In the parent on XLA: when a replica has died, the others of this host are killed, for they wait for it and SIGTERM does not
+    end them."""
     seen = set()
     while True:
         time.sleep(0.5)

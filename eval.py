@@ -38,8 +38,9 @@ import model
 BEST = "best_checkpoint_during_training.pt"
 CHANGEABLE = ("max_missing", "num_workers", "prefetch", "cache_gb", "fetch_deadline")  # keys of data: that do not change a score
 FEATURES = "v2"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
-SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc_macro_ovr": "AUROC (macro, one vs rest)",
-               "log_loss": "log-loss", "macro_precision": "macro precision", "macro_recall": "macro recall", "auprc_macro_ovr": "AUPRC (macro, one vs rest)",
+SCORE_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",
+               "auroc_macro_ovr": "AUROC (macro, one vs rest)", "log_loss": "log-loss", "macro_precision": "macro precision",
+               "macro_recall": "macro recall", "auprc_macro_ovr": "AUPRC (macro, one vs rest)",
                "quadratic_kappa": "quadratic kappa", "brier": "Brier score", "ece": "expected calibration error"}
 
 # ----------------------------------------------------------------------------------- encoder -> features -> predictions
@@ -65,12 +66,14 @@ def open_encoder(cfg):
         raise ValueError(f"{name} does not say its image_size; set data.image_size=[depth, height, width]")
     encoder.check_size(size)
     if cfg.model.pool_method == "attentive" and any(n > most for n, most in zip(cfg.model.token_grid, encoder.grid(size))):
-        raise ValueError(f"model.token_grid={cfg.model.token_grid} is finer than the encoder's tokens, {list(encoder.grid(size))}; set at most those")
+        raise ValueError(f"model.token_grid={cfg.model.token_grid} is finer than the encoder's tokens, {list(encoder.grid(size))}; "
+                         "set at most those")
     return encoder, tuple(size), model.weights_hash(encoder)
 
 
 def pooled(cfg, tokens, grid):
-    """Tokens (B, N, C) of a grid (d, h, w) -> what a head takes: features (B, C), or for an attentive head tokens (B, T, C) of model.token_grid."""
+    """Tokens (B, N, C) of a grid (d, h, w) -> what a head takes: features (B, C), or for an attentive head tokens (B, T, C)
+    of model.token_grid."""
     if cfg.model.pool_method == "attentive":
         return model.pool_grid(tokens.float(), grid, cfg.model.token_grid, cfg.model.token_pool)
     return model.pool(tokens.float(), cfg.model.pool_method)
@@ -131,12 +134,14 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
     if todo:
         encoder.to(dev)
         with contextlib.closing(data.stream(volumes, ledger, todo, cfg, transform)) as arriving:
-            for i, key, volume in tqdm(arriving, total=len(todo), desc=f"encode view {view}" if view else "encode", unit="volume", mininterval=0.5, disable=rank > 0):
+            for i, key, volume in tqdm(arriving, total=len(todo), desc=f"encode view {view}" if view else "encode", unit="volume",
+                                       mininterval=0.5, disable=rank > 0):
                 feature = kept(key)  # known, under another name or date
                 if feature is None:
                     feature = encode(cfg, encoder, volume, dev).astype(dtype)
                     if not np.isfinite(feature).all():
-                        raise ValueError(f"participant {samples[i].participant_id}: the encoder's features of {samples[i].path} are not finite")
+                        raise ValueError(f"participant {samples[i].participant_id}: "
+                                         f"the encoder's features of {samples[i].path} are not finite")
                     data.save_array(os.path.join(folder, key + ".npy"), feature)
                     encoded += 1
                 found[i] = feature
@@ -161,7 +166,8 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
     if count.tolist() != [float(i not in lost) for i in range(len(samples))]:
         raise RuntimeError("features and unreadable volumes do not add up to the volumes that were asked for")
     encoded = sum(device.gather(encoded, dev))
-    print(f"features: {encoded} volumes encoded, {len(rest) - encoded} from {volumes.cache_dir}" + (f", {len(lost)} unreadable" if lost else ""))
+    print(f"features: {encoded} volumes encoded, {len(rest) - encoded} from {volumes.cache_dir}"
+          + (f", {len(lost)} unreadable" if lost else ""))
     return [samples[i] for i in rest], x[rest]
 
 
@@ -170,19 +176,23 @@ def print_room(folder, number, shape):
     need, there = number * 2 * math.prod(shape), os.path.dirname(folder)
     os.makedirs(there, exist_ok=True)
     free = shutil.disk_usage(there).free
-    print(f"tokens: {number} volumes to encode, {shape[0]} x {shape[1]} float16 each: {need / 1e9:.2g} GB in {there}, {free / 1e9:.3g} GB free")
+    print(f"tokens: {number} volumes to encode, {shape[0]} x {shape[1]} float16 each: "
+          f"{need / 1e9:.2g} GB in {there}, {free / 1e9:.3g} GB free")
     if need > free:
-        raise ValueError(f"{there} has no room for {need / 1e9:.3g} GB of tokens; set a smaller model.token_grid, or paths.cache_dir elsewhere")
+        raise ValueError(f"{there} has no room for {need / 1e9:.3g} GB of tokens; "
+                         "set a smaller model.token_grid, or paths.cache_dir elsewhere")
 
 
 def features_now(cfg, samples, encoder, size, dev, desc):
-    """Pooled features (num_volumes, C), or (num_volumes, T, C), by an encoder that is being trained: nothing is kept, and every volume must be readable."""
+    """Pooled features (num_volumes, C), or (num_volumes, T, C), by an encoder that is being trained: nothing is kept, and every
+    volume must be readable."""
     volumes = data.Volumes(samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline)
     mine = range(device.rank(), len(samples), device.world())
     x = torch.zeros(len(samples), *shape_of(cfg))
     encoder.eval()
     with contextlib.closing(data.stream(volumes, None, mine, cfg)) as arriving:
-        for i, _, volume in tqdm(arriving, total=len(mine), desc=desc, unit="volume", mininterval=0.5, leave=False, disable=device.rank() > 0):
+        for i, _, volume in tqdm(arriving, total=len(mine), desc=desc, unit="volume", mininterval=0.5, leave=False,
+                                 disable=device.rank() > 0):
             x[i] = torch.from_numpy(encode(cfg, encoder, volume, dev))
     x = device.all_sum(x.to(dev)).cpu()
     if not torch.isfinite(x).all():
@@ -250,7 +260,8 @@ def read_saved(path, keys):
     except OSError:
         raise
     except Exception as error:  # torch, zip and pickle raise a dozen types for a file that is none of ours
-        raise ValueError(f"{path} is not a checkpoint of this train.py: {type(error).__name__} {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{path} is not a checkpoint of this train.py: "
+                         f"{type(error).__name__} {' '.join(str(error).split())[:200]}") from error
     return saved
 
 
@@ -274,9 +285,11 @@ def evaluate_run(ckpt, split, overrides=()):
         raise ValueError(f"{path}: not loaded: {' '.join(str(error).split())}") from error
     ledger = data.read_ledger(cfg)
     data.check_missing(ledger, cfg.data.max_missing)
-    changed = [name for name, key in ((data.LABELS, "labels_sha256"), (data.MANIFEST, "manifest_sha256")) if ledger.sha256[name] != saved[key]]
+    changed = [name for name, key in ((data.LABELS, "labels_sha256"), (data.MANIFEST, "manifest_sha256"))
+               if ledger.sha256[name] != saved[key]]
     if changed and not any(o.startswith("paths.data=") for o in overrides):
-        raise ValueError(f"{' and '.join(changed)} in {cfg.paths.data} changed since {path} was trained; put that back, train again, or name the other data: paths.data=...")
+        raise ValueError(f"{' and '.join(changed)} in {cfg.paths.data} changed since {path} was trained; "
+                         "put that back, train again, or name the other data: paths.data=...")
     samples = ledger.of(split)
     if not samples:
         raise ValueError(f"no participant of split {split} has a volume")
@@ -288,7 +301,8 @@ def evaluate_run(ckpt, split, overrides=()):
     row_of = {r.participant_id: r for r in ledger.rows}
     labels_trained = [r.label for r in ledger.rows if r.participant_id in trained_on]
     prior = np.bincount(labels_trained, minlength=len(data.CLASSES)) / len(labels_trained) if labels_trained else None
-    groups = {"site": [row_of[i].site for i in ids], "age": [age_band(row_of[i].age) for i in ids], "scanner": [cfg.data.scanner] * len(ids)}
+    groups = {"site": [row_of[i].site for i in ids], "age": [age_band(row_of[i].age) for i in ids],
+              "scanner": [cfg.data.scanner] * len(ids)}
     result = metrics.evaluate(y_true, probabilities, len(data.CLASSES), ids, prior, groups)
     volume_ids, volume_labels = [s.participant_id for s in samples], np.array([s.label for s in samples])
     result["subgroups"]["laterality"] = metrics.subgroups(volume_labels, of_volumes, [s.laterality for s in samples], ids=volume_ids)
@@ -314,16 +328,19 @@ def evaluate_run(ckpt, split, overrides=()):
     if partly:
         result["alarms"].append(f"{len(partly)} participants of {split} lack some of their volumes: {data.few(partly)}")
     if changed:
-        result["alarms"].append(f"{' and '.join(changed)} of {cfg.paths.data} {'is' if len(changed) == 1 else 'are'} not what this run was trained with")
+        result["alarms"].append(f"{' and '.join(changed)} of {cfg.paths.data} {'is' if len(changed) == 1 else 'are'} "
+                                "not what this run was trained with")
     predictions = predictions_csv(ids, y_true, probabilities)
-    result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples), "data": ledger.description, "scanner": cfg.data.scanner,
-              "anatomic_region": cfg.data.anatomic_region, "encoder_sha256": encoder_hash, "checkpoint_sha256": sha256(path),
-              "labels_sha256": ledger.sha256[data.LABELS], "predictions_sha256": hashlib.sha256(predictions.encode()).hexdigest(), **result}
+    result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples), "data": ledger.description,
+              "scanner": cfg.data.scanner, "anatomic_region": cfg.data.anatomic_region, "encoder_sha256": encoder_hash,
+              "checkpoint_sha256": sha256(path), "labels_sha256": ledger.sha256[data.LABELS],
+              "predictions_sha256": hashlib.sha256(predictions.encode()).hexdigest(), **result}
     if others:
         each = [metrics.score(y_true, p) for p in (probabilities, *(p for _, _, p in others))]
         values = {name: [score[name] for score in each] for name in metrics.SCORES}
         result["seeds"] = {"seeds": [repeat["seed"] for repeat in saved["repeats"]],
-                           **{name: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)), "each": v} for name, v in values.items() if None not in v}}
+                           **{name: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)), "each": v}
+                              for name, v in values.items() if None not in v}}
     result["unreadable"] = [{"participant_id": s.participant_id, "path": s.path, "reason": reason} for s, reason in ledger.unreadable]
     if device.rank() == 0:
         update_ledger(os.path.join(folder, "ledger.csv"), ledger, split)
@@ -360,7 +377,8 @@ def random_encoder(cfg):
     encoder, size, _ = open_encoder(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        other = model.ViT3D(encoder.pos_embed.shape[-1], len(encoder.blocks), encoder.pos_embed.shape[1], encoder.blocks[0].mlp.fc1.out_features, encoder.patch_size)
+        other = model.ViT3D(encoder.pos_embed.shape[-1], len(encoder.blocks), encoder.pos_embed.shape[1],
+                            encoder.blocks[0].mlp.fc1.out_features, encoder.patch_size)
     return other.eval(), size, model.weights_hash(other)
 
 
@@ -380,11 +398,14 @@ def add_floors(result, floors, cfg, ledger, samples, size, dev, x, ids, y_true, 
         p = by_participant(samples, predict(head, x_floor))[2]
         score = metrics.score_with_intervals(y_true, p, len(data.CLASSES), ids)
         pair = metrics.compare(y_true, probabilities, p, ids)
-        result["floors"][name] = {**{key: score[key] for key in metrics.SCORES + metrics.MORE_SCORES}, "ci95": {key: score["ci95"][key] for key in metrics.SCORES},
+        result["floors"][name] = {**{key: score[key] for key in metrics.SCORES + metrics.MORE_SCORES},
+                                  "ci95": {key: score["ci95"][key] for key in metrics.SCORES},
                                   "difference": pair["difference"], "difference_ci95": pair["ci95"], "p_value": pair["p_value"]}
         if pair["p_value"] >= 0.05 or pair["difference"] <= 0:
-            result["alarms"].append(f"not shown to be better than the same probe on {'a random encoder' if name == 'random encoder' else name}: balanced accuracy "
-                                    f"{result['balanced_accuracy']:.3f} against {score['balanced_accuracy']:.3f}, p = {pair['p_value']:.3f}")
+            result["alarms"].append("not shown to be better than the same probe on "
+                                    f"{'a random encoder' if name == 'random encoder' else name}: balanced accuracy "
+                                    f"{result['balanced_accuracy']:.3f} against {score['balanced_accuracy']:.3f}, "
+                                    f"p = {pair['p_value']:.3f}")
 
 
 def update_ledger(path, ledger, split):
@@ -409,7 +430,10 @@ def read_csv(path):
 
 
 def open_results(folder, split):
-    """What eval.py wrote of a run on a split -> {"result", "ids", "y_true", "probabilities"}. ValueError when the files do not belong together."""
+    """What eval.py wrote of a run on a split -> {"result", "ids", "y_true", "probabilities"}.
+
+    ValueError when the files do not belong together.
+    """
     again = f"run eval.py --ckpt {folder} --split {split}"
     path = os.path.join(folder, f"eval_{split}.json")
     if not os.path.isfile(path):
@@ -434,14 +458,17 @@ def open_results(folder, split):
 def unlike(name_a, a, name_b, b):
     """How the participants or labels of two results of open_results differ, in words; None: they can be compared."""
     label_a, label_b = (dict(zip(run["ids"], run["y_true"])) for run in (a, b))
-    only = [(name, sorted(mine.keys() - other.keys())) for name, mine, other in ((name_a, label_a, label_b), (name_b, label_b, label_a)) if mine.keys() - other.keys()]
+    only = [(name, sorted(mine.keys() - other.keys()))
+            for name, mine, other in ((name_a, label_a, label_b), (name_b, label_b, label_a)) if mine.keys() - other.keys()]
     if only:
         return "other participants: " + "; ".join(f"{len(ids)} only in {name} ({data.few(ids, 3)})" for name, ids in only)
     relabelled = sorted(i for i in label_a if label_a[i] != label_b[i])
     if relabelled:
-        return f"other labels: participant {relabelled[0]} is of class {label_a[relabelled[0]]} in {name_a} and {label_b[relabelled[0]]} in {name_b} ({len(relabelled)} such)"
+        return (f"other labels: participant {relabelled[0]} is of class {label_a[relabelled[0]]} in {name_a} "
+                f"and {label_b[relabelled[0]]} in {name_b} ({len(relabelled)} such)")
     if a["result"]["labels_sha256"] != b["result"]["labels_sha256"]:
-        return f"other labels: {data.LABELS} of {name_a} (sha256 {a['result']['labels_sha256'][:12]}) is not that of {name_b} ({b['result']['labels_sha256'][:12]})"
+        return (f"other labels: {data.LABELS} of {name_a} (sha256 {a['result']['labels_sha256'][:12]}) "
+                f"is not that of {name_b} ({b['result']['labels_sha256'][:12]})")
     return None
 
 
@@ -455,11 +482,15 @@ def paired(runs):
     """metrics.compare_all of {name: what open_results gives}, all of the same participants."""
     first = next(iter(runs.values()))
     row = {name: {i: n for n, i in enumerate(run["ids"])} for name, run in runs.items()}  # in the first run's order
-    return metrics.compare_all(first["y_true"], {name: run["probabilities"][[row[name][i] for i in first["ids"]]] for name, run in runs.items()}, first["ids"])
+    return metrics.compare_all(first["y_true"], {name: run["probabilities"][[row[name][i] for i in first["ids"]]]
+                                                 for name, run in runs.items()}, first["ids"])
 
 
 def compare(folders, split):
-    """Is one run better than another? -> text: the runs, and a sentence for every pair. ValueError when they were not scored on the same."""
+    """Is one run better than another? -> text: the runs, and a sentence for every pair.
+
+    ValueError when they were not scored on the same.
+    """
     if len(set(map(os.path.realpath, folders))) < max(2, len(folders)):
         raise ValueError("--compare needs two or more different run folders")
     runs = {name: open_results(folder, split) for name, folder in names_of(folders).items()}
@@ -469,13 +500,18 @@ def compare(folders, split):
         if difference:
             raise ValueError(f"{first_name} and {name} cannot be compared on {split}, for they have {difference}")
     pairs = paired(runs)
-    lines = [f"{split}, {len(first['ids'])} participants, {first['result']['data']}", "", *table_lines(["", "balanced accuracy", "95 % interval", "chance band", "alarms"], [
-        [name, number(r["balanced_accuracy"]), span(r["ci95"]["balanced_accuracy"]), span(r["chance_band"]), str(len(r["alarms"]))] for name, r in ((name, run["result"]) for name, run in runs.items())]), ""]
+    lines = [f"{split}, {len(first['ids'])} participants, {first['result']['data']}", "",
+             *table_lines(["", "balanced accuracy", "95 % interval", "chance band", "alarms"],
+                          [[name, number(r["balanced_accuracy"]), span(r["ci95"]["balanced_accuracy"]), span(r["chance_band"]),
+                            str(len(r["alarms"]))] for name, r in ((name, run["result"]) for name, run in runs.items())]), ""]
     seen_through = {(run["result"]["scanner"], run["result"]["anatomic_region"]) for run in runs.values()}
     if len(seen_through) > 1:
-        lines.append(f"note: these runs saw other volumes of the same participants: {'; '.join(sorted(', '.join(pair) for pair in seen_through))}")
+        lines.append("note: these runs saw other volumes of the same participants: "
+                     f"{'; '.join(sorted(', '.join(pair) for pair in seen_through))}")
     for pair in pairs:
-        lines += [f"{pair['sentence']}.", f"    McNemar's test of accuracy: {pair['only_a_right']} right only by {pair['a']}, {pair['only_b_right']} only by {pair['b']}, p = {pair['mcnemar_p']:.4f}"]
+        lines += [f"{pair['sentence']}.",
+                  (f"    McNemar's test of accuracy: {pair['only_a_right']} right only by {pair['a']}, "
+                   f"{pair['only_b_right']} only by {pair['b']}, p = {pair['mcnemar_p']:.4f}")]
     lines += [f"ALARM: {name}: {alarm}" for name, run in runs.items() for alarm in run["result"]["alarms"]]
     return "\n".join(lines)
 
@@ -492,7 +528,8 @@ def leaderboard(folders, split):
     runs = {name: open_results(folder, split) for name, folder in names_of(scored).items()}
     runs = dict(sorted(runs.items(), key=lambda run: (-run[1]["result"]["balanced_accuracy"], run[1]["result"]["log_loss"])))
     kind_of = {name: (sorted(zip(run["ids"], run["y_true"])), run["result"]["labels_sha256"]) for name, run in runs.items()}
-    usual = max(kind_of.values(), key=list(kind_of.values()).count)  # one run of other participants does not end the comparison of all others
+    # one run of other participants does not end the comparison of all others
+    usual = max(kind_of.values(), key=list(kind_of.values()).count)
     alike = {name: run for name, run in runs.items() if kind_of[name] == usual}
     best = next(iter(alike))
     apart = {name: unlike(best, runs[best], name, run) for name, run in runs.items() if name not in alike}
@@ -500,12 +537,16 @@ def leaderboard(folders, split):
     pairs = paired(alike) if len(alike) > 1 else []
     p_holm = {pair["b"]: pair["p_holm"] for pair in pairs if pair["a"] == best}
     tied = [name for name, p in p_holm.items() if p >= 0.05]
-    place = {name: "not compared" if name in apart else "best" if name == best and not tied else "tied for best" if name in (best, *tied) else "worse" for name in runs}
-    floors = [name for name in ("random encoder", "shuffled labels") if any(name in run["result"].get("floors", {}) for run in runs.values())]
-    header = ["run", "balanced accuracy", "95 % interval", "place", "p (Holm)", "majority class, random answers", "chance band", *floors, "log-loss", "participants", "alarms", "encoder"]
+    place = {name: "not compared" if name in apart else "best" if name == best and not tied
+             else "tied for best" if name in (best, *tied) else "worse" for name in runs}
+    floors = [name for name in ("random encoder", "shuffled labels")
+              if any(name in run["result"].get("floors", {}) for run in runs.values())]
+    header = ["run", "balanced accuracy", "95 % interval", "place", "p (Holm)", "majority class, random answers", "chance band",
+              *floors, "log-loss", "participants", "alarms", "encoder"]
     rows = []
     for name, r in ((name, run["result"]) for name, run in runs.items()):
-        rows.append([name, number(r["balanced_accuracy"]), span(r["ci95"]["balanced_accuracy"]), place[name], f"{p_holm[name]:.4f}" if name in p_holm else "-",
+        rows.append([name, number(r["balanced_accuracy"]), span(r["ci95"]["balanced_accuracy"]), place[name],
+                     f"{p_holm[name]:.4f}" if name in p_holm else "-",
                      f"{number(r['majority']['balanced_accuracy'])}, {number(r['random']['balanced_accuracy'])}", span(r["chance_band"]),
                      *(number(r.get("floors", {}).get(floor, {}).get("balanced_accuracy")) for floor in floors),
                      number(r["log_loss"]), str(r["n"]), str(len(r["alarms"])), r["encoder_sha256"][:12]])
@@ -515,13 +556,16 @@ def leaderboard(folders, split):
     elif tied:
         verdict = f"{best} leads with {score}, but is not shown to be better than {', '.join(tied)}."
     else:
-        verdict = f"{best} is the best of {len(alike)} runs: {score}, better than every other (p at most {max(p_holm.values()):.4f}, Holm over {len(pairs)} pairs)."
-    about = [verdict, f"{', '.join(dict.fromkeys(run['result']['data'] for run in runs.values()))}. Tied: the difference from the best is not significant at 5 % "
-             "(paired bootstrap over the same participants, Holm-corrected over all pairs)."]
+        verdict = (f"{best} is the best of {len(alike)} runs: {score}, better than every other "
+                   f"(p at most {max(p_holm.values()):.4f}, Holm over {len(pairs)} pairs).")
+    about = [verdict, (f"{', '.join(dict.fromkeys(run['result']['data'] for run in runs.values()))}. "
+                       "Tied: the difference from the best is not significant at 5 % "
+                       "(paired bootstrap over the same participants, Holm-corrected over all pairs).")]
     notes = [f"{name}: not compared, for it has {difference}" for name, difference in apart.items()]
     notes += [f"{name}: ALARM: {alarm}" for name, run in runs.items() for alarm in run["result"]["alarms"]]
     notes += [f"not scored on {split}: {folder}" for folder in folders if folder not in scored]
-    text = "\n".join([*about, "", *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]), "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+    text = "\n".join([*about, "", *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]), "",
+                      *(f"- {note}" for note in notes)]).rstrip() + "\n"
     beside, csv_table = os.path.dirname(os.path.abspath(folders[0])), io.StringIO()
     csv.writer(csv_table, lineterminator="\n").writerows([header, *rows])
     b2.write(os.path.join(beside, "leaderboard.csv"), csv_table.getvalue())
@@ -544,34 +588,36 @@ def span(pair):
 def score_table(result, names):
     """-> header and rows, as text: each score with its interval and its floors."""
     header = ["", "score", "95 % interval", "majority class", "random answers", "chance band"]
-    return header, [[SCORE_NAMES[name], number(result[name]), span(result["ci95"][name]), number(result["majority"][name]), number(result["random"][name]),
-                     span(result["chance"][name])] for name in names]
+    return header, [[SCORE_NAMES[name], number(result[name]), span(result["ci95"][name]), number(result["majority"][name]),
+                     number(result["random"][name]), span(result["chance"][name])] for name in names]
 
 
 def floor_table(result):
     """-> header and rows, as text, of the probes that eval.floors asked for."""
-    rows = [[name, number(f["balanced_accuracy"]), span(f["ci95"]["balanced_accuracy"]), number(f["difference"]), span(f["difference_ci95"]), f"{f['p_value']:.4f}"]
-            for name, f in result["floors"].items()]
+    rows = [[name, number(f["balanced_accuracy"]), span(f["ci95"]["balanced_accuracy"]), number(f["difference"]),
+             span(f["difference_ci95"]), f"{f['p_value']:.4f}"] for name, f in result["floors"].items()]
     return ["the same probe on", "balanced accuracy", "95 % interval", "this run is above by", "95 % interval", "p"], rows
 
 
 def class_table(result, names):
     """-> header and rows, as text, of every class: participants, answers, and scores with their intervals."""
     rows = [[name, str(result["true_counts"][k]), str(result["predicted_counts"][k]),
-             *(f"{number(result[f'{of}_per_class'][k])} ({span(result['ci95'][f'{of}_per_class'][k])})" for of in names)] for k, name in enumerate(data.CLASS_NAMES)]
+             *(f"{number(result[f'{of}_per_class'][k])} ({span(result['ci95'][f'{of}_per_class'][k])})" for of in names)]
+            for k, name in enumerate(data.CLASS_NAMES)]
     return ["class", "participants", "predicted", *({"f1": "F1", "auroc": "AUROC", "auprc": "AUPRC"}.get(of, of) for of in names)], rows
 
 
 def group_table(result):
     """-> header and rows, as text, of every subgroup."""
-    rows = [[f"{name} {g['group']}", f"{g['n']}{' (small)' if g['small'] else ''}", number(g["balanced_accuracy"]), span(g["ci95"]), number(g["rest"])]
-            for name, groups in result["subgroups"].items() for g in groups]
+    rows = [[f"{name} {g['group']}", f"{g['n']}{' (small)' if g['small'] else ''}", number(g["balanced_accuracy"]),
+             span(g["ci95"]), number(g["rest"])] for name, groups in result["subgroups"].items() for g in groups]
     return ["group", "participants", "balanced accuracy", "95 % interval", "all others"], rows
 
 
 def table_lines(header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in [header, *rows]]
+    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in [header, *rows]]
 
 
 def sentence(result):
@@ -588,7 +634,8 @@ def seeds_line(result):
 
 def print_result(result):
     print(f"\n{sentence(result)}\n")
-    tables = [score_table(result, metrics.SCORES), *([floor_table(result)] if "floors" in result else []), class_table(result, ("f1",)), group_table(result)]
+    tables = [score_table(result, metrics.SCORES), *([floor_table(result)] if "floors" in result else []),
+              class_table(result, ("f1",)), group_table(result)]
     for header, rows in tables:
         print("\n".join([*table_lines(header, rows), ""]))
     if "seeds" in result:
@@ -632,7 +679,8 @@ def write_plots(folder, result, y_true, probabilities):
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(counts):
         axis.text(j, i, f"{count}\n{shares[i, j]:.0%}", ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
-    axis.set(xticks=range(len(counts)), yticks=range(len(counts)), xlabel="predicted", ylabel="true", title=f"{split}: participants, share of the row")
+    axis.set(xticks=range(len(counts)), yticks=range(len(counts)), xlabel="predicted", ylabel="true",
+             title=f"{split}: participants, share of the row")
     axis.set_xticklabels(data.CLASS_NAMES, rotation=20)
     axis.set_yticklabels(data.CLASS_NAMES)
     figure.colorbar(image, fraction=0.046)
@@ -644,7 +692,8 @@ def write_plots(folder, result, y_true, probabilities):
         if result["auroc_per_class"][k] is not None:
             axis.plot(*roc_curve(y_true == k, probabilities[:, k])[:2], label=f"{name}: {result['auroc_per_class'][k]:.3f}")
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="false positives, share of the other classes", ylabel="true positives, share of the class", title=f"{split}: ROC, each class against the rest")
+    axis.set(xlabel="false positives, share of the other classes", ylabel="true positives, share of the class",
+             title=f"{split}: ROC, each class against the rest")
     axis.legend(frameon=False, title="AUROC", loc="lower right")
     save(figure, f"roc_{split}.png")
 
@@ -653,8 +702,10 @@ def write_plots(folder, result, y_true, probabilities):
     calibrated = [("temperature " + f"{result['temperature']:.2f}", result["calibrated"]["reliability"])] if "calibrated" in result else []
     for (label, bins), color in zip([("as predicted", result["reliability"]), *calibrated], ("C0", "C1")):
         axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=color, linewidth=1)
-        axis.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=[8 + 4 * b["count"] for b in bins], color=color, alpha=0.6, label=label)
-    axis.set(xlim=(0, 1.03), ylim=(-0.03, 1.03), xlabel="probability of the answer", ylabel="share of right answers", title=f"{split}: reliability (area: participants)")
+        axis.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=[8 + 4 * b["count"] for b in bins],
+                     color=color, alpha=0.6, label=label)
+    axis.set(xlim=(0, 1.03), ylim=(-0.03, 1.03), xlabel="probability of the answer", ylabel="share of right answers",
+             title=f"{split}: reliability (area: participants)")
     for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
         handle.set_sizes([30])
     save(figure, f"reliability_{split}.png")
@@ -698,47 +749,61 @@ def leaderboard_plot(runs):
 
 def leaderboard_page(title, about, runs, header, rows, notes, pairs):
     body = [f"<p><b>{html.escape(about[0])}</b></p><p>{html.escape(about[1])}</p>",
-            html_figure(leaderboard_plot(runs), "Balanced accuracy of each run with its 95 % interval: " + "; ".join(f"{row[0]} {row[1]} ({row[2]})" for row in rows),
-                        "Balanced accuracy and 95 % interval; grey: each run's chance band."), html_table(header, rows, "cards"), html_list(notes)]
+            html_figure(leaderboard_plot(runs),
+                        "Balanced accuracy of each run with its 95 % interval: "
+                        + "; ".join(f"{row[0]} {row[1]} ({row[2]})" for row in rows),
+                        "Balanced accuracy and 95 % interval; grey: each run's chance band."),
+            html_table(header, rows, "cards"), html_list(notes)]
     if pairs:
         pair_rows = []
         for pair in pairs:
             a, b, sign = ("a", "b", 1) if pair["difference"] >= 0 else ("b", "a", -1)
             pair_rows.append([pair[a], pair[b], number(sign * pair["difference"]), span(sorted(sign * end for end in pair["ci95"])),
                               *(f"{pair[p]:.4f}" for p in ("p_value", "p_holm", "mcnemar_p"))])
-        body += ["<h2>Every pair</h2>", html_table(["higher", "lower", "difference", "95 % interval", "p", "p (Holm)", "McNemar p"], pair_rows, "cards")]
+        body += ["<h2>Every pair</h2>",
+                 html_table(["higher", "lower", "difference", "95 % interval", "p", "p (Holm)", "McNemar p"], pair_rows, "cards")]
     return html_page(title, "".join(body))
 
 
 def html_table(header, rows, kind=""):
     """kind: "cards" shows a row as a list on a phone, for tables of many columns; "long" breaks long words."""
     header, *rows = [[html.escape(cell) for cell in row] for row in [header, *rows]]
-    body = "".join(f"<tr><th>{first}</th>" + "".join(f'<td data-label="{name}">{cell}</td>' for name, cell in zip(header[1:], rest)) + "</tr>" for first, *rest in rows)
+    body = "".join(f"<tr><th>{first}</th>"
+                   + "".join(f'<td data-label="{name}">{cell}</td>' for name, cell in zip(header[1:], rest)) + "</tr>"
+                   for first, *rest in rows)
     return f'<div class="wide {kind}"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in header)}</tr></thead>{body}</table></div>'
 
 
 def html_figure(content, alt, caption=""):
     image = base64.b64encode(content).decode()
-    return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{image}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return (f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{image}">'
+            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
 
 
 def html_list(lines):
-    return "<ul>" + "".join(f"<li{' class=alarm' if 'ALARM' in line else ''}>{html.escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+    return ("<ul>" + "".join(f"<li{' class=alarm' if 'ALARM' in line else ''}>{html.escape(line)}</li>" for line in lines) + "</ul>"
+            if lines else "")
 
 
 def html_page(title, body):
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem; color: #222; background: #fff; overflow-wrap: anywhere }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem; color: #222; background: #fff; \
+overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-size: .9rem; overflow-wrap: normal }}
-th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }} th:first-child {{ text-align: left }}
-figure {{ margin: 1rem 0; display: inline-block; max-width: 100%; vertical-align: top }} img {{ max-width: 100%; height: auto }} figcaption {{ font-size: .85rem; color: #555 }}
-.wide {{ overflow-x: auto }} .alarm {{ color: #a00; font-weight: bold }} .long td, .cards th:first-child {{ text-align: left; overflow-wrap: anywhere }}
+th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }} \
+th:first-child {{ text-align: left }}
+figure {{ margin: 1rem 0; display: inline-block; max-width: 100%; vertical-align: top }} img {{ max-width: 100%; height: auto }} \
+figcaption {{ font-size: .85rem; color: #555 }}
+.wide {{ overflow-x: auto }} .alarm {{ color: #a00; font-weight: bold }} \
+.long td, .cards th:first-child {{ text-align: left; overflow-wrap: anywhere }}
 .cards th:first-child {{ min-width: 9rem }} .cards table {{ font-size: .8rem }}
 @media (max-width: 600px) {{ body {{ font-size: 15px; padding: .6rem }} table {{ font-size: .7rem }} th, td {{ padding: .15rem .2rem }}
-.cards thead {{ display: none }} .cards table {{ width: 100%; font-size: .85rem }} .cards tr, .cards tr > * {{ display: block; text-align: left }}
+.cards thead {{ display: none }} .cards table {{ width: 100%; font-size: .85rem }} \
+.cards tr, .cards tr > * {{ display: block; text-align: left }}
 .cards tr {{ margin-bottom: 1rem }} .cards td::before {{ content: attr(data-label) ": "; color: #555 }} }}
-@media print {{ body {{ max-width: none; font-size: 10pt }} .wide {{ overflow: visible }} figure, tr {{ break-inside: avoid }} h2 {{ break-after: avoid }} table {{ font-size: 8pt }} }}
+@media print {{ body {{ max-width: none; font-size: 10pt }} .wide {{ overflow: visible }} figure, tr {{ break-inside: avoid }} \
+h2 {{ break-after: avoid }} table {{ font-size: 8pt }} }}
 </style><h1>{html.escape(title)}</h1>{body}</html>
 """
 
@@ -764,19 +829,33 @@ def write_report(folder):
         header, by_class = class_table(result, ("precision", "recall", "f1", "auroc", "auprc"))
         columns = list(zip(header, *by_class))  # a column for each class: narrow enough for a phone
         matrix = "; ".join(f"{name}: {', '.join(map(str, row))}" for name, row in zip(data.CLASS_NAMES, result["confusion_matrix"]))
-        parts += [f"<h2>{split}</h2><p><b>{html.escape(sentence(result))}</b></p>", html_list([f"ALARM: {alarm}" for alarm in result["alarms"]] or ["no alarms"]),
-                  html_table(*score_table(result, names)), html_table(*floor_table(result)) if "floors" in result else "", f"<p>{html.escape(seeds_line(result))}</p>" if "seeds" in result else "",
+        parts += [f"<h2>{split}</h2><p><b>{html.escape(sentence(result))}</b></p>",
+                  html_list([f"ALARM: {alarm}" for alarm in result["alarms"]] or ["no alarms"]),
+                  html_table(*score_table(result, names)), html_table(*floor_table(result)) if "floors" in result else "",
+                  f"<p>{html.escape(seeds_line(result))}</p>" if "seeds" in result else "",
                   html_table(columns[0], columns[1:]),
-                  picture(f"confusion_{split}.png", f"Confusion matrix of {split}, rows true, columns predicted ({', '.join(data.CLASS_NAMES)}). {matrix}"),
-                  picture(f"roc_{split}.png", f"ROC curves of {split}, each class against the rest. AUROC " + ", ".join(f"{name} {number(value)}" for name, value in zip(data.CLASS_NAMES, result["auroc_per_class"]))),
-                  picture(f"reliability_{split}.png", f"Reliability of {split}: probability of the answer against share of right answers; expected calibration error {number(result['ece'])}"),
+                  picture(f"confusion_{split}.png",
+                          f"Confusion matrix of {split}, rows true, columns predicted ({', '.join(data.CLASS_NAMES)}). {matrix}"),
+                  picture(f"roc_{split}.png",
+                          f"ROC curves of {split}, each class against the rest. AUROC "
+                          + ", ".join(f"{name} {number(value)}" for name, value in zip(data.CLASS_NAMES, result["auroc_per_class"]))),
+                  picture(f"reliability_{split}.png",
+                          f"Reliability of {split}: probability of the answer against share of right answers; "
+                          f"expected calibration error {number(result['ece'])}"),
                   "<h3>Groups</h3>", html_table(*group_table(result)), "<h3>Volumes</h3>",
-                  html_table([f"of {result['per_volume']['n']} volumes", "score", "95 % interval"], [[SCORE_NAMES[name], number(result["per_volume"][name]), span(result["per_volume"]["ci95"][name])] for name in names])]
+                  html_table([f"of {result['per_volume']['n']} volumes", "score", "95 % interval"],
+                             [[SCORE_NAMES[name], number(result["per_volume"][name]), span(result["per_volume"]["ci95"][name])]
+                              for name in names])]
         if "calibrated" in result:
             parts += [f"<h3>Calibration</h3><p>Temperature {result['temperature']:.3f}, fitted on validation.</p>",
-                      html_table(["", "as predicted", "calibrated"], [[SCORE_NAMES[name], number(result[name]), number(result["calibrated"][name])] for name in ("log_loss", "brier", "ece")])]
-    parts += ["<h2>Training</h2>", picture("training.png", f"Loss and balanced accuracy of training and validation over the epochs; the best checkpoint is of epoch {result['epoch']}"),
-              picture("shares.png", "Share of the validation participants that each class is answered for, over the epochs")] if os.path.exists(os.path.join(folder, "plots", "training.png")) else []
+                      html_table(["", "as predicted", "calibrated"],
+                                 [[SCORE_NAMES[name], number(result[name]), number(result["calibrated"][name])]
+                                  for name in ("log_loss", "brier", "ece")])]
+    parts += (["<h2>Training</h2>",
+               picture("training.png", "Loss and balanced accuracy of training and validation over the epochs; "
+                                       f"the best checkpoint is of epoch {result['epoch']}"),
+               picture("shares.png", "Share of the validation participants that each class is answered for, over the epochs")]
+              if os.path.exists(os.path.join(folder, "plots", "training.png")) else [])
     rows = read_csv(os.path.join(folder, "ledger.csv"))
 
     def share(split, labels):
@@ -786,7 +865,8 @@ def write_report(folder):
     classes = [*((name, [k]) for k, name in enumerate(data.CLASS_NAMES)), ("all", range(len(data.CLASSES)))]
     volumes = [str(sum(int(row["volumes"]) for row in rows if row["split"] == split)) for split in data.SPLITS]
     parts += ["<h2>Participants</h2><p>With a volume / labelled.</p>",
-              html_table(["", *data.SPLITS], [*([name, *(share(split, labels) for split in data.SPLITS)] for name, labels in classes), ["volumes", *volumes]]),
+              html_table(["", *data.SPLITS], [*([name, *(share(split, labels) for split in data.SPLITS)] for name, labels in classes),
+                                              ["volumes", *volumes]]),
               html_list([f"{row['participant_id']} ({row['split']}): {row['reason']}" for row in rows if row["reason"]])]
     for place in (folder, os.path.dirname(folder)):  # results of last.pt lie in a folder of their own, within the run's
         provenance = os.path.join(place, "provenance.json")

@@ -78,7 +78,8 @@ def ranking_scores(y_true, probabilities, weights):
         pos, neg = y_true == k, y_true != k
         p, q, w_pos, w_neg = probabilities[pos, k], probabilities[neg, k], weights[:, pos], weights[:, neg]
         above, tied = q[:, None] > p, q[:, None] == p  # (negatives, positives)
-        wrong, ties = (w_neg @ part.astype(float) if part.any() else 0 for part in (above, tied))  # weight before each positive (R, positives)
+        # weight before each positive (R, positives)
+        wrong, ties = (w_neg @ part.astype(float) if part.any() else 0 for part in (above, tied))
         hits, count = w_pos @ (p[:, None] >= p).astype(float), w_pos.sum(1)
         auroc[:, k] = 1 - ratio((w_pos * (wrong + 0.5 * ties)).sum(1), count * w_neg.sum(1))
         auprc[:, k] = ratio((w_pos * hits / np.maximum(hits + wrong + ties, 1)).sum(1), count)
@@ -101,12 +102,14 @@ def scores(y_true, probabilities, weights):
     mean = lambda values: ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(1))  # over the classes that have a value
     return {
         "accuracy": hits.sum(1) / total, "balanced_accuracy": mean(recall), "auroc_macro_ovr": mean(auroc), "auprc_macro_ovr": mean(auprc),
-        "macro_precision": np.nan_to_num(precision).mean(1), "macro_recall": np.nan_to_num(recall).mean(1), "macro_f1": np.nan_to_num(f1).mean(1),
+        "macro_precision": np.nan_to_num(precision).mean(1), "macro_recall": np.nan_to_num(recall).mean(1),
+        "macro_f1": np.nan_to_num(f1).mean(1),
         "quadratic_kappa": 1 - ratio(weights @ (y_true - y_pred) ** 2.0, unrelated),
         "log_loss": weights @ negative_log(probabilities[np.arange(len(y_true)), y_true]) / total,
         "brier": weights @ ((probabilities - one_hot[y_true]) ** 2).sum(1) / total,
         "ece": np.abs(weights @ (np.eye(BINS)[bins(probabilities)] * (confidence - (y_true == y_pred))[:, None])).sum(1) / total,
-        "precision_per_class": precision, "recall_per_class": recall, "f1_per_class": f1, "auroc_per_class": auroc, "auprc_per_class": auprc,
+        "precision_per_class": precision, "recall_per_class": recall, "f1_per_class": f1, "auroc_per_class": auroc,
+        "auprc_per_class": auprc,
     }
 
 
@@ -221,8 +224,8 @@ def random_floor(y_true, prior):
 def reliability(y_true, probabilities):
     """The bins of the reliability plot that are not empty -> list of {confidence, accuracy, count}, means over the bin's rows."""
     found, confidence, right = bins(probabilities), probabilities.max(axis=1), probabilities.argmax(axis=1) == y_true
-    return [{"confidence": float(confidence[found == b].mean()), "accuracy": float(right[found == b].mean()), "count": int((found == b).sum())}
-            for b in np.unique(found)]
+    return [{"confidence": float(confidence[found == b].mean()), "accuracy": float(right[found == b].mean()),
+             "count": int((found == b).sum())} for b in np.unique(found)]
 
 
 def score_with_intervals(y_true, probabilities, num_classes=4, ids=None):
@@ -243,7 +246,8 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
 
     y_true (n,) class indices, probabilities (n, num_classes), ids (n,) names of the participants: rows that share one are drawn
     together. prior (num_classes,) class shares of training (default: the split's own). groups {"site": (n,) of text, ...}, or one (n,).
-      ci95               95 % interval of each score: percentiles of a bootstrap over participants, stratified by class (ECE: `ece_interval`)
+      ci95               95 % interval of each score: percentiles of a bootstrap over participants, stratified by class
+                         (ECE: `ece_interval`)
       resamples, skipped how many resamples, and how many of them each score could not score
       majority_baseline  accuracy of always answering the split's most frequent class
       majority           each score of that answer (None: it has none)

@@ -69,7 +69,8 @@ def attend_bfloat16(q, k, v, chunk=128):
     would wait for each other hundreds of times a layer, and for long where other processes want the cores too."""
 
     def head(q, k, v):  # each (N, d)
-        k = (k.float() - k.float().mean(dim=0)).to(k.dtype).T.contiguous()  # softmax cancels what all keys share, and a smaller score loses less to rounding
+        # softmax cancels what all keys share, and a smaller score loses less to rounding
+        k = (k.float() - k.float().mean(dim=0)).to(k.dtype).T.contiguous()
         q, v, out = q * q.shape[-1] ** -0.5, v.contiguous(), torch.empty(v.shape, dtype=v.dtype)
         scores = torch.empty(chunk, len(v), dtype=v.dtype)  # they stay in the cache, and malloc is not asked again
         for part, to in zip(q.split(chunk), out.split(chunk)):
@@ -134,7 +135,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(1, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
-        """(B, 1, D, H, W) -> (B, N, C). Patches do not overlap, so the convolution is a matrix product of them; in bfloat16 on CPU it is ten times faster so."""
+        """(B, 1, D, H, W) -> (B, N, C). Patches do not overlap, so the convolution is a matrix product of them; in bfloat16 on CPU
+        it is ten times faster so."""
         for axis, size in zip((2, 4, 6), self.proj.kernel_size):
             x = x.unflatten(axis, (-1, size))  # in the end (B, 1, d, 4, h, 16, w, 16)
         patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, d, h, w, 1, 4, 16, 16) -> (B, N, 1024)
@@ -339,7 +341,8 @@ def pool(tokens, method):
 
 
 def pool_grid(tokens, shape, size, method):
-    """Tokens (B, N, C) of a grid `shape` (d, h, w), N = d h w -> (B, T, C) of a coarser one `size`, T its product; method: "mean" or "max"."""
+    """Tokens (B, N, C) of a grid `shape` (d, h, w), N = d h w -> (B, T, C) of a coarser one `size`, T its product; method: "mean"
+    or "max"."""
     B, N, C = tokens.shape
     grid = tokens.transpose(1, 2).reshape(B, C, *shape)  # (B, C, d, h, w)
     grid = F.adaptive_avg_pool3d(grid, size) if method == "mean" else F.adaptive_max_pool3d(grid, size)
@@ -463,7 +466,8 @@ def fit_logistic_regression(head, x, labels, weights, C):
     from sklearn.linear_model import LogisticRegression
 
     if labels.unique().numel() < len(weights):
-        raise ValueError(f"model.head.kind=logistic_regression needs every one of {len(weights)} classes in training; found {labels.unique().tolist()}")
+        raise ValueError(f"model.head.kind=logistic_regression needs every one of {len(weights)} classes in training; "
+                         f"found {labels.unique().tolist()}")
     head[0].fit(x)
     fitted = LogisticRegression(C=C, class_weight=dict(enumerate(weights.tolist())), max_iter=1000, tol=1e-6)
     with warnings.catch_warnings():
@@ -476,7 +480,8 @@ def fit_logistic_regression(head, x, labels, weights, C):
 
 
 def discriminant(x, labels, participants, num_classes, is_ordinal):
-    """Penalised discriminant analysis (Hastie, Buja and Tibshirani 1995) -> weight (num_classes, C) and bias (num_classes,) for equal priors.
+    """Penalised discriminant analysis (Hastie, Buja and Tibshirani 1995) -> weight (num_classes, C) and bias (num_classes,) for
+    equal priors.
 
     Ridge regression of the class (is_ordinal: of its rank) on x (n, C), with the penalty that predicts best when a participant, with all
     volumes, is left out; then Gaussian classes of one covariance on what was predicted so. participants (n,): integers from 0 on.
@@ -494,7 +499,8 @@ def discriminant(x, labels, participants, num_classes, is_ordinal):
         shrunk = 1 / (values + penalty)
         coefficients = shrunk[:, None] * (x.T @ target)  # (C, d)
         residual = (target - x @ coefficients)[rows] * (rows >= 0)[..., None]
-        left_out = torch.linalg.solve(torch.eye(rows.shape[1], dtype=torch.float64) - own * shrunk @ own.mT, residual)  # (P, volumes, d): exact, without a refit
+        # (P, volumes, d): exact, without a refit
+        left_out = torch.linalg.solve(torch.eye(rows.shape[1], dtype=torch.float64) - own * shrunk @ own.mT, residual)
         error = left_out.square().sum()
         if best is None or error < best[0]:
             scores = target.clone()
@@ -502,7 +508,8 @@ def discriminant(x, labels, participants, num_classes, is_ordinal):
             best = error, coefficients, scores
     _, coefficients, scores = best  # scores (n, d)
     means = y.T @ scores / y.sum(dim=0).clamp(min=1)[:, None]  # (num_classes, d)
-    covariance = (scores - means[labels]).T @ (scores - means[labels]) + (num_classes + 1) * scores.T @ scores / len(x)  # few volumes: do not believe how well they part
+    # few volumes: do not believe how well they part
+    covariance = (scores - means[labels]).T @ (scores - means[labels]) + (num_classes + 1) * scores.T @ scores / len(x)
     slopes = torch.linalg.lstsq(covariance / (len(x) + num_classes + 1), means.T).solution.T  # (num_classes, d)
     bias = -(slopes * means).sum(dim=1) / 2
     if is_ordinal:  # equal slopes; the borders between neighbours stay in the middle
@@ -532,6 +539,7 @@ def parameter_groups(head, encoder, lr_head, lr_encoder, layer_decay, weight_dec
         top = len(encoder.blocks) + 1
         block = re.match(r"blocks\.(\d+)\.", name)
         layer = int(block[1]) + 1 if block else top if name.startswith("norm.") else 0
-        found.setdefault(("encoder", lr_encoder * layer_decay ** (top - layer), parameter.ndim > 1 and name != "pos_embed"), []).append(parameter)
+        found.setdefault(("encoder", lr_encoder * layer_decay ** (top - layer), parameter.ndim > 1 and name != "pos_embed"),
+                         []).append(parameter)
     return [{"part": part, "params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay if decays else 0.0}
             for (part, peak, decays), parameters in found.items()]

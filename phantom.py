@@ -419,11 +419,13 @@ def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0, optim
     state = {**{f"context_encoder.{k}": v for k, v in context.items()}, **{f"target_encoder.encoder.{k}": v for k, v in target.items()},
              **{f"predictor.net.{k}": v for k, v in predictor.state_dict().items()}}
     trained = [v for k, v in state.items() if v.is_floating_point() and not k.startswith("target_encoder.")] if optimizer else []
-    moments = {i: {"step": torch.tensor(1.0), "exp_avg": torch.randn_like(v), "exp_avg_sq": torch.rand_like(v)} for i, v in enumerate(trained)}
+    moments = {i: {"step": torch.tensor(1.0), "exp_avg": torch.randn_like(v), "exp_avg_sq": torch.rand_like(v)}
+               for i, v in enumerate(trained)}
     groups = [{"lr": 1e-4, "params": list(moments)}] if optimizer else []
     checkpoint = {
-        "epoch": 0, "step": 0, "model_state_dict": state, "optimizer_state_dict": {"state": moments, "param_groups": groups}, "scheduler_state_dict": {},
-        "loss": float("nan"), "config": {"experiment_name": "random_demo_encoder", "seed": seed, "image_size": list(image_size), "patch_size": [4, 16, 16]}}
+        "epoch": 0, "step": 0, "model_state_dict": state,
+        "optimizer_state_dict": {"state": moments, "param_groups": groups}, "scheduler_state_dict": {}, "loss": float("nan"),
+        "config": {"experiment_name": "random_demo_encoder", "seed": seed, "image_size": list(image_size), "patch_size": [4, 16, 16]}}
     b2.write(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -445,9 +447,9 @@ def prepare(cfg):
     elif below(data):
         there = json.loads(Path(data, "phantom.json").read_text())
         if (there.get("effect"), there.get("participants")) != (cfg.demo.effect, cfg.demo.participants):
-            raise ValueError(f"{data} holds {there.get('participants')} participants with {there.get('effect')} effect, but the configuration asks for "
-                             f"demo.participants={cfg.demo.participants}, demo.effect={cfg.demo.effect}; remove the folder, or set demo.dir and "
-                             "paths.data to another one")
+            raise ValueError(f"{data} holds {there.get('participants')} participants with {there.get('effect')} effect, "
+                             f"but the configuration asks for demo.participants={cfg.demo.participants}, demo.effect={cfg.demo.effect}; "
+                             "remove the folder, or set demo.dir and paths.data to another one")
 
 
 if __name__ == "__main__":

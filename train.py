@@ -51,7 +51,8 @@ import phantom
 
 # keys whose change on resuming does not change the result
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume", "train.save_every", "train.micro_batch",
-            "train.activation_checkpointing", "data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline", "data.max_missing")
+            "train.activation_checkpointing", "data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline",
+            "data.max_missing")
 STRENGTHS = np.logspace(-6, 5, 45)  # C of logistic regression: what DINOv2's evaluation tries
 NEIGHBOURS = (1, 3, 5, 10, 20, 30, 50)  # k of kNN; more would outnumber the 58 participants of the rarest class
 INSTEAD = "set train.resume=never to replace the run, or paths.run_dir to another one"  # where a run cannot be resumed
@@ -77,7 +78,8 @@ def main(rank, cfg):
     device.seed(cfg.seed, dev)  # for what you add: all that is random here draws from generators of its own
     run_dir, epochs = b2.local_folder(cfg.paths.run_dir, "paths.run_dir"), cfg.train.epochs
     check_run_dir(run_dir, cfg)
-    print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: {cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}")
+    print(f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: "
+          f"{cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}")
     for note in doubts(cfg):
         print(f"note: {note}")
 
@@ -90,7 +92,8 @@ def main(rank, cfg):
     losses.class_weights(train_labels, len(data.CLASSES), cfg.train.class_weights)
     steps = math.ceil(len(train_labels) / cfg.data.batch_size) * cfg.train.epochs
     if cfg.model.head.kind == "network" and (cfg.model.head.hidden or cfg.model.pool_method == "attentive") and steps < 500:
-        print(f"note: data.batch_size={cfg.data.batch_size} makes {steps} steps in all, few for a head that starts knowing nothing; lower it")
+        print(f"note: data.batch_size={cfg.data.batch_size} makes {steps} steps in all, few for a head that starts knowing nothing; "
+              "lower it")
 
     # features of the pretrained encoder: while it is frozen, every volume is encoded once, and the head trains on these
     encoder, size, encoder_hash = evaluation.open_encoder(cfg)
@@ -112,8 +115,9 @@ def main(rank, cfg):
     participants = {s.participant_id: s.label for s in train}
     weights = losses.class_weights(list(participants.values()), len(data.CLASSES), cfg.train.class_weights)
 
-    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS], "manifest_sha256": ledger.sha256[data.MANIFEST],
-                "train_participants": list(participants), "volumes": [len(train), len(val)]}  # what the run is known by
+    identity = {"config": config.to_dict(cfg), "encoder_sha256": encoder_hash, "labels_sha256": ledger.sha256[data.LABELS],
+                "manifest_sha256": ledger.sha256[data.MANIFEST], "train_participants": list(participants),
+                "volumes": [len(train), len(val)]}  # what the run is known by
     if any(vars(cfg.train.sweep).values()) or cfg.train.seeds or cfg.data.cv or cfg.eval.floors or cfg.model.head.kind != "network":
         x_random = None
         if cfg.eval.floors:
@@ -137,8 +141,8 @@ def main(rank, cfg):
         encoder.to(dev)
         encoder.drop_path = cfg.model.drop_path
         encoder.checkpoint = device.checkpointing(dev) if cfg.train.activation_checkpointing else None
-    groups = model.parameter_groups(head, encoder if unfreeze <= epochs else None, cfg.train.lr_head, cfg.train.lr_encoder, cfg.train.layer_decay,
-                                    cfg.train.weight_decay)
+    groups = model.parameter_groups(head, encoder if unfreeze <= epochs else None, cfg.train.lr_head, cfg.train.lr_encoder,
+                                    cfg.train.layer_decay, cfg.train.weight_decay)
     optimizer = getattr(torch.optim, cfg.train.optimizer)(groups)
     loss_of = losses.LOSSES[cfg.train.loss]
     batch_size = min(cfg.data.batch_size, len(train))
@@ -148,7 +152,8 @@ def main(rank, cfg):
         print(f"encoder: {count(encoder)} parameters, trains from epoch {unfreeze} on")
 
     # how far the run is
-    at = {"epoch": 0, "step": steps_per_epoch, "history": [], "best": None, "best_epoch": None, "stop_reference": None, "epochs_without": 0, "wandb": None}
+    at = {"epoch": 0, "step": steps_per_epoch, "history": [], "best": None, "best_epoch": None, "stop_reference": None,
+          "epochs_without": 0, "wandb": None}
     last = resume(run_dir, identity, {*at, "head", "optimizer"}) if cfg.train.resume == "auto" else None
     if last:
         try:
@@ -162,7 +167,8 @@ def main(rank, cfg):
         print(f"resuming after {position(at, steps_per_epoch)} of {run_dir}")
     starts = device.gather([at["epoch"], at["step"]], dev)
     if any(start != starts[0] for start in starts):
-        raise ValueError(f"the replicas would go on after [epoch, step] {starts}: every host needs the same {os.path.join(run_dir, 'last.pt')}; copy that of host 0")
+        raise ValueError(f"the replicas would go on after [epoch, step] {starts}: "
+                         f"every host needs the same {os.path.join(run_dir, 'last.pt')}; copy that of host 0")
 
     wandb_run = start_wandb(cfg, run_dir, rank, at["wandb"])  # first, for it may refuse, and an earlier run should then still be there
     at["wandb"] = wandb_run.id
@@ -205,7 +211,8 @@ def main(rank, cfg):
         if first_step and rank == 0:
             seen, sums = last["seen"].to(dev), last["sums"].to(dev)
 
-        bar = tqdm(total=steps_per_epoch, initial=first_step, desc=f"epoch {epoch}", unit="step", leave=False, disable=rank > 0 or not encoder_trains)
+        bar = tqdm(total=steps_per_epoch, initial=first_step, desc=f"epoch {epoch}", unit="step", leave=False,
+                   disable=rank > 0 or not encoder_trains)
         with bar, contextlib.closing(volumes_of(train, parts[first_step:], size, cfg, augment)) as volumes:
             for step in range(first_step, steps_per_epoch):
                 for group in optimizer.param_groups:
@@ -228,7 +235,8 @@ def main(rank, cfg):
                     loss = (row_losses * (weights[targets] * (rows >= 0) / whole).to(dev)).sum()
                     loss.backward()
                     with torch.no_grad():
-                        row_seen = torch.cat([row_losses[:, None], (logits - head.log_prior).softmax(dim=1)], dim=1) * (rows >= 0).to(dev)[:, None]  # (b, 1 + num_classes)
+                        row_seen = (torch.cat([row_losses[:, None], (logits - head.log_prior).softmax(dim=1)], dim=1)
+                                    * (rows >= 0).to(dev)[:, None])  # (b, 1 + num_classes)
                         seen.index_add_(0, rows.clamp(min=0).to(dev), row_seen)
                         sums[0] += loss * len(batches[step])
                     if rows is not parts[step][-1][1]:
@@ -255,12 +263,15 @@ def main(rank, cfg):
         ids, y_val, p_val = evaluation.by_participant(val, evaluation.predict(head, x_val))
         check_finite(torch.from_numpy(p_val), at, cfg)
         record = epoch_record(epoch, train, device.all_sum(seen).cpu(), torch.cat(batches), y_val, p_val)
-        record |= {f"train/lr_{part}": max([g["lr"] for g in optimizer.param_groups if g["part"] == part], default=0.0) for part in ("head", "encoder")}
+        record |= {f"train/lr_{part}": max([g["lr"] for g in optimizer.param_groups if g["part"] == part], default=0.0)
+                   for part in ("head", "encoder")}
         record |= {"train/loss": train_loss / len(train), "train/grad_norm": grad_norm / steps_per_epoch}
         now = (record["val/balanced_accuracy"], record["val/loss"])
         is_best = record["best"] = at["best"] is None or better(now, at["best"])
-        if at["stop_reference"] is None or better(now, at["stop_reference"], cfg.train.early_stopping.min_delta) or epoch <= unfreeze <= epochs:
-            at |= {"stop_reference": now, "epochs_without": 0}  # patience begins when the encoder does: at first it costs some of the head's score
+        if (at["stop_reference"] is None or better(now, at["stop_reference"], cfg.train.early_stopping.min_delta)
+                or epoch <= unfreeze <= epochs):
+            # patience begins when the encoder does: at first it costs some of the head's score
+            at |= {"stop_reference": now, "epochs_without": 0}
         else:
             at["epochs_without"] += 1
         if is_best:
@@ -284,7 +295,8 @@ def main(rank, cfg):
 
     print(f"best: epoch {at['best_epoch']}, val balanced accuracy {at['best'][0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
     if ledger.unreadable:
-        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
+        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n"
+              f"{data.unreadable_table(ledger)}")
     finish_wandb(wandb_run, rank, cfg, run_dir, ledger)
     device.barrier(dev)  # nobody ends before rank 0 has written all
 
@@ -297,9 +309,11 @@ def epoch_record(epoch, train, seen, drawn, y_val, p_val):
     """
     seen, draws, labels = seen.double(), drawn.bincount(minlength=len(train)), torch.tensor([s.label for s in train])
     there = draws.nonzero().flatten()  # a stratified epoch leaves some out
-    _, y_train, p_train = evaluation.by_participant([train[i] for i in there], (seen[there, 1:] / seen[there, 1:].sum(dim=1, keepdim=True)).numpy())
+    _, y_train, p_train = evaluation.by_participant([train[i] for i in there],
+                                                    (seen[there, 1:] / seen[there, 1:].sum(dim=1, keepdim=True)).numpy())
     val_score = metrics.score(y_val, p_val)
-    (train_accuracy,), _ = metrics.quick_scores(y_train, p_train[None])  # all scores compare all pairs of participants, which thousands would feel
+    # all scores compare all pairs of participants, which thousands would feel
+    (train_accuracy,), _ = metrics.quick_scores(y_train, p_train[None])
     predicted = np.bincount(p_train.argmax(axis=1), minlength=len(data.CLASSES))
     drawn_of, loss_of = ([values[labels == k].sum().item() for k in range(len(data.CLASSES))] for values in (draws, seen[:, 0]))
     return {
@@ -327,20 +341,23 @@ def start_head(cfg, seed, x_train):
 
 
 def last_layer(head, x_train, train, is_ordinal):
-    """Weight (num_classes, C) and bias (num_classes,) that the last layer starts from: model.discriminant of what it is given; of an MLP as they are."""
+    """Weight (num_classes, C) and bias (num_classes,) that the last layer starts from: model.discriminant of what it is given;
+    of an MLP as they are."""
     if any(isinstance(layer, torch.nn.Linear) for layer in list(head)[:-1]):  # on tiny random hidden units it would need huge weights
         return (model.ordinal(head[-1].weight) if is_ordinal else head[-1].weight), head[-1].bias
     place = {i: n for n, i in enumerate(dict.fromkeys(s.participant_id for s in train))}
     x, views = x_train.flatten(0, 1), x_train.shape[1]
     for layer in list(head.eval())[:-1]:
         x = layer(x)
-    labels, participants = (torch.tensor(values).repeat_interleave(views) for values in ([s.label for s in train], [place[s.participant_id] for s in train]))
+    labels, participants = (torch.tensor(values).repeat_interleave(views)
+                            for values in ([s.label for s in train], [place[s.participant_id] for s in train]))
     with torch.no_grad():
         return model.discriminant(x.detach(), labels, participants, len(data.CLASSES), is_ordinal)
 
 
 def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_train, x_random):
-    """Fit all heads that the config asks for and save the one that validation chooses as a run's best. On the CPU; every replica does the same.
+    """Fit all heads that the config asks for and save the one that validation chooses as a run's best. On the CPU; every replica
+    does the same.
 
     x (volumes, views, C): of train, and of samples (train, then val) where they are cross-validated. x_val (volumes, C).
     x_random (volumes, C): of samples, by a random encoder, for eval.floors.
@@ -360,15 +377,18 @@ def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_
     floors = {}
     if cfg.eval.floors:
         floors["random encoder"] = fit_heads(cfg, seeds[0], x_random[:num_train, None], train, x_random[num_train:], val)[0].state_dict()
-        floors["shuffled labels"] = fit_heads(cfg, seeds[0], x[:num_train], shuffled(train, cfg.seed), x_val, shuffled(val, cfg.seed))[0].state_dict()
+        floors["shuffled labels"] = fit_heads(cfg, seeds[0], x[:num_train], shuffled(train, cfg.seed),
+                                              x_val, shuffled(val, cfg.seed))[0].state_dict()
     torch.set_num_threads(threads)
 
     head, history, predictions, rows = fits[0]
     best = next(row for row in rows if row["chosen"])
     if rank == 0:
         prepare_run_dir(run_dir, cfg, ledger, identity["encoder_sha256"], dev, None)
-        content = {**identity, "epoch": best["best_epoch"], "head": head.state_dict(), **scores_of(history[best["best_epoch"] - 1], *predictions), "sweep": best,
-                   "repeats": [{"seed": seed, "head": fit[0].state_dict()} for seed, fit in zip(seeds, fits)], **({"floors": floors} if floors else {})}
+        content = {**identity, "epoch": best["best_epoch"], "head": head.state_dict(),
+                   **scores_of(history[best["best_epoch"] - 1], *predictions), "sweep": best,
+                   "repeats": [{"seed": seed, "head": fit[0].state_dict()} for seed, fit in zip(seeds, fits)],
+                   **({"floors": floors} if floors else {})}
         if cfg.model.head.kind == "knn":
             content["train_balanced_accuracy"] = None  # everybody is their own nearest neighbour there
         for name in (evaluation.BEST, "last.pt"):  # the latter says that the run is finished
@@ -381,32 +401,39 @@ def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_
             b2.write(os.path.join(run_dir, "predictions_cv.csv"), evaluation.predictions_csv(*held_out(folds, seeds[0])))
         for record in history:
             wandb_run.log(record)
-    swept = [name for name in best if name not in ("best_epoch", "val_balanced_accuracy", "val_loss", "chosen") and len({str(row[name]) for row in rows}) > 1]
+    swept = [name for name in best if name not in ("best_epoch", "val_balanced_accuracy", "val_loss", "chosen")
+             and len({str(row[name]) for row in rows}) > 1]
 
     def described(row):
         epoch = [f"epoch {row['best_epoch']}"] if cfg.model.head.kind == "network" else []
         return ", ".join(epoch + [f"{name} {row[name]:.3g}" if type(row[name]) is float else f"{name} {row[name]}" for name in swept])
 
     for row in rows[:5]:
-        print(f"  val bal.acc {row['val_balanced_accuracy']:.3f} loss {row['val_loss']:.3f}  {described(row)}{'  *' if row['chosen'] else ''}")
+        print(f"  val bal.acc {row['val_balanced_accuracy']:.3f} loss {row['val_loss']:.3f}  "
+              f"{described(row)}{'  *' if row['chosen'] else ''}")
     if cfg.model.head.kind == "network":
         print(epoch_lines(history[best["best_epoch"] - 1], cfg.train.epochs))
-    print(f"best of {len(rows)}: {described(best)}; val balanced accuracy {best['val_balanced_accuracy']:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
+    print(f"best of {len(rows)}: {described(best)}; val balanced accuracy {best['val_balanced_accuracy']:.3f}; "
+          f"saved as {os.path.join(run_dir, evaluation.BEST)}")
     if len(seeds) > 1:
-        print(f"over {len(seeds)} seeds: val balanced accuracy {mean_and_sd([row['val_balanced_accuracy'] for fit in fits for row in fit[3] if row['chosen']])}")
+        print(f"over {len(seeds)} seeds: val balanced accuracy "
+              f"{mean_and_sd([row['val_balanced_accuracy'] for fit in fits for row in fit[3] if row['chosen']])}")
     for seed in seeds if folds else ():
         ids, y, p = held_out(folds, seed)
-        print(f"{cfg.data.cv}-fold cross-validation{f', seed {seed}' if len(seeds) > 1 else ''}: balanced accuracy {metrics.score(y, p)['balanced_accuracy']:.3f} on {len(ids)} "
-              f"participants, each held out once; folds {mean_and_sd([row['held_out_balanced_accuracy'] for row, *_ in folds if row['seed'] == seed])}")
+        print(f"{cfg.data.cv}-fold cross-validation{f', seed {seed}' if len(seeds) > 1 else ''}: "
+              f"balanced accuracy {metrics.score(y, p)['balanced_accuracy']:.3f} on {len(ids)} participants, each held out once; "
+              f"folds {mean_and_sd([row['held_out_balanced_accuracy'] for row, *_ in folds if row['seed'] == seed])}")
     if ledger.unreadable:
-        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n{data.unreadable_table(ledger)}")
+        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n"
+              f"{data.unreadable_table(ledger)}")
     finish_wandb(wandb_run, rank, cfg, run_dir, ledger)
     device.barrier(dev)
 
 
 def scores_of(record, ids, y_val, p_val):
     """What a checkpoint says of its epoch: its scores, and its answers on validation, to which eval.py fits a temperature."""
-    return {"val_balanced_accuracy": record["val/balanced_accuracy"], "val_loss": record["val/loss"], "train_balanced_accuracy": record["train/balanced_accuracy"],
+    return {"val_balanced_accuracy": record["val/balanced_accuracy"], "val_loss": record["val/loss"],
+            "train_balanced_accuracy": record["train/balanced_accuracy"],
             "val_predictions": {"participant_id": ids, "y_true": y_val.tolist(), "p": torch.from_numpy(p_val)}}
 
 
@@ -438,7 +465,8 @@ def cross_validate(cfg, seeds, x, samples):
     """
     ids, y, _ = evaluation.by_participant(samples, np.zeros((len(samples), 1)))
     if np.bincount(y, minlength=len(data.CLASSES)).min() < cfg.data.cv:
-        raise ValueError(f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; there are {np.bincount(y).tolist()}")
+        raise ValueError(f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; "
+                         f"there are {np.bincount(y).tolist()}")
     found = []
     for seed in seeds:
         folds = StratifiedKFold(cfg.data.cv, shuffle=True, random_state=seed).split(ids, y)
@@ -464,7 +492,8 @@ def held_out(folds, seed):
 
 
 def fit_heads(cfg, seed, x_train, train, x_val, val):
-    """Every head that the config names -> (that which x_val chooses, its history, its (ids, y_true, probabilities) of val, rows of sweep.csv, best first)."""
+    """Every head that the config names -> (that which x_val chooses, its history, its (ids, y_true, probabilities) of val,
+    rows of sweep.csv, best first)."""
     if cfg.model.head.kind == "network":
         fitted = sweep(cfg, seed, grid_of(cfg), start_head(cfg, seed, x_train), x_train, train, x_val, val)
     else:
@@ -480,7 +509,8 @@ def references(cfg, x_train, train, x_val, val):
     weights = losses.class_weights(list({s.participant_id: s.label for s in train}.values()), len(data.CLASSES), cfg.train.class_weights)
     x, y = x_train.flatten(0, 1), labels.repeat_interleave(views)
     candidates, best = [], None
-    for strength in tqdm(NEIGHBOURS if cfg.model.head.kind == "knn" else STRENGTHS, desc=cfg.model.head.kind, leave=False, mininterval=0.5, disable=device.rank() > 0):
+    for strength in tqdm(NEIGHBOURS if cfg.model.head.kind == "knn" else STRENGTHS, desc=cfg.model.head.kind, leave=False,
+                         mininterval=0.5, disable=device.rank() > 0):
         head = evaluation.new_head(cfg, len(x))
         if cfg.model.head.kind == "knn":
             if strength > len(x):
@@ -499,8 +529,8 @@ def references(cfg, x_train, train, x_val, val):
     p = torch.from_numpy(evaluation.predict(head, x_train[:, 0]))  # (volumes, num_classes)
     loss = torch.from_numpy(metrics.negative_log(p.numpy()))[torch.arange(len(train)), labels]
     record = epoch_record(1, train, torch.cat([loss[:, None], p], dim=1), torch.arange(len(train)), *predictions[1:])
-    record |= {"train/lr_head": 0.0, "train/lr_encoder": 0.0, "train/loss": (loss * weights[labels]).sum().item() / weights[labels].sum().item(),
-               "train/grad_norm": 0.0, "best": True}
+    record |= {"train/lr_head": 0.0, "train/lr_encoder": 0.0,
+               "train/loss": (loss * weights[labels]).sum().item() / weights[labels].sum().item(), "train/grad_norm": 0.0, "best": True}
     return head, [record], predictions, candidates
 
 
@@ -521,7 +551,8 @@ def runs(values):
 
 
 def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
-    """Train a head for each setting of the grid, all at once -> (best head, its history, its (ids, y_true, probabilities) of val, rows of sweep.csv).
+    """Train a head for each setting of the grid, all at once -> (best head, its history, its (ids, y_true, probabilities) of val,
+    rows of sweep.csv).
 
     x_train (volumes, views, C), x_val (volumes, C): features of a frozen encoder, or tokens (..., T, C). The heads' parameters are
     stacked, (G, ...), and a step is one computation for all of them; each becomes what it would alone. Validation chooses head and epoch.
@@ -539,12 +570,14 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
     with torch.no_grad():
         starts = {is_ordinal: last_layer(head, x_train, train, is_ordinal) for is_ordinal in {h["ordinal"] for h in grid}}
         weight.copy_(torch.stack([starts[h["ordinal"]][0] for h in grid]))
-        params[f"{len(head) - 1}.bias"].copy_(torch.stack([starts[h["ordinal"]][1] + best_constant(log_prior, w, h["loss"]) for w, h in zip(class_weights, grid)]))
+        params[f"{len(head) - 1}.bias"].copy_(torch.stack([starts[h["ordinal"]][1] + best_constant(log_prior, w, h["loss"])
+                                                           for w, h in zip(class_weights, grid)]))
     heads_of_loss = runs([h["loss"] for h in grid])
     ordinal_heads = [heads for is_ordinal, heads in runs([h["ordinal"] for h in grid]) if is_ordinal]
     rates, decays = torch.tensor([h["lr_head"] for h in grid]), torch.tensor([h["weight_decay"] for h in grid])  # (G,)
     updates = [torch.zeros_like(p) for p in params.values()]
-    optimizer = torch.optim.AdamW(updates, lr=1, weight_decay=0, fused=True)  # says where to; each head goes there at its own rate, and decays at its own
+    # says where to; each head goes there at its own rate, and decays at its own
+    optimizer = torch.optim.AdamW(updates, lr=1, weight_decay=0, fused=True)
 
     def logits_of(x, noise=None):
         """x (b, C) or (b, T, C) -> (G, b, num_classes)."""
@@ -574,14 +607,17 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
     ids, y_val, _ = evaluation.by_participant(val, np.zeros((len(val), num_classes)))
     place = {i: n for n, i in enumerate(ids)}
     person = torch.tensor([place[s.participant_id] for s in val])  # (volumes,)
-    best, best_epoch, reference, without, stopped = [None] * num_heads, [0] * num_heads, [None] * num_heads, [0] * num_heads, [math.inf] * num_heads
+    best, best_epoch, reference, without, stopped = (
+        [None] * num_heads, [0] * num_heads, [None] * num_heads, [0] * num_heads, [math.inf] * num_heads)
     best_params = {name: p.detach().clone() for name, p in params.items()}
     log = []
     patience = cfg.train.early_stopping.patience if cfg.train.early_stopping.enabled else math.inf
-    for epoch in tqdm(range(1, epochs + 1), desc=f"{num_heads} heads", unit="epoch", leave=False, mininterval=0.5, disable=device.rank() > 0):
+    for epoch in tqdm(range(1, epochs + 1), desc=f"{num_heads} heads", unit="epoch", leave=False, mininterval=0.5,
+                      disable=device.rank() > 0):
         head.train()
         order, x_epoch = data.epoch_order(labels, cfg.data.sampler, seed, epoch), view_of_epoch(x_train, seed, epoch)
-        drawn, sums = torch.empty(num_heads, len(order), 1 + num_classes), torch.zeros(2, num_heads)  # loss and logits of every draw; sums as in main
+        # loss and logits of every draw; sums as in main
+        drawn, sums = torch.empty(num_heads, len(order), 1 + num_classes), torch.zeros(2, num_heads)
         for step, batch in enumerate(order.split(batch_size)):
             targets = labels[batch]
             factor = lr_at((epoch - 1) * steps_per_epoch + step, epochs * steps_per_epoch, cfg.train.warmup_epochs * steps_per_epoch, 1.0)
@@ -599,7 +635,8 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
                 drawn[:, step * batch_size:][:, :len(batch), 0], drawn[:, step * batch_size:][:, :len(batch), 1:] = row_losses, logits
                 clip = (cfg.train.grad_clip / (norm + 1e-6)).clamp(max=1)  # (G,)
                 for update, g in zip(updates, gradients):
-                    update.grad = (g * along(clip, g) if cfg.train.grad_clip else g).contiguous()  # the fused kernel reads nothing else rightly
+                    # the fused kernel reads nothing else rightly
+                    update.grad = (g * along(clip, g) if cfg.train.grad_clip else g).contiguous()
                     update.zero_()
                 optimizer.step()
                 for p, update in zip(params.values(), updates):
@@ -611,7 +648,9 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
             p = (logits_of(x_val) - subtracted).double().softmax(dim=2)  # (G, volumes, num_classes)
             p_val = torch.zeros(num_heads, len(ids), num_classes, dtype=torch.float64).index_add_(1, person, p)
             p_val = p_val / person.bincount()[:, None]  # (G, participants, num_classes)
-        diverged, p_val = ~(torch.isfinite(sums).all(dim=0) & torch.isfinite(p_val).flatten(1).all(dim=1)), p_val.numpy()  # (G,); the others do not feel it
+        diverged, p_val = (
+            ~(torch.isfinite(sums).all(dim=0) & torch.isfinite(p_val).flatten(1).all(dim=1)),  # (G,); the others do not feel it
+            p_val.numpy())
         log.append((drawn, sums, factor, order, p_val))
         improved = []
         for g, now in enumerate(zip(*metrics.quick_scores(y_val, p_val))):
@@ -646,14 +685,14 @@ def sweep(cfg, seed, grid, head, x_train, train, x_val, val):
         p = (drawn[chosen, :, 1:] - subtracted[chosen]).softmax(dim=1)  # (draws, num_classes)
         seen = torch.zeros(len(train), 1 + num_classes).index_add_(0, order, torch.cat([drawn[chosen, :, :1], p], dim=1))
         record = epoch_record(epoch, train, seen, order, y_val, p_val[chosen])
-        record |= {"train/lr_head": grid[chosen]["lr_head"] * factor, "train/lr_encoder": 0.0, "train/loss": sums[0, chosen].item() / len(train),
-                   "train/grad_norm": sums[1, chosen].item() / steps_per_epoch}
+        record |= {"train/lr_head": grid[chosen]["lr_head"] * factor, "train/lr_encoder": 0.0,
+                   "train/loss": sums[0, chosen].item() / len(train), "train/grad_norm": sums[1, chosen].item() / steps_per_epoch}
         now = (record["val/balanced_accuracy"], record["val/loss"])
         record["best"] = running is None or better(now, running)
         running = now if record["best"] else running
         history.append(record)
-    rows = [{**h, "best_epoch": best_epoch[g], "val_balanced_accuracy": (best[g] or (math.nan,))[0], "val_loss": (best[g] or (math.nan,))[-1],
-             "chosen": g == chosen} for g, h in enumerate(grid)]  # nan: diverged at once
+    rows = [{**h, "best_epoch": best_epoch[g], "val_balanced_accuracy": (best[g] or (math.nan,))[0],
+             "val_loss": (best[g] or (math.nan,))[-1], "chosen": g == chosen} for g, h in enumerate(grid)]  # nan: diverged at once
     return head, history, (ids, y_val, log[best_epoch[chosen] - 1][4][chosen]), rows
 
 
@@ -680,9 +719,11 @@ def log_prior_of(labels, sampler):
 def best_constant(log_prior, class_weights, loss):
     """Logits (num_classes,) of the best answer that looks at nothing, as losses.LOSSES[loss] and these class weights see it.
 
-    The last bias starts with it, as in Lin et al. 2017, section 4.1: otherwise a slow head has not learned the prior yet when logit adjustment takes it away.
+    The last bias starts with it, as in Lin et al. 2017, section 4.1: otherwise a slow head has not learned the prior yet when
+    logit adjustment takes it away.
     """
-    logits = (log_prior.exp() * class_weights).clamp(min=1e-3).log() - (log_prior.clamp(min=math.log(1e-3)) if loss == "balanced_softmax" else 0)
+    logits = ((log_prior.exp() * class_weights).clamp(min=1e-3).log()
+              - (log_prior.clamp(min=math.log(1e-3)) if loss == "balanced_softmax" else 0))
     return logits - logits.mean()
 
 
@@ -707,8 +748,9 @@ def check_finite(values, at, cfg):
     """values on the host; ValueError before weights that are no numbers any more are saved."""
     values = values.cpu()
     if not torch.isfinite(values).all():
-        raise ValueError(f"train loss, gradient or prediction is not finite in epoch {at['epoch']}; lower train.lr_head={cfg.train.lr_head} or "
-                         f"train.lr_encoder={cfg.train.lr_encoder}, or look at train.class_weights")
+        raise ValueError(f"train loss, gradient or prediction is not finite in epoch {at['epoch']}; "
+                         f"lower train.lr_head={cfg.train.lr_head} or train.lr_encoder={cfg.train.lr_encoder}, "
+                         "or look at train.class_weights")
     return values
 
 
@@ -724,12 +766,13 @@ def doubts(cfg):
     for part, first in (("head", 1), ("encoder", first_epoch_of_encoder(cfg))):
         if first <= cfg.train.epochs <= cfg.train.warmup_epochs + first - 1:
             yield f"train.warmup_epochs={cfg.train.warmup_epochs} lasts all {cfg.train.epochs - first + 1} epochs of the {part}"
-    corrections = {"data.sampler=stratified": cfg.data.sampler == "stratified", f"train.class_weights={cfg.train.class_weights}": cfg.train.class_weights != "none",
+    corrections = {"data.sampler=stratified": cfg.data.sampler == "stratified",
+                   f"train.class_weights={cfg.train.class_weights}": cfg.train.class_weights != "none",
                    f"train.loss={cfg.train.loss}": cfg.train.loss in ("logit_adjustment", "balanced_softmax")}
     twice = [name for name, is_on in corrections.items() if is_on]
     if len(twice) > 1:
-        yield (f"{' and '.join(twice)} correct the imbalance {'twice' if len(twice) == 2 else 'three times'}; keep one, and set the others to "
-               "data.sampler=shuffle, train.class_weights=none, train.loss=ce")
+        yield (f"{' and '.join(twice)} correct the imbalance {'twice' if len(twice) == 2 else 'three times'}; "
+               "keep one, and set the others to data.sampler=shuffle, train.class_weights=none, train.loss=ce")
 
 
 def count(module):
@@ -749,8 +792,8 @@ def epoch_lines(record, epochs):
     return (f"epoch {record['epoch']:3d}/{epochs}  train loss {record['train/loss']:.3f} bal.acc {record['train/balanced_accuracy']:.3f}   "
             f"val loss {record['val/loss']:.3f} acc {record['val/accuracy']:.3f} bal.acc {record['val/balanced_accuracy']:.3f} "
             f"macro F1 {record['val/macro_f1']:.3f}   gap {record['gap/balanced_accuracy']:+.3f}{'  *' if record['best'] else ''}\n"
-            f"    {lr}  gradient {record['train/grad_norm']:.2g}   by class: drawn {by_class('train/drawn', '{}')}, loss {by_class('train/loss', '{:.2f}')}, "
-            f"predicted on val {by_class('val/predicted_share', '{:.0%}')}")
+            f"    {lr}  gradient {record['train/grad_norm']:.2g}   by class: drawn {by_class('train/drawn', '{}')}, "
+            f"loss {by_class('train/loss', '{:.2f}')}, predicted on val {by_class('val/predicted_share', '{:.0%}')}")
 
 
 # ------------------------------------------------------------------------------------------- the run folder and W&B
@@ -763,8 +806,8 @@ def check_run_dir(run_dir, cfg):
         raise ValueError(f"paths.run_dir={run_dir} is not a run's folder and not empty; set paths.run_dir to another one")
     checkpoint = os.path.realpath(os.path.expanduser(cfg.paths.checkpoint_path))
     if not b2.is_remote(cfg.paths.checkpoint_path) and checkpoint.startswith(os.path.realpath(run_dir) + os.sep):
-        raise ValueError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} lies in paths.run_dir={run_dir}, where an earlier run is replaced; "
-                         "set paths.run_dir to another one")
+        raise ValueError(f"paths.checkpoint_path={cfg.paths.checkpoint_path} lies in paths.run_dir={run_dir}, "
+                         "where an earlier run is replaced; set paths.run_dir to another one")
 
 
 def resume(run_dir, identity, keys):
@@ -781,7 +824,8 @@ def resume(run_dir, identity, keys):
         raise ValueError(f"{error}; {INSTEAD}") from error
     old, new = (config.flatten(part["config"]) for part in (last, identity))
     changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key] and not key.startswith(HARMLESS)]
-    changed += [f"{what} is another" for what in ("encoder_sha256", "labels_sha256", "manifest_sha256", "train_participants", "volumes") if last[what] != identity[what]]
+    changed += [f"{what} is another" for what in ("encoder_sha256", "labels_sha256", "manifest_sha256", "train_participants", "volumes")
+                if last[what] != identity[what]]
     if changed:
         raise ValueError(f"{run_dir} holds a run whose result this would change: {'; '.join(changed)}; set that back, or {INSTEAD}")
     return last
@@ -797,10 +841,13 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
         b2.write(os.path.join(run_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in last["history"]))
         with open(os.path.join(run_dir, "provenance.json"), encoding="utf-8") as f:
             provenance = json.load(f)
-        provenance.setdefault("resumed", []).append({"after_epoch": last["epoch"], "after_step": last["step"], "command": command(), "device": device.describe(dev), "world_size": device.world()})
+        provenance.setdefault("resumed", []).append({"after_epoch": last["epoch"], "after_step": last["step"], "command": command(),
+                                                     "device": device.describe(dev), "world_size": device.world()})
         b2.write(os.path.join(run_dir, "provenance.json"), json.dumps(provenance, indent=1) + "\n")
         return
-    earlier = [os.path.join(run_dir, name) for name in (evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "sweep.csv", "cv.csv", "predictions_cv.csv", "config.yaml", "ledger.csv")]
+    earlier = [os.path.join(run_dir, name) for name in (
+        evaluation.BEST, "last.pt", "metrics.jsonl", "predictions_val.csv", "sweep.csv", "cv.csv", "predictions_cv.csv",
+        "config.yaml", "ledger.csv")]
     earlier = [path for path in earlier if os.path.exists(path)]
     remove_evaluations(run_dir)
     if earlier:
@@ -836,9 +883,11 @@ def prepare_run_dir(run_dir, cfg, ledger, encoder_hash, dev, last):
 def remove_evaluations(run_dir):
     """Remove what eval.py wrote of a checkpoint that is there no longer."""
     names = ["report.html", "plots/training.png", "plots/shares.png", "predictions_test.csv"]
-    names += [name for split in ("val", "test") for name in (f"eval_{split}.json", *(f"plots/{plot}_{split}.png" for plot in ("confusion", "roc", "reliability")))]
+    names += [name for split in ("val", "test") for name in (
+        f"eval_{split}.json", *(f"plots/{plot}_{split}.png" for plot in ("confusion", "roc", "reliability")))]
     for folder in (run_dir, os.path.join(run_dir, "last")):
-        for name in (*names, *(("predictions_val.csv", "ledger.csv") if folder != run_dir else ())):  # of the run folder itself, training writes these
+        # of the run folder itself, training writes these
+        for name in (*names, *(("predictions_val.csv", "ledger.csv") if folder != run_dir else ())):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
 
@@ -848,7 +897,10 @@ def command():
 
 
 def start_wandb(cfg, run_dir, rank, earlier):
-    """The W&B run, or an object that ignores everything when log.wandb=disabled, and on ranks above 0. earlier: id of the run to go on with."""
+    """The W&B run, or an object that ignores everything when log.wandb=disabled, and on ranks above 0.
+
+    earlier: id of the run to go on with.
+    """
     if cfg.log.wandb == "disabled" or rank:
         return SimpleNamespace(id=earlier, log=lambda record: None)
     try:
@@ -860,15 +912,18 @@ def start_wandb(cfg, run_dir, rank, earlier):
         host = urllib.parse.urlparse(wandb.Settings().base_url).hostname
         logins = os.environ.get("NETRC", os.path.expanduser("~/.netrc"))  # where `wandb login` puts the key
         try:
-            has_key = bool(os.environ.get("WANDB_API_KEY")) or os.path.exists(logins) and netrc.netrc(logins).authenticators(host) is not None
+            has_key = (bool(os.environ.get("WANDB_API_KEY"))
+                       or os.path.exists(logins) and netrc.netrc(logins).authenticators(host) is not None)
         except netrc.NetrcParseError as error:
             raise ValueError(f"log.wandb=auto looks for a key, but {error}; mend the file, or set log.wandb=offline") from error
         mode = "online" if has_key else "offline"
     os.makedirs(run_dir, exist_ok=True)
     try:
-        return wandb.init(project=cfg.log.wandb_project, name=cfg.log.run_name, mode=mode, dir=run_dir, config=config.to_dict(cfg), id=earlier, resume="allow" if earlier else None,
+        return wandb.init(project=cfg.log.wandb_project, name=cfg.log.run_name, mode=mode, dir=run_dir, config=config.to_dict(cfg),
+                          id=earlier, resume="allow" if earlier else None,
                           group=os.path.splitext(os.path.basename(cfg.paths.checkpoint_path))[0],
-                          tags=["probe" if first_epoch_of_encoder(cfg) > cfg.train.epochs else "finetune", cfg.model.head.kind, cfg.model.pool_method, cfg.data.scanner])
+                          tags=["probe" if first_epoch_of_encoder(cfg) > cfg.train.epochs else "finetune", cfg.model.head.kind,
+                                cfg.model.pool_method, cfg.data.scanner])
     except wandb.Error as error:
         raise ValueError(f"W&B did not start: {error}; mend that, or set log.wandb=offline") from error
 
@@ -886,9 +941,10 @@ def finish_wandb(run, rank, cfg, run_dir, ledger):
         result["alarms"] += metrics.gap_alarm(saved["train_balanced_accuracy"], saved["val_balanced_accuracy"])
     header, *rows = csv.reader(io.StringIO(data.ledger_csv(ledger)))
     curves = {name: roc_curve(np.array(y) == k, p[:, k])[:2] for k, name in enumerate(data.CLASS_NAMES) if 0 < y.count(k) < len(y)}
-    run.log({"val/confusion_matrix": wandb.plot.confusion_matrix(y_true=y, preds=p.argmax(axis=1).tolist(), class_names=list(data.CLASS_NAMES)),
-             "val/roc": wandb.plot.line_series(*([c[axis].tolist() for c in curves.values()] for axis in (0, 1)), keys=list(curves), title="ROC, one against the rest",
-                                              xname="false positives"),
+    run.log({"val/confusion_matrix": wandb.plot.confusion_matrix(y_true=y, preds=p.argmax(axis=1).tolist(),
+                                                                 class_names=list(data.CLASS_NAMES)),
+             "val/roc": wandb.plot.line_series(*([c[axis].tolist() for c in curves.values()] for axis in (0, 1)), keys=list(curves),
+                                               title="ROC, one against the rest", xname="false positives"),
              "ledger": wandb.Table(columns=header, data=rows)})
     run.summary.update({"best_epoch": saved["epoch"], "alarms": result["alarms"]})
     for name in metrics.SCORES:
