@@ -4,9 +4,10 @@
 
 A file of the full-size encoder with random weights: context and target encoder, predictor, the optimizer's moments. Each process
 calls model.load_encoder; its private memory is Private_Dirty of /proc/self/smaps_rollup, at most (sampled) and at the end, beside
-what it had before (Python and torch); the cost is the difference. The file has left the page cache before; how much the disk is then asked for, by all processes together, shows that
-they share it. Times stand beside one process that reads the same bytes, from the disk and from the cache. Exits 1 when
-that costs a process more than 0.5 GB at any time, or the disk is asked for more than the file has.
+what it had before (Python and torch); the cost is the difference. The file has left the page cache before; how much the disk is
+then asked for, by all processes together, shows that they share it. Times stand beside one process that reads the same bytes, from
+the disk and from the cache. Exits 1 when that costs a process more than 0.5 GB at any time, or the disk is asked for more than the
+file has.
 """
 
 import argparse
@@ -60,13 +61,15 @@ def load(path, processes):
     watcher.join()
     after = private()
     peak, clean = (max(values) for values in zip(*samples, after))
-    print(json.dumps([seconds, before[0], peak, after[0], clean, from_disk() - disk, sum(p.numel() for p in encoder.parameters())]), flush=True)
+    print(json.dumps([seconds, before[0], peak, after[0], clean, from_disk() - disk, sum(p.numel() for p in encoder.parameters())]),
+          flush=True)
     sys.stdin.readline()  # the others are still to load: what is shared stays shared
 
 
 def load_in(count, path):
     """-> results of `count` processes that begin together."""
-    processes = [subprocess.Popen([sys.executable, __file__, "--load", path, "--processes", str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    processes = [subprocess.Popen([sys.executable, __file__, "--load", path, "--processes", str(count)],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     for process in processes:
         if process.stdout.readline() != "ready\n":
             sys.exit("a process that was to load the checkpoint failed")
@@ -117,8 +120,10 @@ def main():
             if name == "from the disk":
                 forget(path)
             times[name] = read(path, int(encoder * 1e9))
-    print(f"checkpoint of {size:.2f} GB, encoder {encoder * 1e9 / 4:,.0f} parameters, {encoder:.2f} GB; {args.processes} processes on {os.cpu_count()} cores")
-    print(f"{'':<22}{'slowest':>9}{'reading that much':>19}{'private before':>16}{'at most':>9}{'after':>9}{'cost':>9}{'(clean)':>9}{'disk, all processes':>21}")
+    print(f"checkpoint of {size:.2f} GB, encoder {encoder * 1e9 / 4:,.0f} parameters, {encoder:.2f} GB; "
+          f"{args.processes} processes on {os.cpu_count()} cores")
+    print(f"{'':<22}{'slowest':>9}{'reading that much':>19}{'private before':>16}{'at most':>9}{'after':>9}"
+          f"{'cost':>9}{'(clean)':>9}{'disk, all processes':>21}")
     for name, results in rows:
         _, before, most, after, clean, disk, _ = (max(values) for values in zip(*results))
         print(f"{name:<22}{max(r[0] for r in results):>7.1f} s{times[name]:>17.1f} s{before:>13.2f} GB{most:>6.2f} GB{after:>6.2f} GB"

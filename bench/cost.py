@@ -61,7 +61,8 @@ def measure_decoding(syntax):
 
 
 def measure_probe(encoder, per_participant):
-    """Seconds of a further probe: hash the encoder, read features from the cache, train and choose among the heads of configs/probe.yaml."""
+    """Seconds of a further probe: hash the encoder, read features from the cache, train and choose among the heads of
+    configs/probe.yaml."""
     cfg = config.load(os.path.join(ROOT, "configs", "probe.yaml"), ["train.early_stopping.enabled=false"])
     counts = [PARTICIPANTS[split] * per_participant for split in ("train", "val")]
     labels = [np.arange(n) % 4 for n in counts]
@@ -102,7 +103,8 @@ def main():
     encoder, volume = full.build(12), torch.randn(1, *full.SIZE).half()
     cfg = full.settings("bf16")
     encode = seconds(lambda: evaluation.encode(cfg, encoder, volume, dev))
-    decoding = {"uncompressed": measure_decoding(pydicom.uid.ExplicitVRLittleEndian), "JPEG 2000": measure_decoding(pydicom.uid.JPEG2000Lossless)}
+    decoding = {"uncompressed": measure_decoding(pydicom.uid.ExplicitVRLittleEndian),
+                "JPEG 2000": measure_decoding(pydicom.uid.JPEG2000Lossless)}
     with contextlib.redirect_stdout(sys.stderr):
         measure_probe(encoder, 1)  # imports
         probe = {n: measure_probe(encoder, n) for n in (1, 2)}
@@ -111,23 +113,29 @@ def main():
           + "; ".join(f"{name} {spent:.2f} core-seconds and {size:.0f} MB a volume" for name, (spent, size) in decoding.items())
           + f"; a further probe {probe[1]:.0f} s ({probe[2]:.0f} s with two volumes each)")
     gpu, tpu = args.gpu_peak * args.gpu_share, args.tpu_peak * args.tpu_share
-    print(f"ASSUMED: network {args.network:g} MB/s here, {args.gpu_network:g} to the GPU's host, {args.tpu_network:g} to each of {args.tpu_hosts} TPU hosts; encoder at {args.gpu_share:.0%} of {args.gpu_peak:g} "
-          f"TFLOP/s on the GPU and {args.tpu_share:.0%} of {args.tpu_peak:g} on the v4-32; {args.gpu_cores} and {args.tpu_hosts} x {args.tpu_cores} cores decode, each as fast as one here\n")
+    print(f"ASSUMED: network {args.network:g} MB/s here, {args.gpu_network:g} to the GPU's host, {args.tpu_network:g} to each of "
+          f"{args.tpu_hosts} TPU hosts; encoder at {args.gpu_share:.0%} of {args.gpu_peak:g} TFLOP/s on the GPU "
+          f"and {args.tpu_share:.0%} of {args.tpu_peak:g} on the v4-32; "
+          f"{args.gpu_cores} and {args.tpu_hosts} x {args.tpu_cores} cores decode, each as fast as one here\n")
     machines = [  # seconds a volume of the encoder, cores that decode, MB/s, do decoding and encoding share the cores?
         ("this machine", "measured a volume, times their number; network assumed", encode, os.cpu_count(), args.network, True),
         ("one H200-class GPU", "extrapolated", work / gpu, args.gpu_cores, args.gpu_network, False),
         ("v4-32", "extrapolated", work / tpu, args.tpu_hosts * args.tpu_cores, args.tpu_hosts * args.tpu_network, False)]
-    print("| machine | | volumes | files | first feature pass | bound by | network, decode, encoder alone | any further probe |\n|---|---|---|---|---|---|---|---|")
+    print("| machine | | volumes | files | first feature pass | bound by | network, decode, encoder alone | any further probe |\n"
+          "|---|---|---|---|---|---|---|---|")
     for machine, how, encoding, cores, network, shared in machines:
         for per_participant in (1, 2):
             for name, (spent, size) in decoding.items():
                 count = per_participant * sum(PARTICIPANTS.values())
-                parts = {"network": count * size / network / 3600, "decode": count * spent / cores / 3600, "encoder": count * encoding / 3600}
+                parts = {"network": count * size / network / 3600, "decode": count * spent / cores / 3600,
+                         "encoder": count * encoding / 3600}
                 whole = max(parts["network"], parts["decode"] + parts["encoder"]) if shared else max(parts.values())
-                print(f"| {machine} | {how} | {count} | {name} | {whole:.2g} h | {bound(parts)} | {', '.join(f'{part:.2g} h' for part in parts.values())} | "
+                print(f"| {machine} | {how} | {count} | {name} | {whole:.2g} h | {bound(parts)} | "
+                      f"{', '.join(f'{part:.2g} h' for part in parts.values())} | "
                       f"{probe[per_participant] / 60:.1f} min{'' if shared else ' as here'} |")
     count = sum(PARTICIPANTS.values())
-    print(f"| the replaced system | as its users reported it | {count} | | 6 to 10 minutes a volume in every epoch: {count * 6 / 60:.0f} to {count * 10 / 60:.0f} h an epoch, one volume after the other | | | "
+    print(f"| the replaced system | as its users reported it | {count} | | 6 to 10 minutes a volume in every epoch: "
+          f"{count * 6 / 60:.0f} to {count * 10 / 60:.0f} h an epoch, one volume after the other | | | "
           "the same again; 2 to 3 h for 50 epochs were hoped for |")
 
 

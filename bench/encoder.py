@@ -5,12 +5,12 @@ with the whole matrix of attention in memory: softmax(q k^T) v, float32.
     .venv/bin/python bench/encoder.py --depth 2      # the same in a minute and a half: the blocks are alike
     .venv/bin/python bench/encoder.py --only cuda    # the GPU alone. This part has never met a GPU
 
-CPU: each way runs in a process of its own, for its peak memory; bf16 runs before and after what it is compared with, and its mean counts. GFLOP/s are
-of the forward pass, beside this machine's matrix product of 4096 x 4096, measured by the same process around it; the table below
-says where the time goes. "Materialised" is V-JEPA's own expression; "q scaled" saves it one pass over the scores. Exits 1 when bf16
-(train.precision=bf16) is not 4.5 times faster than the first, or float32 or bf16 take more than a sixth of the memory, or tokens differ
-by more than 1e-4 (float32) or 1e-2 (bf16), relative. Half of the reference's time is the system's, which zeroes 12 GB in every block
-and does that no faster on two cores: with other processes on the machine the ratio falls, from 8 to 4.
+CPU: each way runs in a process of its own, for its peak memory; bf16 runs before and after what it is compared with, and its mean
+counts. GFLOP/s are of the forward pass, beside this machine's matrix product of 4096 x 4096, measured by the same process around it;
+the table below says where the time goes. "Materialised" is V-JEPA's own expression; "q scaled" saves it one pass over the scores.
+Exits 1 when bf16 (train.precision=bf16) is not 4.5 times faster than the first, or float32 or bf16 take more than a sixth of the
+memory, or tokens differ by more than 1e-4 (float32) or 1e-2 (bf16), relative. Half of the reference's time is the system's, which
+zeroes 12 GB in every block and does that no faster on two cores: with other processes on the machine the ratio falls, from 8 to 4.
 
 GPU: volumes/s in bf16 by batch, share of the measured matrix product (aim: 45 %), memory; then `eval.features` from a full cache of
 preprocessed volumes against the encoder alone (aim: 90 %). Printed, not required.
@@ -50,7 +50,8 @@ WAYS = {"materialised": "fp32", "q scaled": "fp32", "float32": "fp32", "bf16": "
 
 
 def settings(precision):
-    return config.load(os.path.join(ROOT, "configs", "base.yaml"), [f"train.precision={precision}", "model.emb_dim=768", "log.wandb=disabled"])
+    return config.load(os.path.join(ROOT, "configs", "base.yaml"),
+                       [f"train.precision={precision}", "model.emb_dim=768", "log.wandb=disabled"])
 
 
 def build(depth):
@@ -101,14 +102,16 @@ def watch(encoder, spent):
 
     encoder.patch_embed.forward = timed("patch embedding", encoder.patch_embed.forward)
     for block in encoder.blocks:
-        for name, layer in (("qkv", block.attn.qkv), ("proj", block.attn.proj), ("fc1, fc2", block.mlp.fc1), ("fc1, fc2", block.mlp.fc2), ("norms", block.norm1), ("norms", block.norm2)):
+        for name, layer in (("qkv", block.attn.qkv), ("proj", block.attn.proj), ("fc1, fc2", block.mlp.fc1),
+                            ("fc1, fc2", block.mlp.fc2), ("norms", block.norm1), ("norms", block.norm2)):
             layer.forward = timed(name, layer.forward)
         block.attn.kernel = timed("attention", block.attn.kernel)
 
 
 def forward(way, depth, path):
     """Run in a process of its own; prints seconds, peak GB, GFLOP/s of matrix products and seconds by part, and writes the tokens."""
-    dev, encoder, volume, spent, tokens = device.get("cpu"), build(depth), torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(1)).half(), {}, []
+    dev, encoder, volume, spent, tokens = (
+        device.get("cpu"), build(depth), torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(1)).half(), {}, [])
     if way in ("materialised", "q scaled"):
         model.Attention.kernel = staticmethod(materialised if way == "materialised" else q_scaled)
     watch(encoder, spent)
@@ -126,7 +129,8 @@ def forward(way, depth, path):
 
 
 def run(way, depth, path):
-    done = subprocess.run([sys.executable, __file__, "--one", way, path, "--depth", str(depth)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, __file__, "--one", way, path, "--depth", str(depth)],
+                          capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{way}: {done.stderr or done.returncode}")
     return json.loads(done.stdout)
@@ -135,27 +139,34 @@ def run(way, depth, path):
 def cpu(depth):
     """-> what is not met."""
     results, missed = {way: [] for way in WAYS}, []
-    print(f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads: {flop(depth) / 1e12:.2f} TFLOP a volume ({DIM} wide, {depth} deep)")
+    print(f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads: "
+          f"{flop(depth) / 1e12:.2f} TFLOP a volume ({DIM} wide, {depth} deep)")
     with tempfile.TemporaryDirectory() as folder:
         for way in ("bf16", "materialised", "bf16", "q scaled", "bf16", "float32"):
             results[way].append(run(way, depth, f"{folder}/{way}.pt"))
         tokens = {way: torch.load(f"{folder}/{way}.pt") for way in WAYS}
     seconds = {way: statistics.mean(r[0] for r in results[way]) for way in WAYS}
     memory = {way: max(r[1] for r in results[way]) for way in WAYS}
-    print(f"{'':<14}{'time':>9}{'faster':>9}{'peak memory':>13}{'share':>8}{'GFLOP/s':>9}{'matrix product':>16}{'share':>8}{'difference':>12}")
+    print(f"{'':<14}{'time':>9}{'faster':>9}{'peak memory':>13}{'share':>8}"
+          f"{'GFLOP/s':>9}{'matrix product':>16}{'share':>8}{'difference':>12}")
     for way in WAYS:
         faster, share = seconds["materialised"] / seconds[way], memory[way] / memory["materialised"]
         rate, limit = flop(depth) / seconds[way] / 1e9, max(r[2]["bf16" if way == "bf16" else "float32"] for r in results[way])
         difference = ((tokens[way] - tokens["materialised"]).norm() / tokens["materialised"].norm()).item()
-        print(f"{way:<14}{seconds[way]:>7.1f} s{faster:>8.1f}x{memory[way]:>10.2f} GB{share:>8.0%}{rate:>9.0f}{limit:>16.0f}{rate / limit:>8.0%}{difference:>12.1e}")
-        missed += [f"{way}: {what}" for what, is_met in (("4.5 times faster", way != "bf16" or faster >= 4.5), ("a sixth of the memory", way in ("materialised", "q scaled") or share <= 1 / 6),
-                                                         ("the same tokens", difference <= (1e-2 if way == "bf16" else 1e-4))) if not is_met]
-    print(f"bf16 against the leaner reference: {seconds['q scaled'] / seconds['bf16']:.1f} times faster; its runs before, between and after: {', '.join(f'{r[0]:.1f} s' for r in results['bf16'])}")
+        print(f"{way:<14}{seconds[way]:>7.1f} s{faster:>8.1f}x{memory[way]:>10.2f} GB{share:>8.0%}"
+              f"{rate:>9.0f}{limit:>16.0f}{rate / limit:>8.0%}{difference:>12.1e}")
+        missed += [f"{way}: {what}" for what, is_met in (
+            ("4.5 times faster", way != "bf16" or faster >= 4.5),
+            ("a sixth of the memory", way in ("materialised", "q scaled") or share <= 1 / 6),
+            ("the same tokens", difference <= (1e-2 if way == "bf16" else 1e-4))) if not is_met]
+    print(f"bf16 against the leaner reference: {seconds['q scaled'] / seconds['bf16']:.1f} times faster; "
+          f"its runs before, between and after: {', '.join(f'{r[0]:.1f} s' for r in results['bf16'])}")
     print("(difference: norm of the tokens' difference to the materialised ones', against the norm of those)\n\nshare of the time")
     parts = sorted(results["bf16"][0][3], key=results["bf16"][0][3].get, reverse=True)
     print(f"{'':<14}" + "".join(f"{part:>{max(12, len(part) + 2)}}" for part in parts))
     for way in WAYS:
-        print(f"{way:<14}" + "".join(f"{sum(r[3][part] for r in results[way]) / sum(r[0] for r in results[way]):>{max(12, len(part) + 2)}.1%}" for part in parts))
+        print(f"{way:<14}" + "".join(
+            f"{sum(r[3][part] for r in results[way]) / sum(r[0] for r in results[way]):>{max(12, len(part) + 2)}.1%}" for part in parts))
     return missed
 
 
@@ -163,7 +174,8 @@ def cuda(depth, volumes=64):
     """Never run yet: no GPU was at hand."""
     dev, encoder = device.get("cuda"), build(depth).to("cuda")
     limit, best = matmul_rate(dev, torch.bfloat16, 8192, 20), (0, 0)
-    print(f"\n{device.describe(dev)}, bf16: matrix product of 8192 x 8192 {limit / 1e12:.0f} TFLOP/s\n{'batch':<8}{'volumes/s':>10}{'share of it':>13}{'peak memory':>13}")
+    print(f"\n{device.describe(dev)}, bf16: matrix product of 8192 x 8192 {limit / 1e12:.0f} TFLOP/s\n"
+          f"{'batch':<8}{'volumes/s':>10}{'share of it':>13}{'peak memory':>13}")
     for batch in (1, 2, 4, 8, 16):
         x = torch.randn(batch, 1, *SIZE, device=dev)
         torch.cuda.reset_peak_memory_stats()

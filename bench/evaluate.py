@@ -50,8 +50,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         phantom.write_dataset(f"{folder}/data", participants=1067, seed=0, scale=(1 / 32, 1 / 32, 1 / 32))
         phantom.write_encoder(f"{folder}/encoder.pt", image_size=(8, 32, 32), dim=64, depth=1)
-        cfg = config.load("configs/demo.yaml", ["demo.dir=null", f"paths.data={folder}/data", f"paths.checkpoint_path={folder}/encoder.pt", f"paths.cache_dir={folder}/cache",
-                                                f"paths.run_dir={folder}/run", "model.emb_dim=64", "eval.floors=true"])
+        cfg = config.load("configs/demo.yaml", ["demo.dir=null", f"paths.data={folder}/data", f"paths.checkpoint_path={folder}/encoder.pt",
+                                                f"paths.cache_dir={folder}/cache", f"paths.run_dir={folder}/run", "model.emb_dim=64",
+                                                "eval.floors=true"])
         with contextlib.redirect_stdout(sys.stderr):
             train.main(0, cfg)
             evaluation.evaluate_run(f"{folder}/run", "test")  # encodes

@@ -69,7 +69,8 @@ def feature_pass(folder, count, processes):
 
 def settings(folder, count, processes):
     return config.load(os.path.join(ROOT, "configs", "base.yaml"), [
-        f"paths.data={folder}", f"paths.cache_dir={folder}/cache", f"paths.run_dir={folder}/{count}", "model.emb_dim=128", "device.backend=cpu", f"device.processes={processes}"])
+        f"paths.data={folder}", f"paths.cache_dir={folder}/cache", f"paths.run_dir={folder}/{count}", "model.emb_dim=128",
+        "device.backend=cpu", f"device.processes={processes}"])
 
 
 def line(numbers, values):
@@ -88,7 +89,8 @@ def train_heads(num_heads, participants, num_classes):
     cfg = config.load(os.path.join(ROOT, "configs", "probe.yaml"), ["train.epochs=20", "train.early_stopping.enabled=false"])
     grid = [dict(train.grid_of(cfg)[0], lr_head=lr) for lr in np.geomspace(1e-4, 1e-2, num_heads).tolist()]
     began = time.perf_counter()
-    train.sweep(cfg, 0, grid, train.start_head(cfg, 0, x[:, None]), x[:, None], gaussians.samples(labels[0]), x_val, gaussians.samples(labels[1]))
+    train.sweep(cfg, 0, grid, train.start_head(cfg, 0, x[:, None]), x[:, None], gaussians.samples(labels[0]),
+                x_val, gaussians.samples(labels[1]))
     return time.perf_counter() - began
 
 
@@ -106,22 +108,27 @@ def main():
         full.fill_cache(folder, max(args.volumes), SIZE)
         rows = [[feature_pass(folder, n, 1) for n in args.volumes] for _ in range(2)]
         seconds, memory = [min(r[0] for r in row) for row in zip(*rows)], [row[0][1] for row in zip(*rows)]
-        print(f"feature pass, 1 process\n{'volumes':<14}" + "".join(f"{n:>10}" for n in args.volumes) + f"\n{'seconds':<14}" + "".join(f"{s:>10.2f}" for s in seconds)
+        print(f"feature pass, 1 process\n{'volumes':<14}" + "".join(f"{n:>10}" for n in args.volumes)
+              + f"\n{'seconds':<14}" + "".join(f"{s:>10.2f}" for s in seconds)
               + f"\n{'peak MB':<14}" + "".join(f"{m:>10.0f}" for m in memory))
         fixed, slope, fit = line(args.volumes, seconds)
-        print(f"{fixed:.2f} s + {slope * 1e3:.1f} ms a volume, R^2 {fit:.4f}; memory {memory[-1] / memory[0]:.2f} times for {args.volumes[-1] / args.volumes[0]:.0f} times the volumes")
+        print(f"{fixed:.2f} s + {slope * 1e3:.1f} ms a volume, R^2 {fit:.4f}; memory {memory[-1] / memory[0]:.2f} times "
+              f"for {args.volumes[-1] / args.volumes[0]:.0f} times the volumes")
         missed += [what for what, is_met in (("a line", fit >= 0.95), ("flat memory", memory[-1] <= 1.1 * memory[0])) if not is_met]
         rows = [[feature_pass(folder, max(args.volumes), p)[0] for p in args.processes] for _ in range(2)]
         seconds = [min(row) for row in zip(*rows)]
-        print(f"\nfeature pass, {max(args.volumes)} volumes, {os.cpu_count()} cores\n{'processes':<14}" + "".join(f"{p:>10}" for p in args.processes)
+        print(f"\nfeature pass, {max(args.volumes)} volumes, {os.cpu_count()} cores\n"
+              f"{'processes':<14}" + "".join(f"{p:>10}" for p in args.processes)
               + f"\n{'times faster':<14}" + "".join(f"{seconds[0] / s:>10.2f}" for s in seconds))
     torch.set_num_threads(1)
     train_heads(8, 743, 4)  # imports, and the allocator's first pages
-    for what, numbers, settings_of in (("heads", (8, 16, 32, 64, 128), lambda n: (n, 743, 4)), ("participants", (250, 500, 1000, 2000), lambda n: (24, n, 4)),
+    for what, numbers, settings_of in (("heads", (8, 16, 32, 64, 128), lambda n: (n, 743, 4)),
+                                       ("participants", (250, 500, 1000, 2000), lambda n: (24, n, 4)),
                                        ("classes", (2, 4, 8, 16), lambda n: (24, 743, n))):
         seconds = [min(train_heads(*settings_of(n)) for _ in range(2)) for n in numbers]
         fixed, slope, fit = line(numbers, seconds)
-        print(f"\n{what:<14}" + "".join(f"{n:>10}" for n in numbers) + f"\n{'against first':<14}" + "".join(f"{s / seconds[0]:>10.2f}" for s in seconds)
+        print(f"\n{what:<14}" + "".join(f"{n:>10}" for n in numbers)
+              + f"\n{'against first':<14}" + "".join(f"{s / seconds[0]:>10.2f}" for s in seconds)
               + f"\n{fixed / seconds[0]:.2f} + {slope / seconds[0]:.4f} for each, R^2 {fit:.4f}", flush=True)
     sys.exit(f"not met: {'; '.join(missed)}" if missed else 0)
 

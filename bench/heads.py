@@ -33,7 +33,8 @@ def draw(means, features, rows, seed):
     """-> train, val, test, each (x float32 (n, features), y (n,))."""
     rng = np.random.default_rng(seed)
     direction = rng.choice([-1, 1], features) / np.sqrt(features)
-    labels = np.repeat(np.arange(4), (SHARES * rows / SHARES.sum()).round().astype(int)), rng.integers(0, 4, 159), rng.integers(0, 4, 20_000)
+    labels = (np.repeat(np.arange(4), (SHARES * rows / SHARES.sum()).round().astype(int)),
+              rng.integers(0, 4, 159), rng.integers(0, 4, 20_000))
     return [((rng.standard_normal((len(y), features)) + np.array(means)[y][:, None] * direction).astype(np.float32), y) for y in labels]
 
 
@@ -79,7 +80,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
-    print("| class means | Bayes | features | training rows | LogisticRegression, best C | the sweep |\n|---|---|---|---|---|---|", flush=True)
+    print("| class means | Bayes | features | training rows | LogisticRegression, best C | the sweep |\n"
+          "|---|---|---|---|---|---|", flush=True)
     worse = False
     for means in ((0, 0.4, 1, 1.6), (0, 0.2, 0.5, 0.8)):
         bayes = best_possible(means)

@@ -20,7 +20,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def run(folder, processes):
     """-> seconds of the feature pass, of 50 epochs, and validation predictions (n, 4)."""
     command = [sys.executable, "train.py", "--config", "configs/demo.yaml", "device.backend=cpu", f"device.processes={processes}",
-               f"paths.cache_dir={folder}/cache{processes}", f"paths.run_dir={folder}/run{processes}", "train.early_stopping.enabled=false", "train.sweep=null"]
+               f"paths.cache_dir={folder}/cache{processes}", f"paths.run_dir={folder}/run{processes}",
+               "train.early_stopping.enabled=false", "train.sweep=null"]
     times = {}
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in job.stdout:
@@ -37,7 +38,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=(1, 2, 4, 16))
     args = parser.parse_args()
-    print(f"{'processes':>9}{'feature pass':>15}{'50 epochs':>12}{'largest difference':>21}   ({os.cpu_count()} cores; times against one process)")
+    print(f"{'processes':>9}{'feature pass':>15}{'50 epochs':>12}{'largest difference':>21}   "
+          f"({os.cpu_count()} cores; times against one process)")
     worst = 0
     with tempfile.TemporaryDirectory() as folder:
         for processes in (1, *(n for n in args.processes if n > 1)):

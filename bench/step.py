@@ -68,12 +68,14 @@ def main():
         return
     import device
 
-    print(f"{'backend':<8}{'precision':<11}{'checkpointing':<15}{'peak memory':>12}{'time':>10}   ({args.dim} wide, {args.depth} deep, {'x'.join(map(str, args.size))})", flush=True)
+    print(f"{'backend':<8}{'precision':<11}{'checkpointing':<15}{'peak memory':>12}{'time':>10}   "
+          f"({args.dim} wide, {args.depth} deep, {'x'.join(map(str, args.size))})", flush=True)
     met = True
     for backend, precision in (("cpu", args.precision), *([("cuda", "bf16")] if device.choose("auto") == "cuda" else [])):
         rows = []
         for checkpointing in (False, True):
-            command = [sys.executable, __file__, "--one", backend, precision, str(checkpointing), "--dim", str(args.dim), "--depth", str(args.depth), "--size", *map(str, args.size)]
+            command = [sys.executable, __file__, "--one", backend, precision, str(checkpointing),
+                       "--dim", str(args.dim), "--depth", str(args.depth), "--size", *map(str, args.size)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{backend}, checkpointing {checkpointing}: {done.stderr or done.returncode}")

@@ -29,7 +29,8 @@ import model  # noqa: E402
 import phantom  # noqa: E402
 import train  # noqa: E402
 
-GRID = ["train.sweep.lr_head=[0.0001,0.0003,0.001,0.003,0.01,0.02,0.05,0.1]", "train.sweep.weight_decay=[0.001,0.01,0.03,0.1,0.3,1,3,10]", "train.sweep.ordinal=null"]
+GRID = ["train.sweep.lr_head=[0.0001,0.0003,0.001,0.003,0.01,0.02,0.05,0.1]",
+        "train.sweep.weight_decay=[0.001,0.01,0.03,0.1,0.3,1,3,10]", "train.sweep.ordinal=null"]
 
 
 def seconds(job):
@@ -72,9 +73,11 @@ def main():
     cfg = config.load("configs/probe.yaml", [*GRID, "train.early_stopping.enabled=false"])
     grid = train.grid_of(cfg)
     torch.set_num_threads(1)  # the fastest for both
-    at_once = seconds(lambda: train.sweep(cfg, 0, grid, train.start_head(cfg, 0, x[:, None]), x[:, None], gaussians.samples(y), x_val, gaussians.samples(y_val)))
+    at_once = seconds(lambda: train.sweep(cfg, 0, grid, train.start_head(cfg, 0, x[:, None]), x[:, None], gaussians.samples(y),
+                                          x_val, gaussians.samples(y_val)))
     in_turn = seconds(lambda: one_after_the_other(grid, x, torch.from_numpy(y), x_val, y_val))
-    print(f"{len(grid)} heads x 50 epochs on {x.shape[0]} x {x.shape[1]} features: {in_turn / at_once:.1f} times faster at once than one after the other (required: 15)", flush=True)
+    print(f"{len(grid)} heads x 50 epochs on {x.shape[0]} x {x.shape[1]} features: "
+          f"{in_turn / at_once:.1f} times faster at once than one after the other (required: 15)", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         cfg = config.load("configs/demo.yaml", [f"paths.run_dir={folder}/run", f"paths.cache_dir={folder}/cache"])

@@ -39,7 +39,8 @@ def write_volume(path, model, shape, syntax):
     """A phantom of `shape` by a scanner's protocol, as a DICOM file."""
     protocol = next(p for p in phantom.PROTOCOLS if p["model"] == model)
     volume = phantom.synthesize(phantom.draw_eye(0, 0, "R", 60, 0, "boosted"), protocol, shape, np.random.default_rng(0))
-    phantom.write_dicom(path, volume, [0.02, 0.0026, 0.01], syntax, "1001", protocol, "R", "2000-01-01", [pydicom.uid.generate_uid() for _ in range(3)])
+    phantom.write_dicom(path, volume, [0.02, 0.0026, 0.01], syntax, "1001", protocol, "R", "2000-01-01",
+                        [pydicom.uid.generate_uid() for _ in range(3)])
 
 
 def copy_rate():
@@ -100,7 +101,8 @@ def main():
     torch.set_num_threads(1)
     copy = copy_rate()
     print(f"copying memory: {copy / 1e9:.1f} GB/s, read and written; one thread; times in seconds")
-    print(f"{'':<36}{'file':>8}" + "".join(f"{stage:>11}" for stage in STAGES) + f"{'sum':>8}{'in one go':>11}{'bare decoder':>14}{'decode / it':>13}{'resize':>10}{'normalise':>11}")
+    print(f"{'':<36}{'file':>8}" + "".join(f"{stage:>11}" for stage in STAGES)
+          + f"{'sum':>8}{'in one go':>11}{'bare decoder':>14}{'decode / it':>13}{'resize':>10}{'normalise':>11}")
     output = 4 * SIZE[0] * SIZE[1] * SIZE[2]
     with tempfile.TemporaryDirectory() as folder:
         for syntax in args.syntax:
@@ -112,8 +114,11 @@ def main():
                 whole, bare, needed = statistics.median(r[1] for r in rounds), statistics.median(r[3] for r in rounds), rounds[0][2]
                 total = sum(spent.values())
                 least = {"resize": (needed + output) / copy, "normalise": 2 * output / copy}
-                print(f"{name + ' ' + 'x'.join(map(str, shape)) + ' ' + syntax[:12]:<36}{os.path.getsize(path) / 1e6:>5.0f} MB" + "".join(f"{spent[stage]:>11.3f}" for stage in STAGES)
-                      + f"{total:>8.2f}{whole:>11.2f}{bare:>14.3f}{spent['decode'] / bare:>12.1f}x" + "".join(f"{least[stage] / spent[stage]:>{width}.0%}" for stage, width in (("resize", 10), ("normalise", 11))), flush=True)
+                print(f"{name + ' ' + 'x'.join(map(str, shape)) + ' ' + syntax[:12]:<36}{os.path.getsize(path) / 1e6:>5.0f} MB"
+                      + "".join(f"{spent[stage]:>11.3f}" for stage in STAGES)
+                      + f"{total:>8.2f}{whole:>11.2f}{bare:>14.3f}{spent['decode'] / bare:>12.1f}x"
+                      + "".join(f"{least[stage] / spent[stage]:>{width}.0%}" for stage, width in (("resize", 10), ("normalise", 11))),
+                      flush=True)
     print("(last two columns: share of the rate of copying memory, for the bytes that the stage must read and write at least)")
 
 
