@@ -70,8 +70,9 @@ def test_a_clean_fetch(server, tmp_path):
     (lambda n: Fault(status=408) if n == 1 else None, 2),
     (lambda n: Fault(status=429, retry_after=0) if n <= 2 else None, 3),
     (lambda n: Fault(truncate=300_000) if n == 1 else Fault(flip=5) if n == 2 else Fault(reset=HEADERS) if n == 3 else None, 4),
-], ids=["reset before headers", "reset mid-body, twice", "truncation mid-body, four times", "flipped byte, twice", "stall before headers", "stall mid-body",
-        "503", "503 Retry-After", "503 Retry-After a date", "500", "408", "429", "one after another"])
+], ids=["reset before headers", "reset mid-body, twice", "truncation mid-body, four times", "flipped byte, twice",
+        "stall before headers", "stall mid-body", "503", "503 Retry-After", "503 Retry-After a date", "500", "408", "429",
+        "one after another"])
 def test_what_fails_for_a_moment_is_tried_again(server, tmp_path, fault, requests):
     server.fault = downloads(fault)
     assert open(fetch(tmp_path), "rb").read() == CONTENT
@@ -87,7 +88,8 @@ def test_it_goes_on_where_it_broke(server, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["authorize", "list_buckets", "head", "list"])
-@pytest.mark.parametrize("fault", [Fault(reset=HEADERS), Fault(status=503), Fault(stall=30), Fault(truncate=HEADERS)], ids=["reset", "503", "stall", "cut off"])
+@pytest.mark.parametrize("fault", [Fault(reset=HEADERS), Fault(status=503), Fault(stall=30), Fault(truncate=HEADERS)],
+                         ids=["reset", "503", "stall", "cut off"])
 def test_every_request_is_tried_again(server, kind, fault):
     server.fault = lambda k, name, n: fault if k == kind and n == 1 else None
     b2.find(URL, 20)
@@ -110,7 +112,8 @@ def test_an_absurd_retry_after_does_not_outlast_the_deadline(server, tmp_path):
 def test_a_permanent_503_gives_up_within_the_deadline(server, tmp_path, capsys):
     server.fault = downloads(lambda n: Fault(status=503))
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"ai-readi/.*: given up after 3 s of failures \(data.fetch_deadline\), the last one ServiceError: 503"):
+    with pytest.raises(TimeoutError, match=r"ai-readi/.*: given up after 3 s of failures \(data.fetch_deadline\), "
+                                           "the last one ServiceError: 503"):
         fetch(tmp_path, deadline=3)
     assert time.monotonic() - began < 5 and 4 <= server.count("download") <= 8
     assert "trying again in" in capsys.readouterr().err  # whoever waits is told why
@@ -200,7 +203,8 @@ def stops_at_once(server, requests, error, message, act):
 
 def test_a_wrong_key(server, monkeypatch):
     monkeypatch.setenv("B2_APPLICATION_KEY", "wrong")
-    stops_at_once(server, ["authorize"], PermissionError, "B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY", lambda: b2.find(URL))
+    stops_at_once(server, ["authorize"], PermissionError,
+                  "B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY", lambda: b2.find(URL))
 
 
 @pytest.mark.parametrize("missing", ["B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"])
@@ -269,14 +273,17 @@ source = b2.find({URL!r})
 
 
 def python(code, *arguments, **options):
-    return subprocess.Popen([sys.executable, "-c", FETCH + textwrap.dedent(code), *map(str, arguments)], stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([sys.executable, "-c", FETCH + textwrap.dedent(code), *map(str, arguments)],
+                            stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_a_full_disk(server, tmp_path):
     """A real one: a tmpfs of 1 MB in a mount namespace of its own."""
     code = FETCH + "try:\n    b2.fetch(source, sys.argv[1])\nfinally:\n    import os\n    print('left', os.listdir(sys.argv[1]))"
-    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c", f'mount -t tmpfs -o size=1m tmpfs "$0" && "{sys.executable}" -c "$1" "$0"']
-    if not shutil.which("unshare") or subprocess.run([*unshare[:5], f'mount -t tmpfs tmpfs "{tmp_path}"'], capture_output=True, check=False).returncode:
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c",
+               f'mount -t tmpfs -o size=1m tmpfs "$0" && "{sys.executable}" -c "$1" "$0"']
+    if not shutil.which("unshare") or subprocess.run([*unshare[:5], f'mount -t tmpfs tmpfs "{tmp_path}"'],
+                                                     capture_output=True, check=False).returncode:
         pytest.skip("no mount namespaces here")
     result = subprocess.run([*unshare, tmp_path, code], capture_output=True, text=True, timeout=60, check=False)
     assert f"OSError: [Errno 28] no space left on the disk for {URL}; make room, or set paths.cache_dir to another disk" in result.stderr
@@ -416,7 +423,8 @@ def test_one_listing_tells_all_below_the_common_folder(store):
         there = b2.find_all([f"b2://bucket/{n}" for n in [*names[:3000], "d/s/none.dcm"]])
         assert list(there) == [f"b2://bucket/{n}" for n in names[:3000]]
         assert server.requests[2:] == [("list", "d/s/")] * 2  # by 10,000
-        assert list(b2.find_all(["b2://bucket/e/x", "b2://bucket/d/participants.tsv"])) == ["b2://bucket/e/x", "b2://bucket/d/participants.tsv"]
+        assert (list(b2.find_all(["b2://bucket/e/x", "b2://bucket/d/participants.tsv"]))
+                == ["b2://bucket/e/x", "b2://bucket/d/participants.tsv"])
         assert b2.find_all(["b2://bucket/nothing/here"]) == {} == b2.find_all([])
 
 
@@ -452,7 +460,8 @@ def test_an_object_that_is_replaced_is_noticed(server, tmp_path):
 
 
 def test_the_env_file(server, tmp_path, monkeypatch):
-    (tmp_path / ".env").write_text(f"B2_APPLICATION_KEY_ID={server.key_id}\nB2_APPLICATION_KEY='{server.key}'\nB2_REALM=http://127.0.0.1:9\n")
+    (tmp_path / ".env").write_text(
+        f"B2_APPLICATION_KEY_ID={server.key_id}\nB2_APPLICATION_KEY='{server.key}'\nB2_REALM=http://127.0.0.1:9\n")
     monkeypatch.setattr(b2, "ENV_FILE", str(tmp_path / ".env"))
     for name in ("B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"):
         monkeypatch.delenv(name)

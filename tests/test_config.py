@@ -17,7 +17,8 @@ def test_every_shipped_config_loads():
 def test_a_second_file_lies_over_the_first(tmp_path):
     configs = os.path.join(ROOT, "configs")
     cfg = config.load([f"{configs}/single_domain_01.yaml", f"{configs}/finetune.yaml"], ["train.epochs=7"])
-    assert (cfg.project_name, cfg.train.precision, cfg.model.unfreeze_at_epoch, cfg.model.head.hidden, cfg.train.epochs) == ("oct_cls_single_domain_01", "bf16", 1, 256, 7)
+    assert ((cfg.project_name, cfg.train.precision, cfg.model.unfreeze_at_epoch, cfg.model.head.hidden, cfg.train.epochs)
+            == ("oct_cls_single_domain_01", "bf16", 1, 256, 7))
 
 
 def test_base_yaml_has_every_key():
@@ -27,7 +28,8 @@ def test_base_yaml_has_every_key():
 
 def test_every_key_is_read_somewhere():
     """A key that no file reads would be a lie."""
-    sources = "".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in os.listdir(ROOT) if f.endswith(".py") and f != "config.py")
+    sources = "".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in os.listdir(ROOT)
+                      if f.endswith(".py") and f != "config.py")
     for key in set(config.KEYS) - {"train.scheduler"}:  # has one value only
         assert f"cfg.{key}" in sources or key.startswith("data.augment.") and f"how.{key.split('.')[-1]}" in sources, key
 
@@ -75,10 +77,12 @@ def test_bad_values_are_refused_by_name(override, message):
 
 
 @pytest.mark.parametrize("overrides, message", [
-    (["model.freeze_encoder=false", "model.unfreeze_at_epoch=3"], "freeze_encoder=false trains the encoder from the start, and model.unfreeze_at_epoch=3 later"),
+    (["model.freeze_encoder=false", "model.unfreeze_at_epoch=3"],
+     "freeze_encoder=false trains the encoder from the start, and model.unfreeze_at_epoch=3 later"),
     (["model.drop_path=0.1"], "model.drop_path=0.1 is for an encoder that trains; set model.drop_path=0"),
     (["data.augment.flip=true", "data.augment_views=0"], "data.augment_views=0 for none while the encoder is frozen, and it always is"),
-    (["train.sweep=null", "data.augment.flip=true", "data.augment_views=3", "model.unfreeze_at_epoch=0"], "data.augment_views=3 is for a frozen encoder, and this one trains from the start"),
+    (["train.sweep=null", "data.augment.flip=true", "data.augment_views=3", "model.unfreeze_at_epoch=0"],
+     "data.augment_views=3 is for a frozen encoder, and this one trains from the start"),
 ])
 def test_what_would_do_nothing_or_contradicts_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
@@ -87,7 +91,8 @@ def test_what_would_do_nothing_or_contradicts_is_refused(overrides, message):
 
 
 def test_a_second_file_with_a_base_would_replace_the_first(tmp_path):
-    with pytest.raises(ValueError, match="demo.yaml is to lie over .*finetune.yaml, and its base: would replace all of that; name it first"):
+    with pytest.raises(ValueError, match="demo.yaml is to lie over .*finetune.yaml, and its base: would replace all of that; "
+                                         "name it first"):
         config.load([os.path.join(ROOT, "configs", "finetune.yaml"), os.path.join(ROOT, "configs", "demo.yaml")])
 
 
@@ -95,7 +100,8 @@ def test_a_second_file_with_a_base_would_replace_the_first(tmp_path):
     ("epochs: 3\n", "unknown key 'epochs'; did you mean 'train.epochs'"),
     (f"base: {PROBE}\ntrain: {{early_stoping: {{patience: 3}}}}\n", "unknown key 'train.early_stoping.patience'"),
     (f"base: {PROBE}\ntrian: {{}}\n", "unknown key 'trian'"),
-    (f"base: {PROBE}\nlog: {{run_name: 2024_01}}\n", "log.run_name must be a text, in quotes where YAML would read something else; got 202401"),
+    (f"base: {PROBE}\nlog: {{run_name: 2024_01}}\n",
+     "log.run_name must be a text, in quotes where YAML would read something else; got 202401"),
     ("- 1\n", "holds no keys"),
     ("a: [\n", "not valid YAML"),
     (f"base: {PROBE}\ntrain: {{epochs: 3}}\nseed: 1\ntrain: {{lr_head: 1}}\n", "key 'train' is given twice"),

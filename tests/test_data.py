@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, edit
 from pydicom.encaps import encapsulate
-from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000, JPEG2000Lossless, JPEGLossless,
-                         JPEGLosslessSV1, JPEGLSLossless, RLELossless)
+from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000,
+                         JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless)
 
 import data
 
@@ -163,7 +163,8 @@ def test_a_rescale_of_its_own_for_every_frame(tmp_path, volume):
         frame.PixelValueTransformationSequence = [transform]
         return frame
     pairs = [(1, 0), *((2.5, -100),) * 19]  # the first frame alone would stay integer
-    path = write_dicom(tmp_path / "v.dcm", volume, ExplicitVRLittleEndian, PerFrameFunctionalGroupsSequence=[group(*pair) for pair in pairs])
+    path = write_dicom(tmp_path / "v.dcm", volume, ExplicitVRLittleEndian,
+                       PerFrameFunctionalGroupsSequence=[group(*pair) for pair in pairs])
     assert np.allclose(data.read_dicom(path), np.stack([frame * a + b for frame, (a, b) in zip(volume.astype(float), pairs)]))
 
 
@@ -240,7 +241,8 @@ def test_nobody_is_lost(written, configure):
     for row in ledger.rows:
         assert row.volumes == sum(m["participant_id"] == row.participant_id for m in chosen)
         person = next(p for p in people if p["participant_id"] == row.participant_id)
-        assert (row.split, data.CLASSES[row.label], row.site) == (person["recommended_split"], person["study_group"], person["clinical_site"])
+        assert ((row.split, data.CLASSES[row.label], row.site)
+                == (person["recommended_split"], person["study_group"], person["clinical_site"]))
     assert any(row.volumes > 2 for row in ledger.rows)  # repeats count
     data.check_missing(ledger, 0)
 
@@ -258,7 +260,8 @@ def test_another_scanner_is_another_set_of_volumes(written, configure):
 
 def test_crlf_person_id_and_lower_case_flags(dataset, configure):
     before = data.read_ledger(configure(dataset))
-    edit(dataset / "participants.tsv", lambda t: t.replace("participant_id", "person_id").replace("TRUE", "true").replace("\r\n", "\n").replace("\n", "\r\n"))
+    edit(dataset / "participants.tsv", lambda t: t.replace("participant_id", "person_id").replace("TRUE", "true")
+                                                  .replace("\r\n", "\n").replace("\n", "\r\n"))
     edit(dataset / "retinal_oct" / "manifest.tsv", lambda t: t.replace("participant_id", "person_id").replace("\n", "\r\n"))
     after = data.read_ledger(configure(dataset))
     assert (after.rows, after.samples, after.notes) == (before.rows, before.samples, before.notes)
@@ -276,10 +279,12 @@ def test_missing_files_are_counted_and_stop_the_run_unless_allowed(dataset, conf
     one_of_two = next(m for m in chosen if m["participant_id"] not in victims)
     os.remove(str(dataset) + one_of_two["filepath"])
     ledger = data.read_ledger(configure(dataset))
-    assert [r.participant_id for r in ledger.missing()] == victims and "files absent" in ledger.missing()[0].reason and "files empty" in ledger.missing()[1].reason
+    assert ([r.participant_id for r in ledger.missing()] == victims
+            and "files absent" in ledger.missing()[0].reason and "files empty" in ledger.missing()[1].reason)
     partly = next(r for r in ledger.rows if r.participant_id == one_of_two["participant_id"])
     assert partly.status == "used" and partly.reason.startswith("1 of ") and any(partly.participant_id in n for n in ledger.notes)
-    with pytest.raises(ValueError, match=f"2 of {len([p for p in people if p['retinal_oct'] == 'TRUE'])} labelled participants have no volume.*{victims[0]}.*set data.max_missing=2"):
+    with pytest.raises(ValueError, match=f"2 of {len([p for p in people if p['retinal_oct'] == 'TRUE'])} labelled participants "
+                                         f"have no volume.*{victims[0]}.*set data.max_missing=2"):
         data.check_missing(ledger, 1)
     data.check_missing(ledger, 2)
     rows = list(csv.DictReader(io.StringIO(data.ledger_csv(ledger))))
@@ -340,11 +345,14 @@ def second_row(change):
     ("participants.tsv", swap_column("recommended_split", "split"), "has no column 'recommended_split'"),
     ("participants.tsv", swap_column("insulin_dependent", "type_3"), "unknown study_group 'type_3'"),
     ("participants.tsv", swap_column("\ttrain\t", "\tholdout\t"), "unknown recommended_split 'holdout'"),
-    ("participants.tsv", second_row(lambda r: r.replace("\tval\t", "\ttrain\t") if "\tval\t" in r else r.replace("\ttrain\t", "\ttest\t").replace("\ttest\t", "\tval\t")), "is in two splits"),
-    ("participants.tsv", second_row(lambda r: r.replace("healthy", "insulin_dependent") if "healthy" in r else r.replace(r.split("\t")[2], "healthy")), "two rows that differ"),
+    ("participants.tsv", second_row(lambda r: r.replace("\tval\t", "\ttrain\t") if "\tval\t" in r
+                                    else r.replace("\ttrain\t", "\ttest\t").replace("\ttest\t", "\tval\t")), "is in two splits"),
+    ("participants.tsv", second_row(lambda r: r.replace("healthy", "insulin_dependent") if "healthy" in r
+                                    else r.replace(r.split("\t")[2], "healthy")), "two rows that differ"),
     ("retinal_oct/manifest.tsv", swap_column("filepath", "file"), "has no column 'filepath'"),
     ("retinal_oct/manifest.tsv", swap_column("/retinal_oct/structural_oct", "/../other"), "points outside the data folder"),
-    ("retinal_oct/manifest.tsv", swap_column("/retinal_oct/structural_oct", "/retinal_oct/../../structural_oct"), "points outside the data folder"),
+    ("retinal_oct/manifest.tsv", swap_column("/retinal_oct/structural_oct", "/retinal_oct/../../structural_oct"),
+     "points outside the data folder"),
 ])
 def test_doubtful_tables_stop_with_a_sentence(dataset, configure, file, change, message):
     edit(dataset / file, change)
@@ -354,7 +362,8 @@ def test_doubtful_tables_stop_with_a_sentence(dataset, configure, file, change, 
 
 def test_a_file_listed_for_two_participants(dataset, configure):
     people, manifest = tables(dataset)
-    a, b = (next(m for m in triton(manifest) if m["participant_id"] == p) for p in list(dict.fromkeys(m["participant_id"] for m in triton(manifest)))[:2])
+    a, b = (next(m for m in triton(manifest) if m["participant_id"] == p)
+            for p in list(dict.fromkeys(m["participant_id"] for m in triton(manifest)))[:2])
     edit(dataset / "retinal_oct" / "manifest.tsv", lambda t: t.replace(b["filepath"], a["filepath"]))
     with pytest.raises(ValueError, match="is listed for two participants"):
         data.read_ledger(configure(dataset))
@@ -375,7 +384,8 @@ def test_the_ledger_command(written, dataset, command):
         if m["participant_id"] == victim:
             os.remove(str(dataset) + m["filepath"])
     bad = command("data.py", "--config", "configs/demo.yaml", root=dataset)
-    assert bad.returncode == 1 and f"missing: {victim}" in bad.stdout and bad.stderr.startswith("error: 1 of ") and "Traceback" not in bad.stderr
+    assert (bad.returncode == 1 and f"missing: {victim}" in bad.stdout
+            and bad.stderr.startswith("error: 1 of ") and "Traceback" not in bad.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -447,8 +457,9 @@ def test_worker_processes_give_the_same_volumes_and_the_same_error(dataset, conf
     for config_ in (cfg, with_workers):
         ledger = data.read_ledger(cfg)
         samples = ledger.samples[:6]
-        with pytest.raises(ValueError, match=f"1 volumes cannot be read, and data.max_missing is 0: participant {samples[3].participant_id} .*"
-                                             f"{os.path.basename(samples[3].path)} is not a readable OCT volume.*set data.max_missing=1"):
+        with pytest.raises(ValueError, match="1 volumes cannot be read, and data.max_missing is 0: "
+                                             f"participant {samples[3].participant_id} .*{os.path.basename(samples[3].path)} "
+                                             "is not a readable OCT volume.*set data.max_missing=1"):
             list(data.stream(volumes("c"), ledger, range(6), config_))
 
 
@@ -462,11 +473,13 @@ def test_unreadable_volumes_that_max_missing_covers_are_struck_off_the_ledger(da
     cfg = configure(dataset, f"data.max_missing={len(bad)}")
     ledger = data.read_ledger(cfg)
     samples = list(ledger.samples)
-    arrived = [samples[i].path for i, _, _ in data.stream(data.Volumes(samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(len(samples)), cfg)]
+    arrived = [samples[i].path for i, _, _ in data.stream(data.Volumes(samples, (16, 64, 64), cfg.paths.cache_dir), ledger,
+                                                          range(len(samples)), cfg)]
     assert arrived == [s.path for s in samples if s.path not in bad] == [s.path for s in ledger.samples]
     rows = {r["participant_id"]: r for r in csv.DictReader(io.StringIO(data.ledger_csv(ledger)))}
     assert (rows[person]["status"], rows[person]["volumes"]) == ("missing", "0") and bad[0] in rows[person]["reason"]
-    assert (rows[other]["status"], int(rows[other]["volumes"])) == ("used", sum(s.participant_id == other for s in first) - 1) and bad[-1] in rows[other]["reason"]
+    assert ((rows[other]["status"], int(rows[other]["volumes"])) == ("used", sum(s.participant_id == other for s in first) - 1)
+            and bad[-1] in rows[other]["reason"])
     assert all(path in data.unreadable_table(ledger) for path in bad)
     with pytest.raises(ValueError, match=f"{len(bad)} volumes cannot be read, and data.max_missing is {len(bad) - 1}"):
         data.check_missing(ledger, len(bad) - 1)
@@ -476,8 +489,9 @@ def damaged_at(content, position):
     return content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1:]
 
 
-@pytest.mark.parametrize("damage", [lambda c: c[:500], lambda c: b"", lambda c: c[:-1], lambda c: damaged_at(c, 20), lambda c: damaged_at(c, len(c) // 2),
-                                    lambda c: damaged_at(c, len(c) - 5), lambda c: c + b"x", lambda c: b"\0" * len(c)],
+@pytest.mark.parametrize("damage", [lambda c: c[:500], lambda c: b"", lambda c: c[:-1], lambda c: damaged_at(c, 20),
+                                    lambda c: damaged_at(c, len(c) // 2), lambda c: damaged_at(c, len(c) - 5), lambda c: c + b"x",
+                                    lambda c: b"\0" * len(c)],
                          ids=["cut", "empty", "a byte short", "header", "middle", "digest", "longer", "zeros"])
 def test_a_damaged_cache_file_is_made_anew(written, configure, damage, capsys):
     cfg = configure(written)
@@ -496,7 +510,8 @@ def test_the_cache_admits_until_it_is_full(written, configure):
     cfg = configure(written)
     ledger = data.read_ledger(cfg)
     one = 16 * 64 * 64 * 2
-    volumes = data.Volumes(ledger.samples[:6], (16, 64, 64), cfg.paths.cache_dir, cache_gb=(3 * one + 3 * 200) / 1e9)  # three, with their headers
+    # three, with their headers
+    volumes = data.Volumes(ledger.samples[:6], (16, 64, 64), cfg.paths.cache_dir, cache_gb=(3 * one + 3 * 200) / 1e9)
     first = [v for _, _, v in data.stream(volumes, ledger, range(6), cfg)]
     kept = sorted(glob.glob(f"{cfg.paths.cache_dir}/volumes/*"))
     assert len(kept) == 3

@@ -83,14 +83,17 @@ def test_shuffled_training_labels_teach_nothing(project, first):
 
 def test_a_real_checkpoint_that_is_not_there(project):
     done = make(project, "probe", "CKPT=single_domain_01")
-    assert done.returncode != 0 and "error: b2:// needs a key: set B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY" in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode != 0
+            and "error: b2:// needs a key: set B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY" in done.stderr
+            and "Traceback" not in done.stderr)
     done = make(project, "probe", "CKPT=no_such_config")
     assert done.returncode != 0 and "no_such_config" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_make_finetune_lays_its_settings_over_the_checkpoints(project):
     done = make(project, "finetune", "CKPT=single_domain_01")
-    assert "train.py --config configs/single_domain_01.yaml --config configs/finetune.yaml paths.run_dir=runs/cls_single_domain_01_finetune" in done.stdout
+    assert ("train.py --config configs/single_domain_01.yaml --config configs/finetune.yaml "
+            "paths.run_dir=runs/cls_single_domain_01_finetune") in done.stdout
     assert done.returncode != 0 and "error: b2:// needs a key" in done.stderr
 
 
@@ -104,14 +107,17 @@ def test_make_preview_draws(project, first):
 
 def test_tpu_targets_print_what_they_would_run(project):
     setup = make(project, "tpu-setup", "DRY=1", "TPU=pod", "ZONE=here")
-    assert setup.returncode == 0 and all("--zone=here --worker=all" in line for line in setup.stdout.splitlines() if line.startswith("gcloud"))
+    assert (setup.returncode == 0
+            and all("--zone=here --worker=all" in line for line in setup.stdout.splitlines() if line.startswith("gcloud")))
     trained = make(project, "tpu-train", "DRY=1", "TPU=pod", "ZONE=here", "CKPT=multi_domain")
-    on_all = [line for line in trained.stdout.splitlines() if line.startswith("gcloud compute tpus tpu-vm ssh pod --zone=here --worker=all --command=")]
+    on_all = [line for line in trained.stdout.splitlines()
+              if line.startswith("gcloud compute tpus tpu-vm ssh pod --zone=here --worker=all --command=")]
     assert trained.returncode == 0 and len(on_all) == 2
-    assert "train.py --config configs/multi_domain.yaml device.backend=xla paths.run_dir=runs/cls_multi_domain train.resume=auto" in on_all[0]
+    assert ("train.py --config configs/multi_domain.yaml device.backend=xla paths.run_dir=runs/cls_multi_domain "
+            "train.resume=auto") in on_all[0]
     assert "eval.py --ckpt runs/cls_multi_domain --split test" in on_all[1]
     tuned = make(project, "tpu-train", "DRY=1", "TPU=pod", "CKPT=multi_domain", "MODE=finetune")
-    assert ("train.py --config configs/multi_domain.yaml --config configs/finetune.yaml device.backend=xla paths.run_dir=runs/cls_multi_domain_finetune "
-            "log.run_name=multi_domain_finetune train.resume=auto") in tuned.stdout
+    assert ("train.py --config configs/multi_domain.yaml --config configs/finetune.yaml device.backend=xla "
+            "paths.run_dir=runs/cls_multi_domain_finetune log.run_name=multi_domain_finetune train.resume=auto") in tuned.stdout
     failed = make(project, "tpu-setup", "GCLOUD=false", "TPU=pod")
     assert failed.returncode != 0

@@ -26,8 +26,9 @@ import model
 import train
 
 FULL = {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.2, "rotation": 5.0}
-TUNE = ["model.freeze_encoder=true", "model.unfreeze_at_epoch=1", "model.drop_path=0.1", "model.head.hidden=8", "model.head.dropout=0.2", "train.epochs=3",
-        "data.batch_size=10", "train.lr_encoder=1e-3", "train.grad_clip=1", "train.micro_batch=4",
+TUNE = ["model.freeze_encoder=true", "model.unfreeze_at_epoch=1", "model.drop_path=0.1", "model.head.hidden=8",
+        "model.head.dropout=0.2", "train.epochs=3", "data.batch_size=10", "train.lr_encoder=1e-3", "train.grad_clip=1",
+        "train.micro_batch=4",
         *(f"data.augment.{name}=true" for name in FULL)]
 
 
@@ -46,8 +47,10 @@ def cfg_of(root, folder, *more):
 # --------------------------------------------------------------------------------------------------------- when and how fast
 
 
-@pytest.mark.parametrize("overrides, first", [(["model.unfreeze_at_epoch=2"], 3), (["model.freeze_encoder=false", "model.unfreeze_at_epoch=-1"], 1),
-                                              (["model.unfreeze_at_epoch=0"], 1), (["model.unfreeze_at_epoch=-1", "model.drop_path=0"], None)])
+@pytest.mark.parametrize("overrides, first", [(["model.unfreeze_at_epoch=2"], 3),
+                                              (["model.freeze_encoder=false", "model.unfreeze_at_epoch=-1"], 1),
+                                              (["model.unfreeze_at_epoch=0"], 1),
+                                              (["model.unfreeze_at_epoch=-1", "model.drop_path=0"], None)])
 def test_the_encoder_changes_from_its_epoch_on_and_not_before(written, tmp_path, monkeypatch, overrides, first):
     cfg = cfg_of(written, tmp_path, "train.epochs=4", "train.early_stopping.enabled=false", *overrides)
     encoders, hashes, lines = [], [], train.epoch_lines
@@ -70,7 +73,8 @@ def test_the_encoder_changes_from_its_epoch_on_and_not_before(written, tmp_path,
         begun = (first or 9) - 1
         now = (r["epoch"] - begun) * steps - 1
         expected = train.lr_at(now, (4 - begun) * steps, steps, 1e-3) if r["epoch"] > begun else 0
-        assert r["train/lr_encoder"] == pytest.approx(expected) and r["train/lr_head"] == pytest.approx(train.lr_at(r["epoch"] * steps - 1, 4 * steps, steps, 0.003))
+        assert (r["train/lr_encoder"] == pytest.approx(expected)
+                and r["train/lr_head"] == pytest.approx(train.lr_at(r["epoch"] * steps - 1, 4 * steps, steps, 0.003)))
 
 
 def test_layer_wise_rates_are_the_formulas():
@@ -79,7 +83,8 @@ def test_layer_wise_rates_are_the_formulas():
     groups = model.parameter_groups(head, encoder, 0.1, 0.01, 0.5, 0.05)
     found = {id(p): (g["peak"], g["weight_decay"], g["part"]) for g in groups for p in g["params"]}
     assert len(found) == sum(len(g["params"]) for g in groups) == len(list(encoder.parameters())) + len(list(head.parameters()))
-    rates = {"pos_embed": 0.01 / 16, "patch_embed.proj.weight": 0.01 / 16, "patch_embed.proj.bias": 0.01 / 16, "norm.weight": 0.01, "norm.bias": 0.01}
+    rates = {"pos_embed": 0.01 / 16, "patch_embed.proj.weight": 0.01 / 16, "patch_embed.proj.bias": 0.01 / 16,
+             "norm.weight": 0.01, "norm.bias": 0.01}
     for name, p in encoder.named_parameters():
         rate = rates.get(name) or 0.01 * 0.5 ** (3 - int(name.split(".")[1]))
         decay = 0.0 if name == "pos_embed" or name.endswith("bias") or "norm" in name else 0.05
@@ -88,7 +93,8 @@ def test_layer_wise_rates_are_the_formulas():
 
 
 def test_early_stopping_waits_for_the_encoder(written, tmp_path):
-    cfg = cfg_of(written, tmp_path, "train.epochs=9", "model.unfreeze_at_epoch=4", "train.lr_encoder=0", "train.lr_head=0", "train.early_stopping.patience=2")
+    cfg = cfg_of(written, tmp_path, "train.epochs=9", "model.unfreeze_at_epoch=4", "train.lr_encoder=0", "train.lr_head=0",
+                 "train.early_stopping.patience=2")
     train.main(0, cfg)
     assert [r["epoch"] for r in read_run(cfg)[0]] == [1, 2, 3, 4, 5, 6, 7]  # 6 and 7 bring nothing; before 5 nothing counts
 
@@ -100,9 +106,11 @@ def test_it_overfits_eight_volumes(dataset, tmp_path):
         kept.add(s.participant_id) if volumes < 8 else None
         volumes += volumes < 8
     edit(dataset / "participants.tsv", lambda t: "".join(
-        line if line.split("\t")[0] in kept or "\ttrain\t" not in line else line.replace("\tTRUE", "\tFALSE") for line in t.splitlines(True)))
-    cfg = cfg_of(dataset, tmp_path, "train.epochs=40", "train.class_weights=none", "train.lr_encoder=1e-3", "train.early_stopping.enabled=false", "train.layer_decay=1",
-                 "model.head.dropout=0", "model.drop_path=0", *(f"data.augment.{name}=false" for name in FULL))
+        line if line.split("\t")[0] in kept or "\ttrain\t" not in line else line.replace("\tTRUE", "\tFALSE")
+        for line in t.splitlines(True)))
+    cfg = cfg_of(dataset, tmp_path, "train.epochs=40", "train.class_weights=none", "train.lr_encoder=1e-3",
+                 "train.early_stopping.enabled=false", "train.layer_decay=1", "model.head.dropout=0", "model.drop_path=0",
+                 *(f"data.augment.{name}=false" for name in FULL))
     train.main(0, cfg)
     history, _, last = read_run(cfg)
     assert 8 <= last["volumes"][0] <= 10 and history[-1]["train/loss"] < 0.01 and history[-1]["train/balanced_accuracy"] == 1
@@ -204,8 +212,10 @@ def test_drop_path_skips_branches_in_training_only():
 def test_killed_within_an_epoch_and_resumed_equals_uninterrupted_bit_for_bit(written, alone, command, tmp_path, moment):
     """Killed right after a save, of which there are three in an epoch of six steps."""
     arguments = ["--config", "configs/demo.yaml", *tuned(written, tmp_path, "train.save_every=2", "train.resume=auto")]
-    code = KILLED_IN_SAVE.replace('f"{os.sep}run{os.sep}"', '"last.pt"').replace("    move(source, target)\n", "", 1).replace("    if calls", "    move(source, target)\n    if calls")
-    run = subprocess.Popen([os.sys.executable, "-c", code, str(moment), *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code = (KILLED_IN_SAVE.replace('f"{os.sep}run{os.sep}"', '"last.pt"').replace("    move(source, target)\n", "", 1)
+            .replace("    if calls", "    move(source, target)\n    if calls"))
+    run = subprocess.Popen([os.sys.executable, "-c", code, str(moment), *arguments], cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run.communicate(timeout=100)
     assert run.returncode == -signal.SIGKILL
     killed = torch.load(f"{tmp_path}/run/last.pt", weights_only=True)
@@ -247,7 +257,8 @@ def test_sigterm_within_an_epoch_saves(written, alone, tmp_path, monkeypatch, ca
 
 @pytest.mark.slow
 def test_sigterm_to_all_processes_saves_though_decoders_get_it_too(written, tmp_path):
-    run = start("train.py", "--config", "configs/demo.yaml", *tuned(written, tmp_path, "data.num_workers=1", "data.cache_gb=0", "train.epochs=40"), start_new_session=True)
+    run = start("train.py", "--config", "configs/demo.yaml",
+                *tuned(written, tmp_path, "data.num_workers=1", "data.cache_gb=0", "train.epochs=40"), start_new_session=True)
     for line in run.stdout:
         if line.startswith("epoch   2/40"):
             os.killpg(run.pid, signal.SIGTERM)
@@ -262,15 +273,17 @@ def test_sigterm_to_all_processes_saves_though_decoders_get_it_too(written, tmp_
 def test_a_run_equals_one_written_from_the_formulas(written, tmp_path):
     """Schedules, layer rates, decay, clipping, class weights and accumulation, in double precision, with an AdamW of its own."""
     head_epochs, epochs, warmup, lr_head, lr_encoder, layer_decay, weight_decay, clip, size = 1, 3, 1, 0.003, 1e-3, 0.6, 0.05, 0.7, 13
-    cfg = cfg_of(written, tmp_path, f"train.layer_decay={layer_decay}", f"train.grad_clip={clip}", f"data.batch_size={size}", "model.head.dropout=0", "model.drop_path=0",
-                 "train.micro_batch=5", f"train.weight_decay={weight_decay}", *(f"data.augment.{name}=false" for name in FULL))
+    cfg = cfg_of(written, tmp_path, f"train.layer_decay={layer_decay}", f"train.grad_clip={clip}", f"data.batch_size={size}",
+                 "model.head.dropout=0", "model.drop_path=0", "train.micro_batch=5", f"train.weight_decay={weight_decay}",
+                 *(f"data.augment.{name}=false" for name in FULL))
     train.main(0, cfg)
     last = read_run(cfg)[2]
 
     samples = data.read_ledger(cfg).of("train")
     volumes = torch.stack([data.preprocess(data.read_dicom(s.path), (16, 64, 64)).half().double()[None] for s in samples])
     labels = torch.tensor([s.label for s in samples])
-    weights = torch.tensor(compute_class_weight("balanced", classes=np.arange(4), y=list({s.participant_id: s.label for s in samples}.values())))
+    weights = torch.tensor(compute_class_weight("balanced", classes=np.arange(4),
+                                                y=list({s.participant_id: s.label for s in samples}.values())))
     encoder = model.load_encoder(TINY).double()
     torch.manual_seed(42)
     head = model.Head(128, 4, 8, 0.0).double()
@@ -278,7 +291,8 @@ def test_a_run_equals_one_written_from_the_formulas(written, tmp_path):
         pretrained = encoder(volumes).mean(dim=1)
         head[0].mean.copy_(pretrained.mean(dim=0))
         head[0].std.copy_((pretrained.var(dim=0, unbiased=False) + 1e-6).sqrt())
-        shares = labels.bincount() * weights  # as the weighted loss sees the classes: the best answer that looks at nothing is their logarithm
+        # as the weighted loss sees the classes: the best answer that looks at nothing is their logarithm
+        shares = labels.bincount() * weights
         head[-1].bias.copy_(shares.log() - shares.log().mean())
     rates = {}
     for name, p in [*head.named_parameters(prefix="head"), *encoder.named_parameters(prefix="encoder")]:
@@ -315,9 +329,9 @@ def test_a_run_equals_one_written_from_the_formulas(written, tmp_path):
             assert (p - fresh[name]).abs().max() > 20 * difference, name  # it has moved by more than that
 
 
-@pytest.mark.parametrize("change", ["model.drop_path=0", "train.grad_clip=0.01", "train.layer_decay=0.5", "train.weight_decay=1", "data.augment.flip=false",
-                                    "data.augment.intensity_jitter=false", "data.augment.random_crop=0.3", "data.augment.rotation=false", "data.sampler=stratified",
-                                    "train.loss=focal", "seed=43"])
+@pytest.mark.parametrize("change", ["model.drop_path=0", "train.grad_clip=0.01", "train.layer_decay=0.5", "train.weight_decay=1",
+                                    "data.augment.flip=false", "data.augment.intensity_jitter=false", "data.augment.random_crop=0.3",
+                                    "data.augment.rotation=false", "data.sampler=stratified", "train.loss=focal", "seed=43"])
 def test_every_knob_turns_something(written, tmp_path, change):
     train.main(0, cfg_of(written, tmp_path, change, "model.unfreeze_at_epoch=0", "train.epochs=1"))
     train.main(0, cfg_of(written, tmp_path / "as it was", "model.unfreeze_at_epoch=0", "train.epochs=1"))
@@ -336,7 +350,8 @@ def test_checkpointing_is_used_where_asked_for(written, tmp_path, monkeypatch):
 
 def test_every_epoch_sees_another_view(written, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(model.ViT3D, "forward", lambda self, x, noise=None, real=model.ViT3D.forward: (seen.extend(v for v in x if v.any()) if self.training else None) or real(self, x, noise))
+    monkeypatch.setattr(model.ViT3D, "forward", lambda self, x, noise=None, real=model.ViT3D.forward:
+                        (seen.extend(v for v in x if v.any()) if self.training else None) or real(self, x, noise))
     cfg = cfg_of(written, tmp_path, "model.unfreeze_at_epoch=0", "train.epochs=2", "train.micro_batch=1")
     train.main(0, cfg)
     samples = data.read_ledger(cfg).of("train")
@@ -347,7 +362,8 @@ def test_every_epoch_sees_another_view(written, tmp_path, monkeypatch):
         order = data.epoch_order(torch.tensor([s.label for s in samples]), "shuffle", 42, epoch)
         for x, i in zip(seen[(epoch - 1) * n:epoch * n], order.tolist()):
             key, volume = volumes.load(i)
-            expected = data.augment(volume, {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.1, "rotation": 5.0}, f"42 {epoch} {key}")
+            expected = data.augment(volume, {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.1, "rotation": 5.0},
+                                    f"42 {epoch} {key}")
             assert torch.equal(x, expected.float()) and not torch.equal(x, volume.float())
 
 
@@ -378,8 +394,10 @@ def test_eval_scores_the_fine_tuned_encoder(written, alone, tmp_path):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda content: content[:len(content) // 2], "not a zip file"), (lambda content: b"", "not a zip file"), (lambda content: b"text", "not a zip file"),
-    (lambda content: content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1:], "is damaged|CRC")])
+    (lambda content: content[:len(content) // 2], "not a zip file"), (lambda content: b"", "not a zip file"),
+    (lambda content: b"text", "not a zip file"),
+    (lambda content: content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1:],
+     "is damaged|CRC")])
 def test_a_damaged_checkpoint_is_neither_resumed_nor_scored(written, alone, tmp_path, damage, message):
     os.makedirs(f"{tmp_path}/run")
     for name in os.listdir(f"{alone}/run"):
@@ -387,7 +405,8 @@ def test_a_damaged_checkpoint_is_neither_resumed_nor_scored(written, alone, tmp_
             content = open(f"{alone}/run/{name}", "rb").read()
             open(f"{tmp_path}/run/{name}", "wb").write(damage(content) if name.endswith(".pt") else content)
     before = sorted(os.listdir(f"{tmp_path}/run"))
-    with pytest.raises(ValueError, match=f"last.pt is not a checkpoint of this train.py: .*({message}).*; set train.resume=never to replace the run"):
+    with pytest.raises(ValueError, match=f"last.pt is not a checkpoint of this train.py: .*({message}).*; "
+                                         "set train.resume=never to replace the run"):
         train.main(0, cfg_of(written, tmp_path, "train.resume=auto", f"paths.cache_dir={alone}/cache"))
     with pytest.raises(ValueError, match=message):
         evaluation.evaluate_run(f"{tmp_path}/run", "val")
@@ -396,7 +415,8 @@ def test_a_damaged_checkpoint_is_neither_resumed_nor_scored(written, alone, tmp_
 
 @pytest.mark.parametrize("change, message", [
     (lambda last: last.pop("step"), "KeyError 'step'; set train.resume=never"),
-    (lambda last: last.update(encoder={f"_orig_mod.{k}": v for k, v in last["encoder"].items()}), "last.pt does not fit this model: .*; set train.resume=never"),
+    (lambda last: last.update(encoder={f"_orig_mod.{k}": v for k, v in last["encoder"].items()}),
+     "last.pt does not fit this model: .*; set train.resume=never"),
 ])
 def test_a_checkpoint_of_another_version_is_not_resumed(written, alone, tmp_path, change, message):
     last = torch.load(f"{alone}/run/last.pt", weights_only=True)
@@ -422,11 +442,13 @@ def test_what_a_kill_left_goes_with_the_next_start(written, tmp_path):
 def test_what_cannot_train_stops_before_the_earlier_run_is_gone(dataset, tmp_path, monkeypatch):
     cfg = cfg_of(dataset, tmp_path, "train.epochs=2")
     train.main(0, cfg)
-    edit(dataset / "participants.tsv", lambda t: "".join(line.replace("\tTRUE", "\tFALSE") if "\ttrain\t" in line and "insulin_dependent" in line else line
-                                                         for line in t.splitlines(True)))
+    edit(dataset / "participants.tsv", lambda t: "".join(
+        line.replace("\tTRUE", "\tFALSE") if "\ttrain\t" in line and "insulin_dependent" in line else line
+        for line in t.splitlines(True)))
     before = sorted(os.listdir(cfg.paths.run_dir))
     monkeypatch.setattr(model.ViT3D, "forward", lambda *a: pytest.fail("encoded something"))
-    for more, message in ((["data.sampler=stratified", "train.class_weights=none"], "no training volume is of class 3"), ([], "class_weights 'auto' needs every one")):
+    for more, message in ((["data.sampler=stratified", "train.class_weights=none"], "no training volume is of class 3"),
+                          ([], "class_weights 'auto' needs every one")):
         with pytest.raises(ValueError, match=message):
             train.main(0, cfg_of(dataset, tmp_path, *more))
     assert sorted(os.listdir(cfg.paths.run_dir)) == before
@@ -434,7 +456,8 @@ def test_what_cannot_train_stops_before_the_earlier_run_is_gone(dataset, tmp_pat
 
 def test_an_encoder_that_diverges_is_said_by_its_key(written, tmp_path):
     with pytest.raises(ValueError, match=r"lower train.*lr_encoder=1e\+30"):
-        train.main(0, cfg_of(written, tmp_path, "train.lr_encoder=1e30", "data.batch_size=1000", "train.warmup_epochs=0", "train.grad_clip=0"))
+        train.main(0, cfg_of(written, tmp_path, "train.lr_encoder=1e30", "data.batch_size=1000", "train.warmup_epochs=0",
+                             "train.grad_clip=0"))
 
 
 def test_a_warm_up_that_lasts_all_of_the_encoders_epochs_is_said(written, tmp_path, capsys):
@@ -455,14 +478,17 @@ def test_the_epoch_log_shows_composition_and_imbalance(alone):
     with open(f"{alone}/run/metrics.jsonl") as f:
         history = [json.loads(line) for line in f]
     with open(f"{alone}/run/ledger.csv") as f:
-        volumes = [sum(int(r["volumes"]) for r in csv.DictReader(open(f"{alone}/run/ledger.csv")) if (r["split"], r["label"]) == ("train", str(k))) for k in range(4)]
+        volumes = [sum(int(r["volumes"]) for r in csv.DictReader(open(f"{alone}/run/ledger.csv"))
+                       if (r["split"], r["label"]) == ("train", str(k))) for k in range(4)]
     for r in history:
         assert [r[f"train/drawn_{k}"] for k in range(4)] == volumes
-        assert sum(r[f"train/predicted_share_{k}"] for k in range(4)) == pytest.approx(1) and sum(r[f"val/predicted_share_{k}"] for k in range(4)) == pytest.approx(1)
+        assert (sum(r[f"train/predicted_share_{k}"] for k in range(4)) == pytest.approx(1)
+                and sum(r[f"val/predicted_share_{k}"] for k in range(4)) == pytest.approx(1))
         assert r["gap/balanced_accuracy"] == pytest.approx(r["train/balanced_accuracy"] - r["val/balanced_accuracy"])
         weights = [sum(volumes) / (4 * v) for v in volumes]
         assert all(r[f"train/loss_{k}"] > 0 for k in range(4)) and r["train/grad_norm"] > 0
-        by_class = sum(w * v * r[f"train/loss_{k}"] for k, (w, v) in enumerate(zip(weights, volumes))) / sum(w * v for w, v in zip(weights, volumes))
+        by_class = (sum(w * v * r[f"train/loss_{k}"] for k, (w, v) in enumerate(zip(weights, volumes)))
+                    / sum(w * v for w, v in zip(weights, volumes)))
         assert r["train/loss"] == pytest.approx(by_class, rel=0.1)  # a mean of batches, weights by participants: alike, not equal
 
 
@@ -479,7 +505,8 @@ def test_a_volume_that_vanishes_while_training_stops_the_run(dataset, tmp_path, 
 def test_a_full_disk_under_a_large_checkpoint_is_one_sentence(tmp_path):
     import resource
 
-    code = ("import resource, signal, torch, b2\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    code = ("import resource, signal, torch, b2\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
             f"b2.write('{tmp_path}/last.pt', lambda f: torch.save({{'a': torch.zeros(100_000)}}, f))")
     assert resource
     done = subprocess.run([os.sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -564,7 +591,8 @@ def test_the_rotation_is_small_and_in_two_planes():
     ends = []
     for i in range(60):
         end = data.augment(rod, {"rotation": 10.0}, str(i))[0, :, :, 60]  # (frames, rows), 28 columns off the middle
-        ends.append([(end.sum(dim=1) @ torch.arange(65.0) / end.sum() - 32).item(), (end.sum(dim=0) @ torch.arange(65.0) / end.sum() - 32).item()])
+        ends.append([(end.sum(dim=1) @ torch.arange(65.0) / end.sum() - 32).item(),
+                     (end.sum(dim=0) @ torch.arange(65.0) / end.sum() - 32).item()])
     most = 28 * np.tan(np.radians(10))
     frames, rows = np.abs(np.array(ends)).T
     assert frames.max() <= most / np.cos(np.radians(10)) + 0.3 and rows.max() <= most + 0.3 and min(frames.max(), rows.max()) > 0.7 * most
@@ -572,7 +600,8 @@ def test_the_rotation_is_small_and_in_two_planes():
 
 def test_views_are_encoded_once_and_all_are_trained_on(written, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(model.ViT3D, "forward", lambda self, x, noise=None, real=model.ViT3D.forward: calls.append(x.clone()) or real(self, x, noise))
+    monkeypatch.setattr(model.ViT3D, "forward", lambda self, x, noise=None, real=model.ViT3D.forward:
+                        calls.append(x.clone()) or real(self, x, noise))
     augment = [f"data.augment.{name}=true" for name in FULL]
 
     def run(*overrides):

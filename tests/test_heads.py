@@ -107,7 +107,8 @@ def test_attentive_fine_tuning(written, configure):
     train.main(0, cfg)
     before = read_predictions(f"{cfg.paths.run_dir}/predictions_val.csv")[2]
     evaluation.evaluate_run(cfg.paths.run_dir, "val")
-    assert np.allclose(before, read_predictions(f"{cfg.paths.run_dir}/predictions_val.csv")[2], atol=2e-3)  # tokens kept for eval are float16
+    # tokens kept for eval are float16
+    assert np.allclose(before, read_predictions(f"{cfg.paths.run_dir}/predictions_val.csv")[2], atol=2e-3)
 
 
 def test_attention_finds_what_the_mean_drowns():
@@ -152,7 +153,8 @@ def test_a_head_starts_from_ridge_regression_judged_on_the_participants_left_out
     for alpha in np.trace(x_.T @ x_) / 12 * np.logspace(-4, 4, 17):
         scores = np.zeros_like(t)
         for person in range(30):
-            scores[people == person] = x_[people == person] @ Ridge(alpha=alpha, fit_intercept=False).fit(x_[people != person], t[people != person]).coef_.reshape(t.shape[1], -1).T
+            scores[people == person] = x_[people == person] @ Ridge(alpha=alpha, fit_intercept=False).fit(
+                x_[people != person], t[people != person]).coef_.reshape(t.shape[1], -1).T
         error = ((t - scores) ** 2).sum()
         if best is None or error < best[0]:
             best = error, alpha, scores
@@ -171,7 +173,8 @@ def test_a_head_starts_from_ridge_regression_judged_on_the_participants_left_out
     assert np.abs(np.diff(logits, axis=1) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("y, x", [([0] * 6, None), ([0, 0, 0, 2, 2, 2], None), ([0, 1, 2, 3, 0, 1], 1.0)], ids=["one class", "two classes", "constant features"])
+@pytest.mark.parametrize("y, x", [([0] * 6, None), ([0, 0, 0, 2, 2, 2], None), ([0, 1, 2, 3, 0, 1], 1.0)],
+                         ids=["one class", "two classes", "constant features"])
 def test_a_start_from_little_is_finite(y, x):
     features = torch.full((6, 3), x) if x else torch.randn(6, 3)
     for is_ordinal in (False, True):
@@ -205,16 +208,20 @@ def test_a_reference_run_is_scikit_learn_on_the_features(written, configure, kin
         z, z_val = standardised(x, x), standardised(x_val, x)
         if kind == "knn":
             z, z_val = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in (z, z_val))
-            p = KNeighborsClassifier(int(row["k"]), weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)).fit(z, y).predict_proba(z_val) * weights
+            p = (KNeighborsClassifier(int(row["k"]), weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)).fit(z, y).predict_proba(z_val)
+                 * weights)
             p /= p.sum(axis=1, keepdims=True)
         else:
-            p = LogisticRegression(C=float(row["C"]), class_weight=dict(enumerate(weights)), max_iter=1000, tol=1e-6).fit(z, y).predict_proba(z_val)
+            p = LogisticRegression(C=float(row["C"]), class_weight=dict(enumerate(weights)), max_iter=1000,
+                                   tol=1e-6).fit(z, y).predict_proba(z_val)
         ids, y_val, p = evaluation.by_participant(val, p)
         scores.append((balanced_accuracy_score(y_val, p.argmax(axis=1)), -log_loss(y_val, p, labels=range(4))))
-        if kind == "knn" or float(row["C"]) < 100:  # with next to no penalty on separable features, where the solver ends hangs on the last digit
+        # with next to no penalty on separable features, where the solver ends hangs on the last digit
+        if kind == "knn" or float(row["C"]) < 100:
             assert float(row["val_balanced_accuracy"]) == pytest.approx(scores[-1][0])
             assert float(row["val_loss"]) == pytest.approx(-scores[-1][1], rel=1e-3)
-    assert scores[0][0] == max(accuracy for accuracy, _ in scores) and [row["chosen"] for row in rows] == ["True"] + ["False"] * (len(rows) - 1)
+    assert (scores[0][0] == max(accuracy for accuracy, _ in scores)
+            and [row["chosen"] for row in rows] == ["True"] + ["False"] * (len(rows) - 1))
     before = read_predictions(f"{cfg.paths.run_dir}/predictions_val.csv")
     result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "val")
     assert result["balanced_accuracy"] == pytest.approx(float(rows[0]["val_balanced_accuracy"]))
@@ -228,8 +235,8 @@ def test_a_linear_head_at_its_optimum_is_logistic_regression(scheme, sk, monkeyp
     """Without penalty, for AdamW's decay is none that the loss knows."""
     (x, y), (x_val, y_val), _ = gaussians.draw((0, 0.4, 1, 1.6), 12, 743, 3)
     cfg = config.load(os.path.join(ROOT, "configs", "probe.yaml"), [
-        "train.sweep=null", "model.emb_dim=12", "train.weight_decay=0", "model.head.dropout=0", "train.lr_head=0.03", "train.epochs=2000", "data.batch_size=743",
-        "train.early_stopping.enabled=false", f"train.class_weights={scheme}"])
+        "train.sweep=null", "model.emb_dim=12", "train.weight_decay=0", "model.head.dropout=0", "train.lr_head=0.03",
+        "train.epochs=2000", "data.batch_size=743", "train.early_stopping.enabled=false", f"train.class_weights={scheme}"])
     calls = itertools.count()
     monkeypatch.setattr(metrics, "quick_scores", lambda y_true, p: ([float(next(calls))], [0.0]))  # the last epoch is to be kept
     X, X_val = torch.from_numpy(x), torch.from_numpy(x_val)
@@ -237,7 +244,8 @@ def test_a_linear_head_at_its_optimum_is_logistic_regression(scheme, sk, monkeyp
     reference = LogisticRegression(C=np.inf, class_weight=sk, max_iter=5000, tol=1e-8).fit(x, y)
     weights = losses.class_weights(y, 4, scheme).numpy()[y]
     for X_, x_, y_, w in ((X, x, y, weights), (X_val, x_val, y_val, None)):
-        assert abs(log_loss(y_, evaluation.predict(head, X_), sample_weight=w) - log_loss(y_, reference.predict_proba(x_), sample_weight=w)) < 1e-3
+        assert abs(log_loss(y_, evaluation.predict(head, X_), sample_weight=w)
+                   - log_loss(y_, reference.predict_proba(x_), sample_weight=w)) < 1e-3
 
 
 # -------------------------------------------------------------------------------------------- repeats over seeds and folds
@@ -264,15 +272,18 @@ def test_seeds_are_the_runs_that_they_would_be_alone(written, configure, tmp_pat
         for name in ("balanced_accuracy", "log_loss"):
             values = [score[name] for score in scores[split]]
             spread = result["seeds"][name]
-            assert spread["each"] == pytest.approx(values) and spread["mean"] == pytest.approx(np.mean(values)) and spread["sd"] == pytest.approx(np.std(values, ddof=1))
+            assert (spread["each"] == pytest.approx(values) and spread["mean"] == pytest.approx(np.mean(values))
+                    and spread["sd"] == pytest.approx(np.std(values, ddof=1)))
 
 
 def test_cross_validation_holds_every_participant_out_once_and_never_touches_test(written, configure, capsys, monkeypatch):
     cfg = configure(written, "data.cv=3", "train.seeds=[1,2]")
     calls, tested = [], []
     fit, features = train.fit_heads, evaluation.features
-    monkeypatch.setattr(train, "fit_heads", lambda cfg, seed, x_train, train_, x_val, val: calls.append((train_, val)) or fit(cfg, seed, x_train, train_, x_val, val))
-    monkeypatch.setattr(evaluation, "features", lambda cfg, ledger, samples, *more: tested.extend(s for s in samples if s.split == "test") or features(cfg, ledger, samples, *more))
+    monkeypatch.setattr(train, "fit_heads", lambda cfg, seed, x_train, train_, x_val, val:
+                        calls.append((train_, val)) or fit(cfg, seed, x_train, train_, x_val, val))
+    monkeypatch.setattr(evaluation, "features", lambda cfg, ledger, samples, *more:
+                        tested.extend(s for s in samples if s.split == "test") or features(cfg, ledger, samples, *more))
     train.main(0, cfg)
     ledger = data.read_ledger(cfg)
     everyone = {s.participant_id: s.label for s in ledger.of("train") + ledger.of("val")}
@@ -281,17 +292,22 @@ def test_cross_validation_holds_every_participant_out_once_and_never_touches_tes
     for trains, chooses in calls[2:]:
         trained, chose = ({s.participant_id for s in part} for part in (trains, chooses))
         held.append(set(everyone) - trained - chose)
-        assert not trained & chose and len(trains) == sum(s.participant_id in trained for s in ledger.of("train") + ledger.of("val"))  # with all their volumes
+        # with all their volumes
+        assert (not trained & chose
+                and len(trains) == sum(s.participant_id in trained for s in ledger.of("train") + ledger.of("val")))
         for label in range(4):  # every class spread over the folds
             number = sum(k == label for k in everyone.values())
             assert number // 3 <= sum(everyone[i] == label for i in held[-1]) <= -(-number // 3)
-    assert held[0] | held[1] | held[2] == held[3] | held[4] | held[5] == set(everyone) and sum(map(len, held)) == 2 * len(everyone) and held[:3] != held[3:]
+    assert (held[0] | held[1] | held[2] == held[3] | held[4] | held[5] == set(everyone)
+            and sum(map(len, held)) == 2 * len(everyone) and held[:3] != held[3:])
     rows, (ids, y, p) = rows_of(f"{cfg.paths.run_dir}/cv.csv"), read_predictions(f"{cfg.paths.run_dir}/predictions_cv.csv")
     assert sorted(ids) == sorted(everyone) and [everyone[i] for i in ids] == y.tolist()
     for row, out in list(zip(rows, held))[:3]:  # predictions are the first seed's
         mine = [n for n, i in enumerate(ids) if i in out]
-        assert float(row["held_out_balanced_accuracy"]) == pytest.approx(balanced_accuracy_score(y[mine], p[mine].argmax(axis=1))) and int(row["participants"]) == len(out)
-    assert f"3-fold cross-validation, seed 1: balanced accuracy {balanced_accuracy_score(y, p.argmax(axis=1)):.3f} on {len(everyone)} participants" in capsys.readouterr().out
+        assert (float(row["held_out_balanced_accuracy"]) == pytest.approx(balanced_accuracy_score(y[mine], p[mine].argmax(axis=1)))
+                and int(row["participants"]) == len(out))
+    assert (f"3-fold cross-validation, seed 1: balanced accuracy {balanced_accuracy_score(y, p.argmax(axis=1)):.3f} "
+            f"on {len(everyone)} participants") in capsys.readouterr().out
     with pytest.raises(ValueError, match="data.cv=9 needs as many participants of every class in train and val"):
         train.main(0, configure(written, "data.cv=9"))
 
@@ -300,14 +316,16 @@ def test_cross_validation_trains_on_views_and_scores_without(written, configure,
     cfg = configure(written, "data.cv=3", "data.augment.flip=true", "data.augment_views=2", "train.epochs=2")
     shapes = []
     fit = train.fit_heads
-    monkeypatch.setattr(train, "fit_heads", lambda cfg, seed, x_train, train_, x_val, val: shapes.append((x_train.shape[1], x_val.ndim)) or fit(cfg, seed, x_train, train_, x_val, val))
+    monkeypatch.setattr(train, "fit_heads", lambda cfg, seed, x_train, train_, x_val, val:
+                        shapes.append((x_train.shape[1], x_val.ndim)) or fit(cfg, seed, x_train, train_, x_val, val))
     train.main(0, cfg)
     assert shapes == [(3, 2)] * 4
 
 
 def test_a_head_learns_nothing_of_whom_it_is_scored_on(written, configure):
     """With labels at random, cross-validation falls to chance; choosing on the held-out fold would not."""
-    cfg = configure(written, "model.emb_dim=128", "train.epochs=20", "train.sweep.lr_head=[0.001,0.01,0.1]", "train.sweep.weight_decay=[0.01,1]", "data.cv=3")
+    cfg = configure(written, "model.emb_dim=128", "train.epochs=20", "train.sweep.lr_head=[0.001,0.01,0.1]",
+                    "train.sweep.weight_decay=[0.01,1]", "data.cv=3")
     rng, scores = np.random.default_rng(0), []
     for seed in range(6):
         y = rng.permutation(np.repeat(range(4), 40))
@@ -339,7 +357,8 @@ def test_what_means_nothing_is_refused(configure, overrides, message):
 @pytest.mark.slow
 def test_what_corrects_the_imbalance_beats_what_does_not():
     """Trained on 39/22/31/8 %, tested balanced, 20 seeds."""
-    tried = {"uniform": ("ce", "none"), "logit adjustment": ("logit_adjustment", "none"), "balanced softmax": ("balanced_softmax", "none"), "balanced weights": ("ce", "auto")}
+    tried = {"uniform": ("ce", "none"), "logit adjustment": ("logit_adjustment", "none"),
+             "balanced softmax": ("balanced_softmax", "none"), "balanced weights": ("ce", "auto")}
     scores, collapsed = {name: [] for name in tried}, 0
     for seed in range(20):
         (x, y), (x_val, y_val), (x_test, y_test) = gaussians.draw((0, 0.4, 1, 1.6), 64, 743, seed)
@@ -379,7 +398,8 @@ def test_make_sweep_goes_on_after_a_failure_and_skips_what_is_finished(written, 
         (work / "configs" / f"{name}.yaml").write_text(json.dumps(config.to_dict(cfg)))
     sweep = lambda: subprocess.run(["make", "sweep", "CKPTS=broken good", "MODES=probe knn"], cwd=work, capture_output=True, text=True)
     job = sweep()
-    assert job.returncode != 0 and "FAILED, and not in the leaderboard: broken/probe broken/knn" in job.stdout, job.stdout[-2000:] + job.stderr[-2000:]
+    assert (job.returncode != 0
+            and "FAILED, and not in the leaderboard: broken/probe broken/knn" in job.stdout), job.stdout[-2000:] + job.stderr[-2000:]
     assert {row["run"] for row in rows_of(work / "runs" / "leaderboard.csv")} == {"cls_good", "cls_good_knn"}
     assert "/nowhere.pt is not there" in job.stderr
     stamp = os.stat(work / "runs" / "cls_good" / "sweep.csv").st_mtime_ns

@@ -23,8 +23,9 @@ def test_other_schemes():
 
 
 @pytest.mark.parametrize("labels, scheme, message", [
-    ([0, 1, 2], "auto", "every one of 4 classes"), ([0, 1, 2, 3, 4], "auto", "every one"), ([0, 1, 2, 3, -1], "auto", "every one"), ([0], [1, 2], "4 numbers"),
-    ([0], [1, 2, 3, -1], "4 numbers"), ([0], [1, 2, 3, math.nan], "4 numbers"), ([0], [0, 0, 0, 0], "not all zero"), ([0], "balanced", "'auto', 'effective', 'none' or a list")])
+    ([0, 1, 2], "auto", "every one of 4 classes"), ([0, 1, 2, 3, 4], "auto", "every one"), ([0, 1, 2, 3, -1], "auto", "every one"),
+    ([0], [1, 2], "4 numbers"), ([0], [1, 2, 3, -1], "4 numbers"), ([0], [1, 2, 3, math.nan], "4 numbers"),
+    ([0], [0, 0, 0, 0], "not all zero"), ([0], "balanced", "'auto', 'effective', 'none' or a list")])
 def test_bad_weights(labels, scheme, message):
     with pytest.raises(ValueError, match=message):
         losses.class_weights(labels, 4, scheme)
@@ -45,7 +46,8 @@ def test_focal_equals_its_formula(gamma, weight):
     torch.manual_seed(0)
     logits, targets = torch.randn(20, 4, dtype=torch.float64), torch.randint(4, (20,))
     w = None if weight is None else torch.tensor(weight, dtype=torch.float64)
-    assert losses.focal_loss(logits, targets, w, gamma).item() == pytest.approx(slow_focal(logits, targets, weight or [1] * 4, gamma), abs=1e-12)
+    assert losses.focal_loss(logits, targets, w, gamma).item() == pytest.approx(
+        slow_focal(logits, targets, weight or [1] * 4, gamma), abs=1e-12)
     if gamma == 0:
         assert torch.allclose(losses.focal_loss(logits, targets, w, 0.0), F.cross_entropy(logits, targets, weight=w))
         assert torch.allclose(losses.cross_entropy(logits, targets, w), F.cross_entropy(logits, targets, weight=w))
@@ -84,7 +86,8 @@ def test_every_loss_equals_its_formula_and_its_gradient_the_difference_quotient(
     logits, targets, log_prior = rows(25)
     found = losses.LOSSES[name](logits, targets, log_prior)
     assert found.shape == (25,)
-    assert found.tolist() == pytest.approx([SLOW[name](row, y, log_prior.exp().tolist()) for row, y in zip(logits.tolist(), targets.tolist())], abs=1e-10)
+    assert found.tolist() == pytest.approx([SLOW[name](row, y, log_prior.exp().tolist())
+                                            for row, y in zip(logits.tolist(), targets.tolist())], abs=1e-10)
     assert torch.autograd.gradcheck(lambda z: losses.LOSSES[name](z, targets, log_prior), logits.requires_grad_())
     extreme = (torch.eye(4) * 200 - 100).requires_grad_()
     losses.LOSSES[name](extreme, torch.tensor([0, 2, 1, 3]), log_prior.float()).sum().backward()

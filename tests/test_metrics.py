@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 from conftest import assert_scores_are_scikit_learns
-from sklearn.metrics import (accuracy_score, average_precision_score, balanced_accuracy_score, cohen_kappa_score, confusion_matrix, f1_score,
-                             log_loss, precision_score, recall_score, roc_auc_score)
+from sklearn.metrics import (accuracy_score, average_precision_score, balanced_accuracy_score, cohen_kappa_score,
+                             confusion_matrix, f1_score, log_loss, precision_score, recall_score, roc_auc_score)
 
 import metrics
 
@@ -239,7 +239,8 @@ def test_alarms_are_silent_when_all_is_well_and_name_a_class_never_right():
 
 def test_gap_alarm():
     assert metrics.gap_alarm(0.6, 0.4) == metrics.gap_alarm(0.3, 0.5) == []
-    assert metrics.gap_alarm(0.61, 0.4) == ["balanced accuracy is 0.610 on training and 0.400 on validation, more than 0.2 below: overfitting"]
+    assert metrics.gap_alarm(0.61, 0.4) == ["balanced accuracy is 0.610 on training and 0.400 on validation, "
+                                            "more than 0.2 below: overfitting"]
 
 
 def test_degenerate_splits():
@@ -277,7 +278,8 @@ def test_bad_input_names_the_row(y, p, message):
     (lambda y, p: metrics.evaluate(y, p, prior=[np.nan, 0, 0, 1]), "prior must be 4 class shares"),
     (lambda y, p: metrics.subgroups(y, p, ["UW"]), r"groups must be one a row, \(159,\)"),
     (lambda y, p: metrics.compare_all(y, {"one": p}), "two runs or more"),
-    (lambda y, p: metrics.compare_all(y, {"one": p, "other": p * np.nan}, ids=range(1001, 1160)), "other: probabilities of participant 1001 are"),
+    (lambda y, p: metrics.compare_all(y, {"one": p, "other": p * np.nan}, ids=range(1001, 1160)),
+     "other: probabilities of participant 1001 are"),
     (lambda y, p: metrics.temperature(y, p * np.nan), "row 0")])
 def test_bad_input_is_one_sentence(call, message):
     with pytest.raises(ValueError, match=message):
@@ -332,7 +334,8 @@ def test_subgroups():
     rng, pred = np.random.default_rng(0), p.argmax(1)
     for name, g in found.items():
         at = site == name
-        assert g["n"] == at.sum() and g["balanced_accuracy"] == pytest.approx(recall_score(y[at], pred[at], average="macro", labels=g["classes"]))
+        assert (g["n"] == at.sum()
+                and g["balanced_accuracy"] == pytest.approx(recall_score(y[at], pred[at], average="macro", labels=g["classes"])))
     for name in ("UAB", "UCSD"):
         slow, lead, at = [], [], site == name
         for _ in range(600):
@@ -357,8 +360,10 @@ def test_a_site_that_carries_the_result_is_named():
     result = metrics.evaluate(y, p, groups={"site": site})
     at = {g["group"]: g for g in result["subgroups"]["site"]}
     assert [a for a in result["alarms"] if "carries" in a] == [
-        f"site UW carries the result: balanced accuracy {at['UW']['balanced_accuracy']:.3f} (53 participants), {at['UW']['rest']:.3f} without it"]
-    volumes = metrics.evaluate(np.repeat(y, 2), np.repeat(p, 2, axis=0), ids=np.repeat(np.arange(159), 2), groups={"site": np.repeat(site, 2)})
+        f"site UW carries the result: balanced accuracy {at['UW']['balanced_accuracy']:.3f} (53 participants), "
+        f"{at['UW']['rest']:.3f} without it"]
+    volumes = metrics.evaluate(np.repeat(y, 2), np.repeat(p, 2, axis=0), ids=np.repeat(np.arange(159), 2),
+                               groups={"site": np.repeat(site, 2)})
     for one, two in zip(result["subgroups"]["site"], volumes["subgroups"]["site"]):
         assert two["ci95"] == pytest.approx(one.pop("ci95")) and {key: two[key] for key in one} == one
 

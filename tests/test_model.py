@@ -88,15 +88,18 @@ def not_finite(weight):
     (drop("pos_embed"), "missing .*context_encoder.pos_embed"),
     (drop("blocks.0.attn.qkv.weight"), "missing: context_encoder.blocks.0.attn.qkv.weight"),
     (lambda c: c["model_state_dict"].update({"context_encoder.cls_token": torch.zeros(1)}), "unexpected: context_encoder.cls_token"),
-    (lambda c: c["model_state_dict"].update({"context_encoder.blocks.7.norm1.weight": torch.zeros(128)}), "missing: context_encoder.blocks.2.norm1"),
-    (change("blocks.1.mlp.fc1.weight", lambda w: w[:10]), r"wrong shape: context_encoder.blocks.1.mlp.fc1.weight \(10, 128\), expected \(512, 128\)"),
+    (lambda c: c["model_state_dict"].update({"context_encoder.blocks.7.norm1.weight": torch.zeros(128)}),
+     "missing: context_encoder.blocks.2.norm1"),
+    (change("blocks.1.mlp.fc1.weight", lambda w: w[:10]),
+     r"wrong shape: context_encoder.blocks.1.mlp.fc1.weight \(10, 128\), expected \(512, 128\)"),
     (change("patch_embed.proj.weight", lambda w: w[:100]), "not a multiple of 64"),
     (change("patch_embed.proj.weight", lambda w: w[0]), "wrong shape"),
     (change("norm.weight", not_finite), "not finite: context_encoder.norm.weight"),
     (change("norm.weight", lambda w: "text"), "not tensors"),
     (change("norm.weight", lambda w: w.to(torch.int64)), "not tensors of floating-point numbers: .*context_encoder.norm.weight"),
     (change("pos_embed", lambda w: w[:, :0]), "pos_embed is empty"),
-    (lambda c: [c["model_state_dict"].pop(k) for k in list(c["model_state_dict"]) if k.startswith("context")], "no keys begin with 'context_encoder.'"),
+    (lambda c: [c["model_state_dict"].pop(k) for k in list(c["model_state_dict"]) if k.startswith("context")],
+     "no keys begin with 'context_encoder.'"),
     (lambda c: c.pop("model_state_dict"), "has no 'model_state_dict'"),
     (lambda c: c["config"].update(image_size=[16, 64, 128]), "do not fit the encoder"),
     (lambda c: c["config"].update(image_size=64), "config.image_size is 64, not"),
@@ -108,8 +111,10 @@ def test_anything_but_the_exact_keys_is_refused_by_name(checkpoint, tmp_path, da
         model.load_encoder(saved(checkpoint, tmp_path))
 
 
-@pytest.mark.parametrize("extra", [{"loss": np.float64(1.5)}, {"config": "text"}, {"config": ["a"]}, {"config": None}, {"loss": np.ones(3), "when": __import__("datetime").datetime(2026, 1, 1)},
-                                   {"config": __import__("argparse").Namespace(a=1)}, {"seen": __import__("collections").Counter("ab"), "path": __import__("pathlib").Path("x")}])
+@pytest.mark.parametrize("extra", [{"loss": np.float64(1.5)}, {"config": "text"}, {"config": ["a"]}, {"config": None},
+                                   {"loss": np.ones(3), "when": __import__("datetime").datetime(2026, 1, 1)},
+                                   {"config": __import__("argparse").Namespace(a=1)},
+                                   {"seen": __import__("collections").Counter("ab"), "path": __import__("pathlib").Path("x")}])
 def test_harmless_contents_beside_the_weights_do_not_matter(checkpoint, tmp_path, extra):
     checkpoint.update(extra)
     assert model.load_encoder(saved(checkpoint, tmp_path)).pos_embed.shape == (1, 64, 128)

@@ -75,7 +75,8 @@ def test_thirteen_participants_have_all_classes_in_all_splits():
         assert len(people) == n and len({(p["recommended_split"], p["label"]) for p in people if p["retinal_oct"] == "TRUE"}) == 12
 
 
-@pytest.mark.parametrize("kwargs, message", [({"participants": 5}, "too few"), ({"effect": "huge"}, "effect='huge'"), ({"scale": (0, 1, 1)}, "scale=")])
+@pytest.mark.parametrize("kwargs, message", [({"participants": 5}, "too few"), ({"effect": "huge"}, "effect='huge'"),
+                                             ({"scale": (0, 1, 1)}, "scale=")])
 def test_bad_arguments(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         phantom.write_dataset(tmp_path / "data", **kwargs)
@@ -95,12 +96,14 @@ def test_the_demo_encoder_loads_strictly_and_is_the_same_every_time(tmp_path):
         phantom.write_encoder(tmp_path / name)
         hashes.add(model.weights_hash(model.load_encoder(str(tmp_path / name))))
     assert len(hashes) == 1 and model.load_encoder(str(tmp_path / "a.pt"), "target").image_size == (16, 96, 96)
-    assert set(model.read_checkpoint(str(tmp_path / "a.pt"))) == {"epoch", "step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "loss", "config"}
+    assert set(model.read_checkpoint(str(tmp_path / "a.pt"))) == {
+        "epoch", "step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "loss", "config"}
 
 
 def test_the_demo_writes_below_its_folder_only_and_says_when_another_effect_is_there(tmp_path, configure, written):
     def settings(**demo):
-        cfg = configure(tmp_path / "demo" / "data", f"demo.dir={tmp_path}/demo", "demo.participants=30", *(f"demo.{k}={v}" for k, v in demo.items()))
+        cfg = configure(tmp_path / "demo" / "data", f"demo.dir={tmp_path}/demo", "demo.participants=30",
+                        *(f"demo.{k}={v}" for k, v in demo.items()))
         cfg.paths.checkpoint_path = str(tmp_path / "demo" / "encoder.pt")
         return cfg
     cfg = settings()

@@ -50,7 +50,8 @@ def test_any_number_of_processes_gives_one_result(written, alone, tmp_path, proc
     a, b = predictions(alone), predictions(tmp_path)
     assert a.shape == b.shape and np.array_equal(a[:, :2], b[:, :2]) and np.abs(a - b).max() < 1e-5
     assert len(b) < 16  # with 16, a split smaller than the number of processes
-    assert f" on {processes} x cpu" in output and output.count("features: ") == 1 and output.count("epoch   1/6") == 1  # rank 0 alone prints
+    # rank 0 alone prints
+    assert f" on {processes} x cpu" in output and output.count("features: ") == 1 and output.count("epoch   1/6") == 1
     assert json.load(open(f"{tmp_path}/run/provenance.json"))["world_size"] == processes
     one, many = (json.loads(open(f"{folder}/run/metrics.jsonl").readline()) for folder in (alone, tmp_path))
     assert one.keys() == many.keys() and all(one[k] == pytest.approx(many[k], abs=1e-5) for k in one)
@@ -61,17 +62,20 @@ def test_any_number_of_processes_gives_one_result(written, alone, tmp_path, proc
 def test_eval_in_several_processes(written, alone, tmp_path):
     results = []
     for processes in (1, 3):
-        run = start("eval.py", "--ckpt", f"{alone}/run", "--split", "test", f"device.processes={processes}", f"paths.cache_dir={tmp_path}/{processes}")
+        run = start("eval.py", "--ckpt", f"{alone}/run", "--split", "test", f"device.processes={processes}",
+                    f"paths.cache_dir={tmp_path}/{processes}")
         output, errors = run.communicate(timeout=100)
         assert run.returncode == 0 and output.count("no alarms") + output.count("ALARM") >= 1, errors
         results.append((predictions(alone, "test"), json.load(open(f"{alone}/run/eval_test.json"))))
     assert np.array_equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
-    assert len(results[0][0]) == sum(row["split"] == "test" and row["status"] == "used" for row in csv.DictReader(open(f"{alone}/run/ledger.csv")))
+    assert len(results[0][0]) == sum(row["split"] == "test" and row["status"] == "used"
+                                     for row in csv.DictReader(open(f"{alone}/run/ledger.csv")))
 
 
 @pytest.mark.slow
 def test_an_unreadable_volume_of_one_replica_is_everybodys(dataset, alone, tmp_path):
-    bad = [s.path for s in data.read_ledger(config.load(os.path.join(ROOT, "configs", "demo.yaml"), overrides(dataset, tmp_path))).of("train")[3:5]]
+    bad = [s.path for s in data.read_ledger(
+        config.load(os.path.join(ROOT, "configs", "demo.yaml"), overrides(dataset, tmp_path))).of("train")[3:5]]
     for path in bad:
         open(path, "wb").write(path.encode())
     run = start("train.py", "--config", "configs/demo.yaml", *overrides(dataset, tmp_path, "device.processes=2", "data.max_missing=1"))
@@ -82,7 +86,8 @@ def test_an_unreadable_volume_of_one_replica_is_everybodys(dataset, alone, tmp_p
     alone_too = tmp_path / "alone"
     train(dataset, alone_too, "data.max_missing=2")
     assert np.abs(predictions(tmp_path) - predictions(alone_too)).max() < 1e-5
-    rows = [{r["participant_id"]: r["volumes"] for r in csv.DictReader(open(f"{folder}/run/ledger.csv"))} for folder in (tmp_path, alone_too)]
+    rows = [{r["participant_id"]: r["volumes"] for r in csv.DictReader(open(f"{folder}/run/ledger.csv"))}
+            for folder in (tmp_path, alone_too)]
     assert rows[0] == rows[1]
 
 
@@ -165,7 +170,8 @@ def wait_for_end(pids, seconds):
 @pytest.mark.parametrize("how, code, message, traceback", [
     ("raise ValueError('no such thing')", 1, "error: no such thing\n", False),
     ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug\n", True),
-    ("os.kill(os.getpid(), signal.SIGKILL)", 1, "error: replica 1 of 3 was ended by SIGKILL, out of memory perhaps; lower device.processes\n", False),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 1,
+     "error: replica 1 of 3 was ended by SIGKILL, out of memory perhaps; lower device.processes\n", False),
     ("sys.exit(7)", 7, "", False),
 ])
 def test_the_others_end_with_it(tmp_path, how, code, message, traceback):
@@ -192,7 +198,8 @@ def test_nobody_outlives_the_parent(tmp_path, number):
 
 @pytest.mark.slow
 def test_a_killed_replica_leaves_nothing_in_the_way(written, alone, tmp_path):
-    arguments = overrides(written, tmp_path, "device.processes=2", "data.num_workers=1", "train.epochs=2000", "train.early_stopping.enabled=false")
+    arguments = overrides(written, tmp_path, "device.processes=2", "data.num_workers=1", "train.epochs=2000",
+                          "train.early_stopping.enabled=false")
     run = start("train.py", "--config", "configs/demo.yaml", *arguments)
     deadline = time.monotonic() + 60
     while not glob.glob(f"{tmp_path}/cache/volumes/*.npy") and time.monotonic() < deadline:
@@ -254,7 +261,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(written, uninterrup
     """Killed at a random moment, and (the odd ones) in the midst of a save."""
     chance, arguments = random.Random(seed), ["--config", "configs/demo.yaml", *overrides(written, tmp_path, *LONG)]
     if seed % 2:
-        run = subprocess.Popen([sys.executable, "-c", KILLED_IN_SAVE, str(chance.randrange(20, 100)), *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+        run = subprocess.Popen([sys.executable, "-c", KILLED_IN_SAVE, str(chance.randrange(20, 100)), *arguments], cwd=ROOT,
+                               stdout=subprocess.DEVNULL)
     else:
         run, epochs = start("train.py", *arguments), chance.randrange(2, 40)
         for line in run.stdout:
@@ -267,7 +275,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(written, uninterrup
     killed = torch.load(f"{tmp_path}/run/last.pt", weights_only=True)["epoch"]
     assert 0 < killed < 60
     resumed = command("train.py", *arguments)
-    assert resumed.returncode == 0 and f"resuming after epoch {killed} of " in resumed.stdout and resumed.stdout.count("  train loss ") == 60 - killed
+    assert (resumed.returncode == 0 and f"resuming after epoch {killed} of " in resumed.stdout
+            and resumed.stdout.count("  train loss ") == 60 - killed)
     same_run(tmp_path, uninterrupted)
     assert [r["after_epoch"] for r in json.load(open(f"{tmp_path}/run/provenance.json"))["resumed"]] == [killed]
 
@@ -305,7 +314,9 @@ def test_a_change_that_would_change_the_result_is_refused(written, alone, comman
     before = content(f"{alone}/run/metrics.jsonl")
     run = command("train.py", "--config", "configs/demo.yaml", *overrides(written, alone, "train.resume=auto", *change))
     errors = run.stderr
-    assert run.returncode == 1 and errors.splitlines()[-1].startswith(f"error: {alone}/run holds a run whose result this would change: ") and message in errors
+    assert (run.returncode == 1
+            and errors.splitlines()[-1].startswith(f"error: {alone}/run holds a run whose result this would change: ")
+            and message in errors)
     assert content(f"{alone}/run/metrics.jsonl") == before
 
 

@@ -28,20 +28,22 @@ ROOT_URL, ENCODER_URL = "b2://bucket/ai-readi/dataset", "b2://bucket/encoders/ti
 def bucket(store):
     """with bucket(root) as server: the data set of folder root, and the tiny encoder."""
     def make(root, **options):
-        files = {PREFIX + os.path.relpath(path, root): open(path, "rb").read() for path in glob.glob(f"{root}/**/*", recursive=True) if os.path.isfile(path)}
+        files = {PREFIX + os.path.relpath(path, root): open(path, "rb").read()
+                 for path in glob.glob(f"{root}/**/*", recursive=True) if os.path.isfile(path)}
         return store({**files, "encoders/tiny.pt": open(TINY, "rb").read()}, **options)
     return make
 
 
 def remote(tmp_path, name="remote"):
-    return [*settings(ROOT_URL, tmp_path), f"paths.checkpoint_path={ENCODER_URL}", f"paths.cache_dir={tmp_path}/{name}-cache", f"paths.run_dir={tmp_path}/{name}-run"]
+    return [*settings(ROOT_URL, tmp_path), f"paths.checkpoint_path={ENCODER_URL}", f"paths.cache_dir={tmp_path}/{name}-cache",
+            f"paths.run_dir={tmp_path}/{name}-run"]
 
 
 def one_in_ten(kind, name, n):
     """Faults of all sorts on one request in ten, always on the same ones."""
     number = zlib.crc32(f"{kind} {name} {n}".encode())
-    faults = [Fault(reset=HEADERS), Fault(reset=20_000), Fault(truncate=5_000), Fault(flip=3_000), Fault(status=503), Fault(status=429, retry_after=0),
-              Fault(stall=30), Fault(status=401, code="expired_auth_token")]
+    faults = [Fault(reset=HEADERS), Fault(reset=20_000), Fault(truncate=5_000), Fault(flip=3_000), Fault(status=503),
+              Fault(status=429, retry_after=0), Fault(stall=30), Fault(status=401, code="expired_auth_token")]
     return faults[number // 10 % len(faults)] if number % 10 == 0 else None
 
 
@@ -80,7 +82,8 @@ def test_from_a_faulty_store_as_from_a_folder_bit_for_bit(written, bucket, comma
         for path in glob.glob(f"{tmp_path}/remote*/**/*", recursive=True):
             if os.path.isfile(path):
                 text += open(path, encoding="latin-1").read()
-        assert "wandb" in os.listdir(far) and len(tokens) > 1 and not [secret for secret in (server.key_id, server.key, *tokens) if secret in text]
+        assert ("wandb" in os.listdir(far) and len(tokens) > 1
+                and not [secret for secret in (server.key_id, server.key, *tokens) if secret in text])
 
 
 def test_a_second_run_downloads_nothing(written, bucket, command, tmp_path):
@@ -116,7 +119,8 @@ def test_the_second_epoch_asks_for_nothing(written, bucket, configure, tmp_path)
         server.requests.clear()
         second = [v for _, _, v in data.stream(volumes, ledger, range(8), cfg)]
         assert server.requests == [] and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert os.listdir(f"{cfg.paths.cache_dir}/raw") == [] == [name for name in os.listdir(f"{cfg.paths.cache_dir}/locks") if name != "admission"]
+        assert (os.listdir(f"{cfg.paths.cache_dir}/raw") == []
+                == [name for name in os.listdir(f"{cfg.paths.cache_dir}/locks") if name != "admission"])
 
 
 def test_the_order_is_the_samplers_and_the_window_is_bounded(written, bucket, configure, tmp_path):
@@ -126,7 +130,8 @@ def test_the_order_is_the_samplers_and_the_window_is_bounded(written, bucket, co
         volumes = data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir)
         order = np.random.default_rng(0).permutation(20).tolist()
         server.requests.clear()
-        server.fault = lambda kind, name, n: Fault(rate=300_000) if name.endswith(volumes.samples[order[0]].path[-30:]) else None  # the first is the slowest
+        # the first is the slowest
+        server.fault = lambda kind, name, n: Fault(rate=300_000) if name.endswith(volumes.samples[order[0]].path[-30:]) else None
         arrived = []
         for i, _, _ in data.stream(volumes, ledger, order, cfg):
             arrived.append(i)
@@ -169,10 +174,11 @@ def test_the_ledger_knows_the_bucket(written, bucket, command, configure, tmp_pa
         assert f"missing: {empty} " in result.stdout and "files empty" in result.stdout
         assert f"participant {twin}: " in result.stdout and "has the same content as" in result.stdout
         for pid in (one, other):
-            assert f"participant {pid}: 1 of {len(people[pid])} files with content that participants {', '.join(sorted([one, other]))} share: " in result.stdout
+            assert (f"participant {pid}: 1 of {len(people[pid])} files with content that participants "
+                    f"{', '.join(sorted([one, other]))} share: ") in result.stdout
         ledger = data.read_ledger(configure(written, *remote(tmp_path)))
-        assert {PREFIX + os.path.relpath(s.path, ROOT_URL) for s in ledger.samples} == {n for p in people for n in people[p] if p not in (gone, empty)} - {
-            people[twin][1], people[one][0], people[other][0]}
+        assert {PREFIX + os.path.relpath(s.path, ROOT_URL) for s in ledger.samples} == {
+            n for p in people for n in people[p] if p not in (gone, empty)} - {people[twin][1], people[one][0], people[other][0]}
         assert not [name for kind, name in server.requests if kind == "download" and name.endswith(".dcm")]
 
 
@@ -196,11 +202,13 @@ def test_a_bad_volume_stops_the_run_or_is_counted(written, bucket, command, conf
         stopped = command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path))
         last = stopped.stderr.strip().splitlines()[-1]
         assert os.listdir(f"{tmp_path}/remote-cache/locks") in ([], ["admission"])
-        assert stopped.returncode == 1 and last.startswith(f"error: 1 volumes cannot be read, and data.max_missing is 0: participant {sample.participant_id} ({url}")
+        assert stopped.returncode == 1 and last.startswith("error: 1 volumes cannot be read, and data.max_missing is 0: "
+                                                           f"participant {sample.participant_id} ({url}")
         assert "set data.max_missing=1" in last and not os.path.exists(f"{tmp_path}/remote-run")
 
         run, trained, scored = train_and_eval(command, [*remote(tmp_path), "data.max_missing=1"])
-        assert f"1 volumes could not be read and were left out (data.max_missing=1)\nunreadable: participant {sample.participant_id}" in trained.stdout
+        assert ("1 volumes could not be read and were left out (data.max_missing=1)\n"
+                f"unreadable: participant {sample.participant_id}") in trained.stdout
         row = next(r for r in csv.DictReader(open(f"{run}/ledger.csv")) if r["participant_id"] == sample.participant_id)
         whole = next(r for r in data.read_ledger(configure(written)).rows if r.participant_id == sample.participant_id)
         assert url in row["reason"] and int(row["volumes"]) == whole.volumes - 1 and row["status"] == "used"
@@ -215,7 +223,8 @@ def test_a_bad_volume_of_the_test_split_is_told_by_eval(written, bucket, command
         trained = command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path))
         assert trained.returncode == 0 and "could not be read" not in trained.stdout
         stopped = command("eval.py", "--ckpt", f"{tmp_path}/remote-run")
-        assert stopped.returncode == 1 and f"participant {sample.participant_id} ({url}" in stopped.stderr and not os.path.exists(f"{tmp_path}/remote-run/eval_test.json")
+        assert (stopped.returncode == 1 and f"participant {sample.participant_id} ({url}" in stopped.stderr
+                and not os.path.exists(f"{tmp_path}/remote-run/eval_test.json"))
         scored = command("eval.py", "--ckpt", f"{tmp_path}/remote-run", "data.max_missing=1")
         assert scored.returncode == 0 and f"unreadable: participant {sample.participant_id}" in scored.stdout
         assert f"ALARM: 1 participants of test lack some of their volumes: {sample.participant_id}" in scored.stdout
@@ -224,12 +233,15 @@ def test_a_bad_volume_of_the_test_split_is_told_by_eval(written, bucket, command
 
 
 @pytest.mark.parametrize("what, message", [
-    (lambda server: server.remove(PREFIX + "participants.tsv"), "error: paths.data=b2://bucket/ai-readi/dataset: participants.tsv is not there; set paths.data"),
+    (lambda server: server.remove(PREFIX + "participants.tsv"),
+     "error: paths.data=b2://bucket/ai-readi/dataset: participants.tsv is not there; set paths.data"),
     (lambda server: server.remove("encoders/tiny.pt"), f"error: paths.checkpoint_path={ENCODER_URL} is not there"),
     (lambda server: server.put("encoders/tiny.pt", b"PK" * 5000), "tiny.pt is not a checkpoint that can be read whole and safely"),
-    (lambda server: server.put(PREFIX + "participants.tsv", b"a\tb\n"), "error: b2://bucket/ai-readi/dataset/participants.tsv has no column 'participant_id or person_id'"),
+    (lambda server: server.put(PREFIX + "participants.tsv", b"a\tb\n"),
+     "error: b2://bucket/ai-readi/dataset/participants.tsv has no column 'participant_id or person_id'"),
     (lambda server: setattr(server, "fault", lambda kind, *_: Fault(status=503) if kind == "download" else None),
-     "error: b2://bucket/ai-readi/dataset/participants.tsv: given up after 2 s of failures (data.fetch_deadline), the last one ServiceError: 503"),
+     ("error: b2://bucket/ai-readi/dataset/participants.tsv: given up after 2 s of failures (data.fetch_deadline), "
+      "the last one ServiceError: 503")),
 ])
 def test_what_is_wrong_is_one_sentence(written, bucket, command, tmp_path, what, message):
     with bucket(written) as server:
@@ -245,9 +257,11 @@ def test_a_store_that_fails_in_mid_run_stops_it_soon(written, bucket, command, t
         began = time.monotonic()
         result = command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path), "data.fetch_deadline=2")
         assert result.returncode == 1 and time.monotonic() - began < 20
-        assert ".dcm: given up after 2 s of failures" in result.stderr.splitlines()[-1] and result.stderr.splitlines()[-1].startswith("error: participant ")
+        assert (".dcm: given up after 2 s of failures" in result.stderr.splitlines()[-1]
+                and result.stderr.splitlines()[-1].startswith("error: participant "))
         server.fault = lambda *_: None
-        assert command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path)).returncode == 0  # nothing left behind that is in the way
+        # nothing left behind that is in the way
+        assert command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path)).returncode == 0
 
 
 def test_a_damaged_cache_heals(written, bucket, configure, command, tmp_path):
@@ -301,13 +315,15 @@ def test_a_cache_folder_that_breaks_strikes_no_volume(written, bucket, configure
 
 
 def start(script, *args, **options):
-    return subprocess.Popen([sys.executable, script, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([sys.executable, script, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
 
 
 @pytest.mark.parametrize("variable, value, path, message", [
     ("B2_APPLICATION_KEY", "wrong", ROOT_URL, "error: B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY"),
     ("B2_APPLICATION_KEY_ID", "", ROOT_URL, "error: b2:// needs a key: set B2_APPLICATION_KEY_ID in the environment or in"),
-    ("UNUSED", "", "b2://elsewhere/x", "error: b2://elsewhere/x/participants.tsv: there is no such bucket, or B2_APPLICATION_KEY_ID is a key of another account"),
+    ("UNUSED", "", "b2://elsewhere/x",
+     "error: b2://elsewhere/x/participants.tsv: there is no such bucket, or B2_APPLICATION_KEY_ID is a key of another account"),
 ])
 def test_what_the_terminal_shows(written, bucket, tmp_path, monkeypatch, variable, value, path, message):
     """In a fresh process: what another test imported must not help."""
@@ -398,7 +414,8 @@ def test_kill_9_leaves_nothing_that_stops_the_next_run(written, bucket, tmp_path
         fetched = [name for kind, name in server.requests if kind == "download"]
         assert len(fetched) == len(set(fetched)) and PREFIX + "participants.tsv" not in fetched
     left = glob.glob(f"{tmp_path}/remote-cache/**/*.part", recursive=True)
-    assert len(left) <= 2 and all("/features/" in path or "/checksums/" in path for path in left)  # a few hundred bytes, cleared once they are old
+    # a few hundred bytes, cleared once they are old
+    assert len(left) <= 2 and all("/features/" in path or "/checksums/" in path for path in left)
 
 
 def test_what_killed_writers_left_is_removed_and_living_ones_are_not_disturbed(written, configure):

@@ -33,11 +33,14 @@ VIEWS = ["data.augment.flip=true", "data.augment.intensity_jitter=0.5", "data.au
 
 @pytest.mark.parametrize("grid, more", [
     pytest.param(GRID, [*VIEWS, "train.early_stopping.patience=3"], marks=pytest.mark.slow),
-    ({"loss": ["ce", "focal", "ordinal", "balanced_softmax", "logit_adjustment"], "class_weights": ["none", "auto"], "lr_head": [0.01]}, [*VIEWS, "train.early_stopping.enabled=false"]),
-    ({"lr_head": [0.003, 0.01], "weight_decay": [0.1, 2]}, ["model.head.hidden=8", "data.sampler=stratified", "train.class_weights=none", "train.grad_clip=0.5",
-                                                            "data.augment.flip=true", "data.augment_views=2", "data.batch_size=7"]),
+    ({"loss": ["ce", "focal", "ordinal", "balanced_softmax", "logit_adjustment"], "class_weights": ["none", "auto"], "lr_head": [0.01]},
+     [*VIEWS, "train.early_stopping.enabled=false"]),
+    ({"lr_head": [0.003, 0.01], "weight_decay": [0.1, 2]},
+     ["model.head.hidden=8", "data.sampler=stratified", "train.class_weights=none", "train.grad_clip=0.5",
+      "data.augment.flip=true", "data.augment_views=2", "data.batch_size=7"]),
     ({"lr_head": [0.003, 0.03], "ordinal": [False, True]}, ["model.pool_method=attentive", "model.token_grid=[2,2,2]"]),
-    pytest.param({"lr_head": [0.003, 0.03]}, ["model.pool_method=attentive", "model.token_grid=[2,2,2]", "model.head.hidden=8"], marks=pytest.mark.slow),
+    pytest.param({"lr_head": [0.003, 0.03]}, ["model.pool_method=attentive", "model.token_grid=[2,2,2]", "model.head.hidden=8"],
+                 marks=pytest.mark.slow),
 ], ids=["rates", "losses", "MLP", "attentive", "attentive MLP"])
 def test_every_head_is_what_it_would_be_alone(written, tmp_path, grid, more):
     cfg = cfg_of(written, tmp_path, *more, *(f"train.sweep.{name}={json.dumps(values)}" for name, values in grid.items()))
@@ -48,7 +51,8 @@ def test_every_head_is_what_it_would_be_alone(written, tmp_path, grid, more):
     assert rows == sorted(rows, key=key)
     for i, row in enumerate(rows):
         place = {name: f"model.head.{name}" if name == "ordinal" else f"train.{name}" for name in grid}
-        alone = cfg_of(written, tmp_path, *more, *(f"{place[name]}={row[name].lower()}" for name in grid), f"paths.run_dir={tmp_path}/alone{i}")
+        alone = cfg_of(written, tmp_path, *more, *(f"{place[name]}={row[name].lower()}" for name in grid),
+                       f"paths.run_dir={tmp_path}/alone{i}")
         train.main(0, alone)
         own_history, own_best, _ = read_run(alone)
         assert int(row["best_epoch"]) == own_best["epoch"]
@@ -71,7 +75,8 @@ def test_validation_chooses_and_eval_scores_the_chosen(written, tmp_path, capsys
     before = read_predictions(f"{tmp_path}/run/predictions_val.csv")
     result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "val")
     assert np.abs(before[2] - read_predictions(f"{tmp_path}/run/predictions_val.csv")[2]).max() < 1e-6
-    assert result["balanced_accuracy"] == pytest.approx(float(rows[0]["val_balanced_accuracy"])) and result["log_loss"] == pytest.approx(float(rows[0]["val_loss"]), abs=1e-6)
+    assert (result["balanced_accuracy"] == pytest.approx(float(rows[0]["val_balanced_accuracy"]))
+            and result["log_loss"] == pytest.approx(float(rows[0]["val_loss"]), abs=1e-6))
     assert {"sweep.csv", "last.pt", "metrics.jsonl", "config.yaml", "provenance.json", "ledger.csv"} <= set(os.listdir(cfg.paths.run_dir))
     stamp = os.stat(f"{tmp_path}/run/sweep.csv").st_mtime_ns
     again = cfg_of(written, tmp_path, "train.resume=auto", *(f"train.sweep.{name}={json.dumps(values)}" for name, values in GRID.items()))
@@ -115,9 +120,11 @@ def test_quick_scores_are_the_scores():
 
 def test_a_sweep_needs_a_frozen_encoder_and_lists():
     demo = os.path.join(ROOT, "configs", "demo.yaml")
-    for overrides, message in ((["model.unfreeze_at_epoch=1"], "train.sweep tries heads on the features of a frozen encoder, and this one is to train; set train.sweep=null"),
+    for overrides, message in ((["model.unfreeze_at_epoch=1"], "train.sweep tries heads on the features of a frozen encoder, "
+                                                               "and this one is to train; set train.sweep=null"),
                                (["train.sweep.lr_head=0.1"], "train.sweep.lr_head must be a list of values to try, or null"),
-                               (["train.sweep.loss=[hinge]"], "train.sweep.loss must be one of ce, focal"), (["train.sweep.lr=[1]"], "unknown key 'train.sweep.lr'")):
+                               (["train.sweep.loss=[hinge]"], "train.sweep.loss must be one of ce, focal"),
+                               (["train.sweep.lr=[1]"], "unknown key 'train.sweep.lr'")):
         with pytest.raises(ValueError, match=message):
             config.load(demo, overrides)
     assert any(vars(config.load(demo).train.sweep).values()) and not any(vars(config.load(demo, ["train.sweep=null"]).train.sweep).values())

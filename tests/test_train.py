@@ -34,7 +34,8 @@ def read_run(cfg):
 def read_predictions(path):
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
-    return [r["participant_id"] for r in rows], np.array([int(r["y_true"]) for r in rows]), np.array([[float(r[f"p{k}"]) for k in range(4)] for r in rows])
+    return ([r["participant_id"] for r in rows], np.array([int(r["y_true"]) for r in rows]),
+            np.array([[float(r[f"p{k}"]) for k in range(4)] for r in rows]))
 
 
 def digest(path):
@@ -51,10 +52,11 @@ def test_a_run_leaves_what_the_design_says(written, configure):
     for split in ("val", "test"):
         evaluation.evaluate_run(cfg.paths.run_dir, split)
     assert digest(TINY) == before
-    expected = {"config.yaml", "provenance.json", "ledger.csv", "metrics.jsonl", evaluation.BEST, "last.pt", "predictions_val.csv", "eval_val.json",
-                "predictions_test.csv", "eval_test.json", "report.html", "plots"}
+    expected = {"config.yaml", "provenance.json", "ledger.csv", "metrics.jsonl", evaluation.BEST, "last.pt", "predictions_val.csv",
+                "eval_val.json", "predictions_test.csv", "eval_test.json", "report.html", "plots"}
     assert set(os.listdir(cfg.paths.run_dir)) == expected
-    assert set(os.listdir(f"{cfg.paths.run_dir}/plots")) == {"training.png", "shares.png", *(f"{plot}_{split}.png" for plot in ("confusion", "roc", "reliability") for split in ("val", "test"))}
+    assert set(os.listdir(f"{cfg.paths.run_dir}/plots")) == {"training.png", "shares.png", *(
+        f"{plot}_{split}.png" for plot in ("confusion", "roc", "reliability") for split in ("val", "test"))}
     assert not glob.glob(f"{cfg.paths.run_dir}/**/*.part", recursive=True)
 
     with open(f"{cfg.paths.run_dir}/config.yaml") as f:
@@ -98,7 +100,8 @@ def test_best_checkpoint_holds_the_best_epoch(written, configure):
         running = max(running, now)
     # the saved head, applied by hand, gives the predictions of that epoch
     result, _ = evaluation.evaluate_run(f"{cfg.paths.run_dir}/{evaluation.BEST}", "val")
-    assert result["balanced_accuracy"] == pytest.approx(expected["val/balanced_accuracy"]) and result["log_loss"] == pytest.approx(expected["val/loss"])
+    assert (result["balanced_accuracy"] == pytest.approx(expected["val/balanced_accuracy"])
+            and result["log_loss"] == pytest.approx(expected["val/loss"]))
     assert last["epoch"] == 15 and last["best_epoch"] == best["epoch"] and last["val_loss"] == history[-1]["val/loss"]
     assert not torch.equal(last["head"]["2.weight"], best["head"]["2.weight"])
     assert set(last["optimizer"]) == {"state", "param_groups"} and last["best"] == (best["val_balanced_accuracy"], best["val_loss"])
@@ -215,9 +218,12 @@ def test_a_feature_belongs_to_the_content_of_its_volume(dataset, configure, monk
     assert torch.equal(after[0], before[1]) and torch.equal(after[1], before[0]) and torch.equal(after[2:], before[2:])
 
 
-@pytest.mark.parametrize("overrides", [["train.loss=focal"], ["train.loss=ordinal"], ["train.loss=label_smoothing"], ["train.class_weights=effective"],
-                                       ["train.loss=balanced_softmax", "train.class_weights=none"], ["train.loss=logit_adjustment", "train.class_weights=none"], ["train.class_weights=[1,2,3,4]"], ["model.head.hidden=16", "train.lr_head=0.03"], ["model.pool_method=max"],
-                                       ["data.batch_size=7"], ["data.batch_size=1000"], ["train.precision=bf16"], ["model.encoder=target"]])
+@pytest.mark.parametrize("overrides", [["train.loss=focal"], ["train.loss=ordinal"], ["train.loss=label_smoothing"],
+                                       ["train.class_weights=effective"], ["train.loss=balanced_softmax", "train.class_weights=none"],
+                                       ["train.loss=logit_adjustment", "train.class_weights=none"], ["train.class_weights=[1,2,3,4]"],
+                                       ["model.head.hidden=16", "train.lr_head=0.03"], ["model.pool_method=max"],
+                                       ["data.batch_size=7"], ["data.batch_size=1000"], ["train.precision=bf16"],
+                                       ["model.encoder=target"]])
 def test_variants_train_and_evaluate(written, configure, overrides):
     cfg = configure(written, *overrides)
     train.main(0, cfg)
@@ -246,12 +252,14 @@ def test_logit_adjustment_subtracts_the_prior_of_the_training_volumes(written, c
     x = torch.randn(5, 128)
     expected = heads[0](x).softmax(1) / torch.from_numpy(share).float()
     assert torch.allclose(heads[1](x).softmax(1), expected / expected.sum(1, keepdim=True), atol=1e-6)
-    assert torch.equal(heads[1].train()(x), heads[0].train()(x)) and answers[1][0][:, 3].mean() > answers[0][0][:, 3].mean()  # the rarest class gains
+    assert (torch.equal(heads[1].train()(x), heads[0].train()(x))
+            and answers[1][0][:, 3].mean() > answers[0][0][:, 3].mean())  # the rarest class gains
 
 
 @pytest.mark.parametrize("overrides, said", [
     (["train.loss=balanced_softmax"], "train.class_weights=auto and train.loss=balanced_softmax correct the imbalance twice"),
-    (["train.loss=logit_adjustment", "train.class_weights=none", "data.sampler=stratified"], "data.sampler=stratified and train.loss=logit_adjustment correct the imbalance twice"),
+    (["train.loss=logit_adjustment", "train.class_weights=none", "data.sampler=stratified"],
+     "data.sampler=stratified and train.loss=logit_adjustment correct the imbalance twice"),
     (["train.loss=logit_adjustment", "data.sampler=stratified"], "correct the imbalance three times"),
     (["train.loss=balanced_softmax", "train.class_weights=none"], None)])
 def test_what_corrects_more_than_once_is_said(configure, overrides, said):
@@ -332,7 +340,8 @@ def test_evaluation_refuses_what_would_not_be_the_trained_thing(written, configu
     cfg = configure(written)
     train.main(0, cfg)
     run = cfg.paths.run_dir
-    other = torch.load(TINY, weights_only=False, pickle_module=__import__("types").SimpleNamespace(Unpickler=model.SafeUnpickler, __name__="safe"))
+    other = torch.load(TINY, weights_only=False, pickle_module=__import__("types").SimpleNamespace(
+        Unpickler=model.SafeUnpickler, __name__="safe"))
     other["model_state_dict"]["context_encoder.norm.bias"] += 1
     other["config"] = {"image_size": [16, 64, 64]}
     torch.save(other, tmp_path / "other.pt")
@@ -347,7 +356,8 @@ def test_evaluation_refuses_what_would_not_be_the_trained_thing(written, configu
         with pytest.raises(ValueError, match="junk.pt is not a checkpoint of this train.py"):
             evaluation.evaluate_run(str(tmp_path / "junk.pt"), "test")
     saved = torch.load(f"{run}/{evaluation.BEST}", weights_only=True)
-    for change, message in ((lambda s: s.pop("config"), "is not a checkpoint of this train.py"), (lambda s: s["head"].pop("2.bias"), "not loaded")):
+    for change, message in ((lambda s: s.pop("config"), "is not a checkpoint of this train.py"),
+                            (lambda s: s["head"].pop("2.bias"), "not loaded")):
         damaged = {**saved, "head": dict(saved["head"])}
         change(damaged)
         torch.save(damaged, tmp_path / "damaged.pt")
@@ -362,7 +372,8 @@ def test_participants_that_moved_from_train_to_test_raise_an_alarm(dataset, conf
     moved = data.read_ledger(cfg).of("train")[0].participant_id
     edit(dataset / "participants.tsv", lambda t: "".join(
         line.replace("\ttrain\t", "\ttest\t") if line.startswith(moved) else line for line in t.splitlines(True)))
-    with pytest.raises(ValueError, match="participants.tsv in .* changed since .* was trained; put that back, train again, or name the other data"):
+    with pytest.raises(ValueError, match="participants.tsv in .* changed since .* was trained; "
+                                         "put that back, train again, or name the other data"):
         evaluation.evaluate_run(cfg.paths.run_dir, "test")
     result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "test", [f"paths.data={dataset}"])
     assert f"1 participants of test were trained on: {moved}" in result["alarms"]
@@ -411,7 +422,8 @@ def damage(root, kind):
         edit(root / "participants.tsv", lambda t: t.replace("insulin_dependent", "type_3", 1))
         return "unknown study_group 'type_3'"
     if kind == "two splits":
-        edit(root / "participants.tsv", lambda t: t + t.splitlines(True)[1].replace("\ttrain\t", "\tVAL\t").replace("\tval\t", "\ttrain\t").replace("\tVAL\t", "\tval\t").replace("\ttest\t", "\ttrain\t"))
+        edit(root / "participants.tsv", lambda t: t + t.splitlines(True)[1].replace("\ttrain\t", "\tVAL\t")
+             .replace("\tval\t", "\ttrain\t").replace("\tVAL\t", "\tval\t").replace("\ttest\t", "\ttrain\t"))
         return "is in two splits"
     if kind == "nobody there":
         os.remove(path)
@@ -422,8 +434,8 @@ def damage(root, kind):
     return "participants.tsv is not there; set paths.data"
 
 
-@pytest.mark.parametrize("kind", ["truncated DICOM", "DICOM without pixels", "manifest points outside", "labels without column", "unknown study_group",
-                                  "two splits", "nobody there", "no labels"])
+@pytest.mark.parametrize("kind", ["truncated DICOM", "DICOM without pixels", "manifest points outside", "labels without column",
+                                  "unknown study_group", "two splits", "nobody there", "no labels"])
 def test_bad_data_stops_with_a_sentence_and_writes_no_run(dataset, command, tmp_path, kind):
     message = damage(dataset, kind)
     result = command("train.py", "--config", "configs/demo.yaml", root=dataset)
@@ -462,7 +474,8 @@ def test_bad_checkpoints_stop_with_a_sentence(written, command, tmp_path, kind):
         class RunsCode:
             def __reduce__(self):
                 return os.system, (f"touch {ran}",)
-        torch.save({"model_state_dict": {"context_encoder.pos_embed": torch.zeros(1, 64, 128)}, **({"x": RunsCode()} if kind == "runs code" else {})}, path)
+        torch.save({"model_state_dict": {"context_encoder.pos_embed": torch.zeros(1, 64, 128)},
+                    **({"x": RunsCode()} if kind == "runs code" else {})}, path)
     result = command("train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path), f"paths.checkpoint_path={path}")
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
     assert {"truncated": "is not a checkpoint", "runs code": "posix.system", "missing keys": "missing"}[kind] in result.stderr
@@ -471,12 +484,14 @@ def test_bad_checkpoints_stop_with_a_sentence(written, command, tmp_path, kind):
 
 def test_the_exit_code_of_the_real_process(tmp_path):
     result = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "none.yaml")], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and result.stderr.startswith("error: ") and "none.yaml" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (result.returncode == 1 and result.stderr.startswith("error: ") and "none.yaml" in result.stderr
+            and len(result.stderr.splitlines()) == 1)
 
 
 def test_real_configs_say_within_seconds_what_to_set(command):
     result = command("train.py", "--config", "configs/single_domain_01.yaml")
-    assert result.returncode == 1 and result.stderr.startswith("error: b2:// needs a key: set B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY in")
+    assert result.returncode == 1 and result.stderr.startswith("error: b2:// needs a key: "
+                                                               "set B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY in")
 
 
 def test_a_full_disk_stops_with_a_sentence_and_leaves_no_half_file(written, tmp_path):
@@ -487,12 +502,14 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_no_half_file(written, tmp_
     result = subprocess.run([sys.executable, "train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path)],
                             capture_output=True, text=True, cwd=ROOT, preexec_fn=limit)
     last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 1 and last.startswith("error: ") and "not written" in last and "volumes" in last and "Traceback" not in result.stderr
+    assert (result.returncode == 1 and last.startswith("error: ") and "not written" in last and "volumes" in last
+            and "Traceback" not in result.stderr)
     assert not (tmp_path / "run").exists() and not glob.glob(f"{tmp_path}/**/*.part", recursive=True)
 
 
 def test_killed_while_training_then_run_again(written, tmp_path, command):
-    args = ["train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path), "train.epochs=400", "train.early_stopping.enabled=false"]
+    args = ["train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path), "train.epochs=400",
+            "train.early_stopping.enabled=false"]
     process = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("epoch   5"):
@@ -514,8 +531,8 @@ def test_killed_while_training_then_run_again(written, tmp_path, command):
 def test_wandb_offline_and_disabled(written, tmp_path):
     def go(mode, **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path), **env}
-        return subprocess.run([sys.executable, "train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path), f"log.wandb={mode}"],
-                              capture_output=True, text=True, cwd=ROOT, env=clean)
+        return subprocess.run([sys.executable, "train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path),
+                               f"log.wandb={mode}"], capture_output=True, text=True, cwd=ROOT, env=clean)
     result = go("auto")  # no key: offline
     assert result.returncode == 0, result.stderr
     run, = glob.glob(f"{tmp_path}/run/wandb/offline-run-*/run-*.wandb")

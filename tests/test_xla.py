@@ -31,11 +31,12 @@ def probe(written, tmp_path, backend, *overrides):
     return outputs[0], read("val"), read("test")
 
 
-TUNE = ["model.unfreeze_at_epoch=1", "model.drop_path=0.1", "model.head.hidden=8", "train.epochs=3", "data.batch_size=13", "train.micro_batch=4",
-        "train.grad_clip=1", "data.augment.flip=true", "data.augment.rotation=true"]
+TUNE = ["model.unfreeze_at_epoch=1", "model.drop_path=0.1", "model.head.hidden=8", "train.epochs=3", "data.batch_size=13",
+        "train.micro_batch=4", "train.grad_clip=1", "data.augment.flip=true", "data.augment.rotation=true"]
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.pool_method=max", "train.loss=focal", "model.head.hidden=16", "data.batch_size=7"], TUNE],
+@pytest.mark.parametrize("overrides", [[], ["model.pool_method=max", "train.loss=focal", "model.head.hidden=16", "data.batch_size=7"],
+                                       TUNE],
                          ids=["linear", "variant", "fine-tuning"])
 def test_xla_gives_the_predictions_of_the_plain_cpu_run(written, tmp_path, overrides):
     xla, *xla_predictions = probe(written, tmp_path, "xla", *overrides)
@@ -82,7 +83,8 @@ print("COMPILED", json.dumps(compiled))
 def test_nothing_is_compiled_after_the_first_steps(written, tmp_path):
     """Uneven batches, early stopping's counter, a changing learning rate: shapes and graph stay the same."""
     overrides = [*settings(written, tmp_path), "device.backend=xla", "data.batch_size=13", "train.epochs=6", "model.head.hidden=8"]
-    done = subprocess.run([sys.executable, "-c", COUNT, *overrides], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PJRT_DEVICE": "CPU"}, check=False)
+    done = subprocess.run([sys.executable, "-c", COUNT, *overrides], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PJRT_DEVICE": "CPU"}, check=False)
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout.split("COMPILED")[1])
     volumes = int(done.stdout.split("features: ")[1].split()[0])
@@ -97,7 +99,8 @@ def test_nothing_is_compiled_after_the_first_steps(written, tmp_path):
 def test_fine_tuning_compiles_nothing_after_its_first_steps(written, tmp_path):
     """Micro-batches with padding, drop-path, checkpointing, augmentation, and validation between the epochs."""
     overrides = [*settings(written, tmp_path), "device.backend=xla", *TUNE, "model.freeze_encoder=false", "model.unfreeze_at_epoch=-1"]
-    done = subprocess.run([sys.executable, "-c", COUNT, *overrides], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PJRT_DEVICE": "CPU"}, check=False)
+    done = subprocess.run([sys.executable, "-c", COUNT, *overrides], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PJRT_DEVICE": "CPU"}, check=False)
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout.split("COMPILED")[1])
     volumes = int(done.stdout.split("features: ")[1].split()[0])
@@ -156,8 +159,9 @@ def test_attention_never_holds_all_scores():
 
 
 def test_an_error_under_spawn_is_one_sentence(written, tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path), "device.backend=xla",
-                           "paths.checkpoint_path=/none.pt"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PJRT_DEVICE": "CPU"})
+    done = subprocess.run([sys.executable, "train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path),
+                           "device.backend=xla", "paths.checkpoint_path=/none.pt"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PJRT_DEVICE": "CPU"})
     assert done.returncode == 1 and "error: paths.checkpoint_path=/none.pt is not there" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -182,7 +186,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how, message", [("os.kill(os.getpid(), signal.SIGKILL)", ""), ("device.world = lambda: 3; raise ValueError('no such thing')", "error: no such thing")])
+@pytest.mark.parametrize("how, message", [("os.kill(os.getpid(), signal.SIGKILL)", ""),
+                                          ("device.world = lambda: 3; raise ValueError('no such thing')", "error: no such thing")])
 def test_the_others_of_a_host_end_with_a_replica_that_dies(tmp_path, how, message):
     (tmp_path / "dies.py").write_text(DIES.format(how=how))
     began = time.monotonic()
@@ -195,7 +200,8 @@ def test_the_others_of_a_host_end_with_a_replica_that_dies(tmp_path, how, messag
 def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted(written, tmp_path):
     """In the thread of a child process, as on a TPU; within an epoch of fine-tuning."""
     def command(folder):
-        return [sys.executable, "train.py", "--config", "configs/demo.yaml", *settings(written, folder), "device.backend=xla", "train.resume=auto", *TUNE, "train.save_every=1", "train.epochs=2"]
+        return [sys.executable, "train.py", "--config", "configs/demo.yaml", *settings(written, folder), "device.backend=xla",
+                "train.resume=auto", *TUNE, "train.save_every=1", "train.epochs=2"]
 
     env = {**os.environ, "PJRT_DEVICE": "CPU"}
     run = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
@@ -209,5 +215,6 @@ def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted(written, tmp_p
     for folder in (tmp_path, tmp_path / "whole"):
         done = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, env=env, check=False)
         assert done.returncode == 0, done.stderr
-    a, b = (np.genfromtxt(folder / "run" / "predictions_val.csv", delimiter=",", skip_header=1) for folder in (tmp_path, tmp_path / "whole"))
+    a, b = (np.genfromtxt(folder / "run" / "predictions_val.csv", delimiter=",", skip_header=1)
+            for folder in (tmp_path, tmp_path / "whole"))
     assert np.abs(a - b).max() < 1e-5
