@@ -1,7 +1,7 @@
 """Labels and manifest -> ledger -> samples -> preprocessed volumes.
 
-    python data.py --config configs/single_domain_01.yaml  # the ledger: who is there, who is missing, and why
-    python data.py --config configs/demo.yaml --config configs/finetune.yaml --preview a.png  # what augmentation makes of the volumes
+    python data.py --config configs/single_domain_01.yaml        # the ledger: who is there, who is missing, and why
+    python data.py --config configs/demo.yaml --config configs/finetune.yaml --preview views.png       # augmented volumes
 
 A participant has a label (study_group) and a split (recommended_split); a sample is one OCT volume of a participant,
 chosen by scanner and region. The ledger has a row for every labelled participant, so that nobody is lost silently.

@@ -788,21 +788,21 @@ def html_list(lines):
 def html_page(title, body):
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem; color: #222; background: #fff; \
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem; color: #222; background: #fff;
 overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-size: .9rem; overflow-wrap: normal }}
-th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }} \
+th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
 th:first-child {{ text-align: left }}
-figure {{ margin: 1rem 0; display: inline-block; max-width: 100%; vertical-align: top }} img {{ max-width: 100%; height: auto }} \
+figure {{ margin: 1rem 0; display: inline-block; max-width: 100%; vertical-align: top }} img {{ max-width: 100%; height: auto }}
 figcaption {{ font-size: .85rem; color: #555 }}
-.wide {{ overflow-x: auto }} .alarm {{ color: #a00; font-weight: bold }} \
+.wide {{ overflow-x: auto }} .alarm {{ color: #a00; font-weight: bold }}
 .long td, .cards th:first-child {{ text-align: left; overflow-wrap: anywhere }}
 .cards th:first-child {{ min-width: 9rem }} .cards table {{ font-size: .8rem }}
 @media (max-width: 600px) {{ body {{ font-size: 15px; padding: .6rem }} table {{ font-size: .7rem }} th, td {{ padding: .15rem .2rem }}
-.cards thead {{ display: none }} .cards table {{ width: 100%; font-size: .85rem }} \
+.cards thead {{ display: none }} .cards table {{ width: 100%; font-size: .85rem }}
 .cards tr, .cards tr > * {{ display: block; text-align: left }}
 .cards tr {{ margin-bottom: 1rem }} .cards td::before {{ content: attr(data-label) ": "; color: #555 }} }}
-@media print {{ body {{ max-width: none; font-size: 10pt }} .wide {{ overflow: visible }} figure, tr {{ break-inside: avoid }} \
+@media print {{ body {{ max-width: none; font-size: 10pt }} .wide {{ overflow: visible }} figure, tr {{ break-inside: avoid }}
 h2 {{ break-after: avoid }} table {{ font-size: 8pt }} }}
 </style><h1>{html.escape(title)}</h1>{body}</html>
 """

@@ -197,14 +197,14 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def seen(page, width, folder):
     """The page in a headless browser, `width` wide -> (its own width, elements that stick out, picture as an array (rows, columns))."""
     wrapped = folder / f"{width}.html"
-    wrapped.write_text(f'''<body style="margin:0">\
-<iframe id=f style="border:0;width:{width}px;height:9000px" srcdoc="{html.escape(page.read_text())}"></iframe><script>
+    wrapped.write_text(f'''<body style="margin:0">
+        <iframe id=f style="border:0;width:{width}px;height:9000px" srcdoc="{html.escape(page.read_text())}"></iframe><script>
         onload = () => {{ const d = f.contentDocument, root = d.documentElement
-            const out = [...d.body.querySelectorAll("*")].filter(\
-e => e.getBoundingClientRect().right > root.clientWidth + 1 && !e.closest(".wide:not(.cards)"))
+            const out = [...d.body.querySelectorAll("*")].filter(
+                e => e.getBoundingClientRect().right > root.clientWidth + 1 && !e.closest(".wide:not(.cards)"))
             const scrolls = [...d.querySelectorAll(".wide")].filter(e => e.scrollWidth > e.clientWidth + 1)
-            document.title = JSON.stringify([root.scrollWidth, root.clientWidth, out.length, scrolls.length, \
-[...d.images].filter(i => i.alt && i.naturalWidth).length, d.images.length]) }}</script>''')
+            document.title = JSON.stringify([root.scrollWidth, root.clientWidth, out.length, scrolls.length,
+                [...d.images].filter(i => i.alt && i.naturalWidth).length, d.images.length]) }}</script>''')
     browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                f"--user-data-dir={folder}/chromium", f"--window-size={width},9000"]
     dom = subprocess.run([*browser, "--dump-dom", f"file://{wrapped}"], capture_output=True, text=True, timeout=120).stdout
