@@ -157,7 +157,8 @@ def test_bf16_trains_the_encoder(written, alone, tmp_path):
     assert result["log_loss"] == best["val_loss"]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 5])
 def test_processes_do_not_change_the_result(written, alone, tmp_path, processes):
     run = start("train.py", "--config", "configs/demo.yaml", *tuned(written, tmp_path, f"device.processes={processes}"))
     _, errors = run.communicate(timeout=200)

@@ -172,7 +172,7 @@ def wait_for_end(pids, seconds):
     ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug\n", True),
     ("os.kill(os.getpid(), signal.SIGKILL)", 1,
      "error: replica 1 of 3 was ended by SIGKILL, out of memory perhaps; lower device.processes\n", False),
-    ("sys.exit(7)", 7, "", False),
+    pytest.param("sys.exit(7)", 7, "", False, marks=pytest.mark.slow),
 ])
 def test_the_others_end_with_it(tmp_path, how, code, message, traceback):
     (tmp_path / "script.py").write_text(DIES.format(root=ROOT, how=how))
@@ -185,7 +185,7 @@ def test_the_others_end_with_it(tmp_path, how, code, message, traceback):
     assert len(family) >= 3 and not wait_for_end(family, 5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_nobody_outlives_the_parent(tmp_path, number):
     (tmp_path / "script.py").write_text(DIES.format(root=ROOT, how="pass"))
     run = start(tmp_path / "script.py", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -281,7 +281,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(written, uninterrup
     assert [r["after_epoch"] for r in json.load(open(f"{tmp_path}/run/provenance.json"))["resumed"]] == [killed]
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_exits_and_another_world_goes_on(written, uninterrupted, tmp_path, processes):
     run = start("train.py", "--config", "configs/demo.yaml", *overrides(written, tmp_path, *LONG, f"device.processes={processes}"))
     for line in run.stdout:
