@@ -7,9 +7,8 @@ participants and classes.
 Feature pass: the demo's encoder (128 wide, 4 deep, 16x96x96) in float32 on preprocessed volumes from the cache, one thread a process;
 each row is a run of its own, through device.launch (several processes gain only where cores are free). Heads: train.sweep, 20 epochs,
 on 768 features, one thread. The number of classes is four everywhere (data.CLASSES, and the default of metrics.score); both are
-replaced within this process. A line seconds = fixed + slope x number is fitted to each table. With participants the line bends: each
-epoch's AUROC of training compares all pairs (metrics.ranking_scores). Exits 1 when the feature pass does not follow its line (R^2
-0.95), or its memory grows by more than a tenth from the first row to the last.
+replaced within this process. A line seconds = fixed + slope x number is fitted to each table. Exits 1 when the feature pass does not
+follow its line (R^2 0.95), or its memory grows by more than a tenth from the first row to the last.
 """
 
 import argparse
