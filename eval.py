@@ -93,12 +93,27 @@ def new_head(cfg, num_rows=0):
 
 
 def encode(cfg, encoder, volume, dev):
-    """Volume (1, D, H, W) -> its pooled feature (C,) or tokens (T, C), as numpy."""
+    """Volume (1, D, H, W) -> its pooled feature (C,) or tokens (T, C) on dev, which may still be computing it."""
     with torch.no_grad(), device.autocast(dev, cfg.train.precision):
-        tokens = encoder(volume[None].to(dev).float())  # (1, 1, D, H, W) -> (1, N, C)
+        tokens = encoder(device.send(volume[None], dev).float())  # (1, 1, D, H, W) -> (1, N, C)
     feature = pooled(cfg, tokens, encoder.grid(volume.shape[-3:]))[0]
     device.step_done(dev)
-    return feature.cpu().numpy()
+    return feature
+
+
+def encode_all(cfg, encoder, arriving, dev):
+    """(i, key, volume (1, D, H, W)) of every volume that arrives -> (i, key, feature (C,) or (T, C) as numpy), in order.
+
+    A feature is waited for when the next volume is on its way, so that an accelerator does not wait for the host.
+    """
+    before = None
+    for i, key, volume in arriving:
+        now = i, key, encode(cfg, encoder, volume, dev)
+        if before:
+            yield *before[:2], before[2].cpu().numpy()
+        before = now
+    if before:
+        yield *before[:2], before[2].cpu().numpy()
 
 
 def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
@@ -125,6 +140,14 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
     def kept(key):
         return None if key is None else data.load_array(os.path.join(folder, key + ".npy"), dtype, shape)
 
+    def unknown(arriving):
+        for i, key, volume in arriving:
+            feature = kept(key)  # of the same content under another name or date
+            if feature is None:
+                yield i, key, volume
+            else:
+                found[i] = feature
+
     mine = range(rank, len(samples), world)
     found = {i: feature for i in mine if (feature := kept(volumes.key(i))) is not None}
     todo = [i for i in mine if i not in found]
@@ -134,17 +157,15 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
     if todo:
         encoder.to(dev)
         with contextlib.closing(data.stream(volumes, ledger, todo, cfg, transform)) as arriving:
-            for i, key, volume in tqdm(arriving, total=len(todo), desc=f"encode view {view}" if view else "encode", unit="volume",
-                                       mininterval=0.5, disable=rank > 0):
-                feature = kept(key)  # known, under another name or date
-                if feature is None:
-                    feature = encode(cfg, encoder, volume, dev).astype(dtype)
-                    if not np.isfinite(feature).all():
-                        raise ValueError(f"participant {samples[i].participant_id}: "
-                                         f"the encoder's features of {samples[i].path} are not finite")
-                    data.save_array(os.path.join(folder, key + ".npy"), feature)
-                    encoded += 1
-                found[i] = feature
+            bar = tqdm(arriving, total=len(todo), desc=f"encode view {view}" if view else "encode", unit="volume",
+                       mininterval=0.5, disable=rank > 0)
+            for i, key, feature in encode_all(cfg, encoder, unknown(bar), dev):
+                found[i] = feature.astype(dtype)
+                if not np.isfinite(found[i]).all():
+                    raise ValueError(f"participant {samples[i].participant_id}: "
+                                     f"the encoder's features of {samples[i].path} are not finite")
+                data.save_array(os.path.join(folder, key + ".npy"), found[i])
+                encoded += 1
 
     # what the other replicas found: features, and volumes that cannot be read
     own = ledger.unreadable[struck_before:]
@@ -191,9 +212,9 @@ def features_now(cfg, samples, encoder, size, dev, desc):
     x = torch.zeros(len(samples), *shape_of(cfg))
     encoder.eval()
     with contextlib.closing(data.stream(volumes, None, mine, cfg)) as arriving:
-        for i, _, volume in tqdm(arriving, total=len(mine), desc=desc, unit="volume", mininterval=0.5, leave=False,
-                                 disable=device.rank() > 0):
-            x[i] = torch.from_numpy(encode(cfg, encoder, volume, dev))
+        bar = tqdm(arriving, total=len(mine), desc=desc, unit="volume", mininterval=0.5, leave=False, disable=device.rank() > 0)
+        for i, _, feature in encode_all(cfg, encoder, bar, dev):
+            x[i] = torch.from_numpy(feature)
     x = device.all_sum(x.to(dev)).cpu()
     if not torch.isfinite(x).all():
         raise ValueError(f"{desc}: the encoder's features are not finite any more; lower train.lr_encoder={cfg.train.lr_encoder}")

@@ -223,7 +223,7 @@ def main(rank, cfg):
                 for places, rows in parts[step]:
                     noise = model.Noise(noise_key(cfg.seed, epoch, step), places, batch_size)
                     if encoder_trains:
-                        volume = next(volumes).to(dev).float()  # (b, 1, D, H, W)
+                        volume = device.send(next(volumes), dev).float()  # (b, 1, D, H, W)
                         with device.autocast(dev, cfg.train.precision):
                             tokens = encoder(volume, noise)  # (b, N, C)
                         x = evaluation.pooled(cfg, tokens, encoder.grid(size))  # (b, C) or (b, T, C)
