@@ -132,7 +132,7 @@ def main():
                 whole = max(parts["network"], parts["decode"] + parts["encoder"]) if shared else max(parts.values())
                 print(f"| {machine} | {how} | {count} | {name} | {whole:.2g} h | {bound(parts)} | "
                       f"{', '.join(f'{part:.2g} h' for part in parts.values())} | "
-                      f"{probe[per_participant] / 60:.1f} min{'' if shared else ' as here'} |")
+                      f"{probe[per_participant]:.0f} s{'' if shared else ' as here'} |")
     count = sum(PARTICIPANTS.values())
     print(f"| the replaced system | as its users reported it | {count} | | 6 to 10 minutes a volume in every epoch: "
           f"{count * 6 / 60:.0f} to {count * 10 / 60:.0f} h an epoch, one volume after the other | | | "
