@@ -418,6 +418,11 @@ def checksum(path, name):
         return f"{name}:{hashlib.file_digest(f, name).hexdigest()}"
 
 
+def sha256(path):
+    """Of a file's content, in hex."""
+    return checksum(path, "sha256").split(":")[1]
+
+
 @contextlib.contextmanager
 def locked(path, stop=None):
     """The file path, open for reading and appending, held alone among all threads and processes of this host.

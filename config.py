@@ -192,19 +192,20 @@ SECTIONS = {key[:i] for key in KEYS for i, letter in enumerate(key) if letter ==
 def check_together(cfg):
     """Values that are fine each, and contradict each other or ask for nothing: ValueError."""
     unfreeze = cfg.model.unfreeze_at_epoch
+    trains = not cfg.model.freeze_encoder or unfreeze >= 0  # the encoder, sooner or later
     if not cfg.model.freeze_encoder and unfreeze > 0:
         raise ValueError(f"model.freeze_encoder=false trains the encoder from the start, and model.unfreeze_at_epoch={unfreeze} later; set "
                          "model.freeze_encoder=true, or model.unfreeze_at_epoch=-1")
     if unfreeze >= cfg.train.epochs:
         raise ValueError(f"model.unfreeze_at_epoch={unfreeze} is never reached in train.epochs={cfg.train.epochs}; set more epochs, or "
                          "model.unfreeze_at_epoch=-1")
-    if any(vars(cfg.train.sweep).values()) and (not cfg.model.freeze_encoder or unfreeze >= 0):
+    if any(vars(cfg.train.sweep).values()) and trains:
         raise ValueError("train.sweep tries heads on the features of a frozen encoder, and this one is to train; set train.sweep=null")
-    if (cfg.train.seeds or cfg.data.cv) and (not cfg.model.freeze_encoder or unfreeze >= 0):
+    if (cfg.train.seeds or cfg.data.cv) and trains:
         raise ValueError("train.seeds and data.cv repeat the head, on the features of a frozen encoder, and this one is to train; "
                          "set both to null and run train.py once for each seed=")
     if cfg.model.head.kind != "network":
-        if not cfg.model.freeze_encoder or unfreeze >= 0:
+        if trains:
             raise ValueError(f"model.head.kind={cfg.model.head.kind} is for the features of a frozen encoder, and this one is to train; "
                              "set model.head.kind=network")
         asked = {"model.pool_method=attentive": cfg.model.pool_method == "attentive",
@@ -214,14 +215,14 @@ def check_together(cfg):
                  f"train.seeds={cfg.train.seeds}": cfg.train.seeds and not cfg.data.cv}
         for name in (name for name, is_asked in asked.items() if is_asked):
             raise ValueError(f"{name} means nothing to model.head.kind={cfg.model.head.kind}; unset it, or set model.head.kind=network")
-    if cfg.eval.floors and (not cfg.model.freeze_encoder or unfreeze >= 0):
+    if cfg.eval.floors and trains:
         raise ValueError("eval.floors trains probes to compare with, and this encoder is to train; "
                          "set eval.floors=false, and floors in a probe's run")
-    never, views, augments = cfg.model.freeze_encoder and unfreeze < 0, cfg.data.augment_views, any(vars(cfg.data.augment).values())
-    if never and cfg.model.drop_path:
+    views, augments = cfg.data.augment_views, any(vars(cfg.data.augment).values())
+    if not trains and cfg.model.drop_path:
         raise ValueError(f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; "
                          "set model.drop_path=0, or let it train (model.unfreeze_at_epoch)")
-    if never and augments and not views:
+    if not trains and augments and not views:
         raise ValueError("data.augment asks for augmentation, data.augment_views=0 for none while the encoder is frozen, "
                          "and it always is; set data.augment_views=1 or more, or switch data.augment off")
     if views > 1 and (not cfg.model.freeze_encoder or unfreeze == 0):

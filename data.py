@@ -254,7 +254,7 @@ def read_ledger(cfg):
         elif reasons:
             notes.append(f"participant {pid}: {person.reason}")
     return Ledger(list(people.values()), used, notes, describe(cfg),
-                  {name: b2.checksum(path, "sha256").split(":")[1] for name, path in tables.items()})
+                  {name: b2.sha256(path) for name, path in tables.items()})
 
 
 def same_content(there):

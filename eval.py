@@ -17,6 +17,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -106,14 +107,9 @@ def encode_all(cfg, encoder, arriving, dev):
 
     A feature is waited for when the next volume is on its way, so that an accelerator does not wait for the host.
     """
-    before = None
-    for i, key, volume in arriving:
-        now = i, key, encode(cfg, encoder, volume, dev)
-        if before:
-            yield *before[:2], before[2].cpu().numpy()
-        before = now
-    if before:
-        yield *before[:2], before[2].cpu().numpy()
+    begun = ((i, key, encode(cfg, encoder, volume, dev)) for i, key, volume in arriving)
+    for (i, key, feature), _ in itertools.pairwise(itertools.chain(begun, [None])):
+        yield i, key, feature.cpu().numpy()
 
 
 def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
@@ -190,6 +186,14 @@ def features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
     print(f"features: {encoded} volumes encoded, {len(rest) - encoded} from {volumes.cache_dir}"
           + (f", {len(lost)} unreadable" if lost else ""))
     return [samples[i] for i in rest], x[rest]
+
+
+def features_again(cfg, ledger, samples, encoder, size, encoder_hash, dev, view=0):
+    """`features` of samples that could all be read before -> their features. ValueError when one cannot be read now."""
+    again, x = features(cfg, ledger, samples, encoder, size, encoder_hash, dev, view)
+    if len(again) < len(samples):
+        raise ValueError(f"a volume that could be read before cannot be read now: {data.unreadable_table(ledger).splitlines()[-1]}")
+    return x
 
 
 def print_room(folder, number, shape):
@@ -332,7 +336,8 @@ def evaluate_run(ckpt, split, overrides=()):
     if "val_predictions" in saved:  # not in what was saved within an epoch
         T = metrics.temperature(np.array(saved["val_predictions"]["y_true"]), saved["val_predictions"]["p"].numpy())
         flatter = metrics.rescale(probabilities, T)
-        result |= {"temperature": T, "calibrated": {**{name: metrics.score(y_true, flatter)[name] for name in ("log_loss", "brier", "ece")},
+        score = metrics.score(y_true, flatter)
+        result |= {"temperature": T, "calibrated": {**{name: score[name] for name in ("log_loss", "brier", "ece")},
                                                     "reliability": metrics.reliability(y_true, flatter)}}
     else:
         result["alarms"].append(f"this checkpoint was saved within epoch {saved['epoch']}, after step {saved['step']}")
@@ -354,7 +359,7 @@ def evaluate_run(ckpt, split, overrides=()):
     predictions = predictions_csv(ids, y_true, probabilities)
     result = {"split": split, "run": cfg.log.run_name, "epoch": saved["epoch"], "volumes": len(samples), "data": ledger.description,
               "scanner": cfg.data.scanner, "anatomic_region": cfg.data.anatomic_region, "encoder_sha256": encoder_hash,
-              "checkpoint_sha256": sha256(path), "labels_sha256": ledger.sha256[data.LABELS],
+              "checkpoint_sha256": b2.sha256(path), "labels_sha256": ledger.sha256[data.LABELS],
               "predictions_sha256": hashlib.sha256(predictions.encode()).hexdigest(), **result}
     if others:
         each = [metrics.score(y_true, p) for p in (probabilities, *(p for _, _, p in others))]
@@ -411,9 +416,7 @@ def add_floors(result, floors, cfg, ledger, samples, size, dev, x, ids, y_true, 
         head.load_state_dict(state, strict=True)
         if name == "random encoder":
             encoder, _, encoder_hash = random_encoder(cfg)
-            again, x_floor = features(cfg, ledger, samples, encoder, size, encoder_hash, dev)
-            if len(again) < len(samples):
-                raise ValueError(f"a volume that could be read before cannot be read now: {data.unreadable_table(ledger).splitlines()[-1]}")
+            x_floor = features_again(cfg, ledger, samples, encoder, size, encoder_hash, dev)
         else:
             x_floor = x
         p = by_participant(samples, predict(head, x_floor))[2]
@@ -436,10 +439,6 @@ def update_ledger(path, ledger, split):
     rows = csv.reader(io.StringIO(data.ledger_csv(ledger)))
     csv.writer(out, lineterminator="\n").writerows(row if row[1] == split else earlier.get(row[0], row) for row in rows)
     b2.write(path, out.getvalue())
-
-
-def sha256(path):
-    return b2.checksum(path, "sha256").split(":")[1]
 
 
 def read_csv(path):
@@ -467,9 +466,9 @@ def open_results(folder, split):
     if result.get("split") != split:
         raise ValueError(f"{path} is about split {result.get('split')}; {again}")
     table, checkpoint = os.path.join(folder, f"predictions_{split}.csv"), os.path.join(folder, BEST)
-    if not os.path.isfile(table) or sha256(table) != result.get("predictions_sha256"):
+    if not os.path.isfile(table) or b2.sha256(table) != result.get("predictions_sha256"):
         raise ValueError(f"{table} is not what {path} was computed from; {again}")
-    if os.path.isfile(checkpoint) and sha256(checkpoint) != result.get("checkpoint_sha256"):
+    if os.path.isfile(checkpoint) and b2.sha256(checkpoint) != result.get("checkpoint_sha256"):
         raise ValueError(f"{checkpoint} is not the checkpoint that {path} is about; {again}")
     rows = read_csv(table)
     return {"result": result, "ids": [row["participant_id"] for row in rows], "y_true": [int(row["y_true"]) for row in rows],
@@ -520,12 +519,12 @@ def compare(folders, split):
         difference = unlike(first_name, first, name, run)
         if difference:
             raise ValueError(f"{first_name} and {name} cannot be compared on {split}, for they have {difference}")
-    pairs = paired(runs)
+    pairs, results = paired(runs), {name: run["result"] for name, run in runs.items()}
     lines = [f"{split}, {len(first['ids'])} participants, {first['result']['data']}", "",
              *table_lines(["", "balanced accuracy", "95 % interval", "chance band", "alarms"],
                           [[name, number(r["balanced_accuracy"]), span(r["ci95"]["balanced_accuracy"]), span(r["chance_band"]),
-                            str(len(r["alarms"]))] for name, r in ((name, run["result"]) for name, run in runs.items())]), ""]
-    seen_through = {(run["result"]["scanner"], run["result"]["anatomic_region"]) for run in runs.values()}
+                            str(len(r["alarms"]))] for name, r in results.items()]), ""]
+    seen_through = {(r["scanner"], r["anatomic_region"]) for r in results.values()}
     if len(seen_through) > 1:
         lines.append("note: these runs saw other volumes of the same participants: "
                      f"{'; '.join(sorted(', '.join(pair) for pair in seen_through))}")
@@ -533,7 +532,7 @@ def compare(folders, split):
         lines += [f"{pair['sentence']}.",
                   (f"    McNemar's test of accuracy: {pair['only_a_right']} right only by {pair['a']}, "
                    f"{pair['only_b_right']} only by {pair['b']}, p = {pair['mcnemar_p']:.4f}")]
-    lines += [f"ALARM: {name}: {alarm}" for name, run in runs.items() for alarm in run["result"]["alarms"]]
+    lines += [f"ALARM: {name}: {alarm}" for name, r in results.items() for alarm in r["alarms"]]
     return "\n".join(lines)
 
 
@@ -548,30 +547,28 @@ def leaderboard(folders, split):
         raise ValueError(f"--leaderboard: no folder holds an eval_{split}.json; run eval.py --ckpt RUN --split {split} first")
     runs = {name: open_results(folder, split) for name, folder in names_of(scored).items()}
     runs = dict(sorted(runs.items(), key=lambda run: (-run[1]["result"]["balanced_accuracy"], run[1]["result"]["log_loss"])))
-    kind_of = {name: (sorted(zip(run["ids"], run["y_true"])), run["result"]["labels_sha256"]) for name, run in runs.items()}
     # one run of other participants does not end the comparison of all others
-    usual = max(kind_of.values(), key=list(kind_of.values()).count)
-    alike = {name: run for name, run in runs.items() if kind_of[name] == usual}
+    alike = max(({name: run for name, run in runs.items() if not unlike(one, runs[one], name, run)} for one in runs), key=len)
     best = next(iter(alike))
     apart = {name: unlike(best, runs[best], name, run) for name, run in runs.items() if name not in alike}
-    runs = alike | {name: runs[name] for name in apart}
+    results = {name: runs[name]["result"] for name in (*alike, *apart)}
     pairs = paired(alike) if len(alike) > 1 else []
     p_holm = {pair["b"]: pair["p_holm"] for pair in pairs if pair["a"] == best}
     tied = [name for name, p in p_holm.items() if p >= 0.05]
     place = {name: "not compared" if name in apart else "best" if name == best and not tied
-             else "tied for best" if name in (best, *tied) else "worse" for name in runs}
+             else "tied for best" if name in (best, *tied) else "worse" for name in results}
     floors = [name for name in ("random encoder", "shuffled labels")
-              if any(name in run["result"].get("floors", {}) for run in runs.values())]
+              if any(name in r.get("floors", {}) for r in results.values())]
     header = ["run", "balanced accuracy", "95 % interval", "place", "p (Holm)", "majority class, random answers", "chance band",
               *floors, "log-loss", "participants", "alarms", "encoder"]
     rows = []
-    for name, r in ((name, run["result"]) for name, run in runs.items()):
+    for name, r in results.items():
         rows.append([name, number(r["balanced_accuracy"]), span(r["ci95"]["balanced_accuracy"]), place[name],
                      f"{p_holm[name]:.4f}" if name in p_holm else "-",
                      f"{number(r['majority']['balanced_accuracy'])}, {number(r['random']['balanced_accuracy'])}", span(r["chance_band"]),
                      *(number(r.get("floors", {}).get(floor, {}).get("balanced_accuracy")) for floor in floors),
                      number(r["log_loss"]), str(r["n"]), str(len(r["alarms"])), r["encoder_sha256"][:12]])
-    score = f"balanced accuracy {number(runs[best]['result']['balanced_accuracy'])} on {split}"
+    score = f"balanced accuracy {number(results[best]['balanced_accuracy'])} on {split}"
     if not p_holm:
         verdict = f"{best}: {score}; there is no other run to compare it with."
     elif tied:
@@ -579,11 +576,11 @@ def leaderboard(folders, split):
     else:
         verdict = (f"{best} is the best of {len(alike)} runs: {score}, better than every other "
                    f"(p at most {max(p_holm.values()):.4f}, Holm over {len(pairs)} pairs).")
-    about = [verdict, (f"{', '.join(dict.fromkeys(run['result']['data'] for run in runs.values()))}. "
+    about = [verdict, (f"{', '.join(dict.fromkeys(r['data'] for r in results.values()))}. "
                        "Tied: the difference from the best is not significant at 5 % "
                        "(paired bootstrap over the same participants, Holm-corrected over all pairs).")]
     notes = [f"{name}: not compared, for it has {difference}" for name, difference in apart.items()]
-    notes += [f"{name}: ALARM: {alarm}" for name, run in runs.items() for alarm in run["result"]["alarms"]]
+    notes += [f"{name}: ALARM: {alarm}" for name, r in results.items() for alarm in r["alarms"]]
     notes += [f"not scored on {split}: {folder}" for folder in folders if folder not in scored]
     text = "\n".join([*about, "", *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]), "",
                       *(f"- {note}" for note in notes)]).rstrip() + "\n"
@@ -591,7 +588,8 @@ def leaderboard(folders, split):
     csv.writer(csv_table, lineterminator="\n").writerows([header, *rows])
     b2.write(os.path.join(beside, "leaderboard.csv"), csv_table.getvalue())
     b2.write(os.path.join(beside, "leaderboard.md"), text)
-    b2.write(os.path.join(beside, "leaderboard.html"), leaderboard_page(f"leaderboard on {split}", about, runs, header, rows, notes, pairs))
+    b2.write(os.path.join(beside, "leaderboard.html"),
+             leaderboard_page(f"leaderboard on {split}", about, results, header, rows, notes, pairs))
     return text
 
 
@@ -755,22 +753,21 @@ def write_plots(folder, result, y_true, probabilities):
     save(figure, "shares.png")
 
 
-def leaderboard_plot(runs):
-    figure, axis = new_figure(figsize=(7, 1.2 + 0.4 * len(runs)))
-    for n, run in enumerate(runs.values()):
-        r = run["result"]
+def leaderboard_plot(results):
+    figure, axis = new_figure(figsize=(7, 1.2 + 0.4 * len(results)))
+    for n, r in enumerate(results.values()):
         axis.barh(n, r["chance_band"][1] - r["chance_band"][0], left=r["chance_band"][0], color="0.88", height=0.8)
         axis.plot(r["ci95"]["balanced_accuracy"], [n, n], color="C0", linewidth=2)
         axis.plot(r["balanced_accuracy"], n, "o", color="C0")
-    axis.set(yticks=range(len(runs)), xlabel="balanced accuracy", xlim=(0, 1))
-    axis.set_yticklabels(runs)
+    axis.set(yticks=range(len(results)), xlabel="balanced accuracy", xlim=(0, 1))
+    axis.set_yticklabels(results)
     axis.invert_yaxis()
     return png(figure)
 
 
-def leaderboard_page(title, about, runs, header, rows, notes, pairs):
+def leaderboard_page(title, about, results, header, rows, notes, pairs):
     body = [f"<p><b>{html.escape(about[0])}</b></p><p>{html.escape(about[1])}</p>",
-            html_figure(leaderboard_plot(runs),
+            html_figure(leaderboard_plot(results),
                         "Balanced accuracy of each run with its 95 % interval: "
                         + "; ".join(f"{row[0]} {row[1]} ({row[2]})" for row in rows),
                         "Balanced accuracy and 95 % interval; grey: each run's chance band."),

@@ -105,10 +105,7 @@ def main(rank, cfg):
     x_val, seen_in_views = x[len(train):], samples if cfg.data.cv else train
     views = [x[:len(seen_in_views)]]
     for view in range(1, 1 + cfg.data.augment_views) if strength and unfreeze > 1 else ():
-        again, x_view = evaluation.features(cfg, ledger, seen_in_views, encoder, size, encoder_hash, dev, view)
-        if len(again) < len(seen_in_views):
-            raise ValueError(f"a volume that could be read before cannot be read now: {data.unreadable_table(ledger).splitlines()[-1]}")
-        views.append(x_view)
+        views.append(evaluation.features_again(cfg, ledger, seen_in_views, encoder, size, encoder_hash, dev, view))
     x_views = torch.stack(views, dim=1)  # (volumes, views, C), and (volumes, views, T, C) for an attentive head
     x_train = x_views[:len(train)]
     labels = torch.tensor([s.label for s in train])
@@ -122,9 +119,7 @@ def main(rank, cfg):
         x_random = None
         if cfg.eval.floors:
             other, _, other_hash = evaluation.random_encoder(cfg)
-            again, x_random = evaluation.features(cfg, ledger, samples, other, size, other_hash, dev)
-            if len(again) < len(samples):
-                raise ValueError(f"a volume that could be read before cannot be read now: {data.unreadable_table(ledger).splitlines()[-1]}")
+            x_random = evaluation.features_again(cfg, ledger, samples, other, size, other_hash, dev)
         run_heads(rank, cfg, run_dir, identity, ledger, dev, x_views, samples, x_val, len(train), x_random)
         return
 
@@ -294,11 +289,7 @@ def main(rank, cfg):
         print(f"stopped early: {at['epochs_without']} epochs without improvement on val")
 
     print(f"best: epoch {at['best_epoch']}, val balanced accuracy {at['best'][0]:.3f}; saved as {os.path.join(run_dir, evaluation.BEST)}")
-    if ledger.unreadable:
-        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n"
-              f"{data.unreadable_table(ledger)}")
-    finish_wandb(wandb_run, rank, cfg, run_dir, ledger)
-    device.barrier(dev)  # nobody ends before rank 0 has written all
+    finish(wandb_run, rank, cfg, run_dir, ledger, dev)
 
 
 def epoch_record(epoch, train, seen, drawn, y_val, p_val):
@@ -423,11 +414,7 @@ def run_heads(rank, cfg, run_dir, identity, ledger, dev, x, samples, x_val, num_
         print(f"{cfg.data.cv}-fold cross-validation{f', seed {seed}' if len(seeds) > 1 else ''}: "
               f"balanced accuracy {metrics.score(y, p)['balanced_accuracy']:.3f} on {len(ids)} participants, each held out once; "
               f"folds {mean_and_sd([row['held_out_balanced_accuracy'] for row, *_ in folds if row['seed'] == seed])}")
-    if ledger.unreadable:
-        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n"
-              f"{data.unreadable_table(ledger)}")
-    finish_wandb(wandb_run, rank, cfg, run_dir, ledger)
-    device.barrier(dev)
+    finish(wandb_run, rank, cfg, run_dir, ledger, dev)
 
 
 def scores_of(record, ids, y_val, p_val):
@@ -926,6 +913,15 @@ def start_wandb(cfg, run_dir, rank, earlier):
                                 cfg.model.pool_method, cfg.data.scanner])
     except wandb.Error as error:
         raise ValueError(f"W&B did not start: {error}; mend that, or set log.wandb=offline") from error
+
+
+def finish(wandb_run, rank, cfg, run_dir, ledger, dev):
+    """What ends every run: what was left out, and W&B's summary."""
+    if ledger.unreadable:
+        print(f"{len(ledger.unreadable)} volumes could not be read and were left out (data.max_missing={cfg.data.max_missing})\n"
+              f"{data.unreadable_table(ledger)}")
+    finish_wandb(wandb_run, rank, cfg, run_dir, ledger)
+    device.barrier(dev)  # nobody ends before rank 0 has written all
 
 
 def finish_wandb(run, rank, cfg, run_dir, ledger):

@@ -81,10 +81,6 @@ def measure_probe(encoder, per_participant):
         return seconds(probe)
 
 
-def bound(parts):
-    return max(parts, key=parts.get)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", type=float, default=50, help="MB/s that this machine fetches (default 50)")
@@ -130,7 +126,7 @@ def main():
                 parts = {"network": count * size / network / 3600, "decode": count * spent / cores / 3600,
                          "encoder": count * encoding / 3600}
                 whole = max(parts["network"], parts["decode"] + parts["encoder"]) if shared else max(parts.values())
-                print(f"| {machine} | {how} | {count} | {name} | {whole:.2g} h | {bound(parts)} | "
+                print(f"| {machine} | {how} | {count} | {name} | {whole:.2g} h | {max(parts, key=parts.get)} | "
                       f"{', '.join(f'{part:.2g} h' for part in parts.values())} | "
                       f"{probe[per_participant]:.0f} s{'' if shared else ' as here'} |")
     count = sum(PARTICIPANTS.values())

@@ -6,7 +6,7 @@ with the whole matrix of attention in memory: softmax(q k^T) v, float32.
     .venv/bin/python bench/encoder.py --only cuda    # the GPU alone. This part has never met a GPU
 
 CPU: each way runs in a process of its own, for its peak memory; bf16 runs before and after what it is compared with, and its mean
-counts. GFLOP/s are of the forward pass, beside this machine's matrix product of 4096 x 4096, measured by the same process around it;
+counts. GFLOP/s are of the forward pass, beside this machine's matrix product of 2048 x 2048, measured by the same process around it;
 the table below says where the time goes. "Materialised" is V-JEPA's own expression; "q scaled" saves it one pass over the scores.
 Exits 1 when bf16 (train.precision=bf16) is not 4.5 times faster than the first, or float32 or bf16 take more than a sixth of the
 memory, or tokens differ by more than 1e-4 (float32) or 1e-2 (bf16), relative. Half of the reference's time is the system's, which
@@ -84,6 +84,11 @@ def matmul_rate(dev, dtype, n, times):
     return best
 
 
+def matmul_rates(dev):
+    """GFLOP/s of products of 2048 x 2048, by precision."""
+    return {name: matmul_rate(dev, dtype, 2048, 3) / 1e9 for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))}
+
+
 def now(dev):
     if dev.type == "cuda":
         torch.cuda.synchronize()
@@ -116,13 +121,12 @@ def forward(way, depth, path):
         model.Attention.kernel = staticmethod(materialised if way == "materialised" else q_scaled)
     watch(encoder, spent)
     encoder.register_forward_hook(lambda module, args, out: tokens.append(out))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rates = [{name: matmul_rate(dev, dtype, 2048, 3) / 1e9 for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))}]
+    rates = [matmul_rates(dev)]
     began = time.perf_counter()
     evaluation.encode(settings(WAYS[way]), encoder, volume, dev)
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    rates.append({name: matmul_rate(dev, dtype, 2048, 3) / 1e9 for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))})
+    rates.append(matmul_rates(dev))
     spent["gelu, sums, casts, pooling"] = seconds - sum(spent.values())
     torch.save(tokens[0].float(), path)
     print(json.dumps([seconds, peak, {name: max(r[name] for r in rates) for name in rates[0]}, spent]))

@@ -20,6 +20,7 @@ os.chdir(ROOT)
 
 import numpy as np  # noqa: E402
 
+import b2  # noqa: E402
 import config  # noqa: E402
 import eval as evaluation  # noqa: E402
 import phantom  # noqa: E402
@@ -42,7 +43,7 @@ def another_run(folder, run, seed):
     with open(f"{folder}/predictions_test.csv", "w", newline="", encoding="utf-8") as f:
         f.write(table)
     with open(f"{folder}/eval_test.json", "w", encoding="utf-8") as f:
-        json.dump(found["result"] | {"predictions_sha256": evaluation.sha256(f"{folder}/predictions_test.csv")}, f)
+        json.dump(found["result"] | {"predictions_sha256": b2.sha256(f"{folder}/predictions_test.csv")}, f)
     return folder
 
 

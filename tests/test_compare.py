@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score
 
+import b2
 import data
 import eval as evaluation
 import metrics
@@ -40,7 +41,7 @@ def write_run(folder, p, y=Y, ids=None, **changes):
     os.makedirs(folder)
     with open(f"{folder}/predictions_test.csv", "w", newline="") as f:
         f.write(table)
-    result["predictions_sha256"] = evaluation.sha256(f"{folder}/predictions_test.csv")
+    result["predictions_sha256"] = b2.sha256(f"{folder}/predictions_test.csv")
     with open(f"{folder}/eval_test.json", "w") as f:
         json.dump(result, f)
     return folder
@@ -83,7 +84,7 @@ def relabel(folder, change):
     edit(f"{folder}/predictions_test.csv", change)
     with open(f"{folder}/eval_test.json") as f:
         result = json.load(f)
-    result["predictions_sha256"] = evaluation.sha256(f"{folder}/predictions_test.csv")
+    result["predictions_sha256"] = b2.sha256(f"{folder}/predictions_test.csv")
     with open(f"{folder}/eval_test.json", "w") as f:
         json.dump(result, f)
 
