@@ -1,118 +1,110 @@
-"""Configuration: a YAML file with at most one `base:` parent, then `section.key=value` overrides.
+"""The keys of the configuration with their types, and what follows from several of them together.
 
     cfg = load("configs/demo.yaml", ["train.epochs=10", "train.lr_head=3e-4"])
     cfg = load(["configs/demo.yaml", "configs/finetune.yaml"])      # the second over the first
     cfg.train.lr_head
 
-`base:` is a path relative to the file that names it, or absolute. KEYS below lists every key there is and what it may
-hold; configs/base.yaml gives every key its default and says what it does. Whatever is unknown or of the wrong type stops
-the run with a ValueError that names the key.
+A configuration is a YAML file with at most one `base:` parent, then `section.key=value` overrides.
+`base:` is a path relative to the file that names it, or absolute. KEYS below lists every key there
+is and its type; configs/base.yaml gives every key its default and says what it does. An unknown key
+or a value of the wrong type stops the run with a ValueError that names the key.
 """
 
 import difflib
 import os
-import re
 from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    TypeAdapter,
+    ValidationError,
+)
 
 DEFAULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "base.yaml")
 
-# ------------------------------------------------------------------- what a value may be: value -> value, or ValueError
+# ------------------------------------------------------------------- types: what a value may be
+
+
+def described(words, kind, *validators, **limits):
+    """Type of a key. words: what messages say that its value must be."""
+    return Annotated[kind, *validators, Field(description=words, **limits)]
+
+
+def words_of(kind):
+    return kind.__metadata__[-1].description
+
+
+def not_boolean(value):
+    if type(value) is bool:  # pydantic would take true for 1
+        raise ValueError
+    return value
 
 
 def integer(low, high=2**31):
-    def check(value):
-        if type(value) is float and value.is_integer() or type(value) is str and re.fullmatch(r"[+-]?[0-9]+", value):
-            value = int(value)
-        if type(value) is not int or not low <= value < high:
-            raise ValueError(f"a whole number from {low} to {high - 1}")
-        return value
-    return check
+    words = f"a whole number from {low} to {high - 1}"
+    return described(words, int, BeforeValidator(not_boolean), ge=low, lt=high)
 
 
-def number(low, below=float("inf"), most=float("inf")):
-    def check(value):
-        try:
-            value = value if type(value) is bool else float(value)  # YAML reads 3e-4 as text
-        except (TypeError, ValueError):
-            pass
-        if type(value) is not float or not low <= value < below or value > most:
-            raise ValueError(f"a number >= {low:g}" + (f" and < {below:g}" if below < float("inf") else "")
-                             + (f" and <= {most:g}" if most < float("inf") else ""))
-        return value
-    return check
+def number(low, below=None, most=None):
+    """A number, or its text, since YAML reads 3e-4 as text."""
+    words = f"a number >= {low:g}"
+    words += "" if below is None else f" and < {below:g}"
+    words += "" if most is None else f" and <= {most:g}"
+    limits = {"ge": low, "lt": below, "le": most, "allow_inf_nan": False}
+    return described(words, float, BeforeValidator(not_boolean), **limits)
 
 
 def strength(most):
     """A switch with its strength: false, true (the usual strength) or a number."""
-    def check(value):
-        try:
-            return value if type(value) is bool else number(0, most=most)(value)
-        except ValueError as error:
-            raise ValueError(f"true, false or {error}") from None
-    return check
+    kind = number(0, most=most)
+    return described(f"true, false or {words_of(kind)}", StrictBool | kind)
 
 
-def boolean(value):
-    if type(value) is not bool:
-        raise ValueError("true or false")
-    return value
-
-
-def text(value):
-    if type(value) is not str or not value:
-        raise ValueError("a text, in quotes where YAML would read something else")
-    return value
-
-
-def optional(check):
-    def check_or_none(value):
-        try:
-            return None if value is None else check(value)
-        except ValueError as error:
-            raise ValueError(f"{error}, or null") from None
-    return check_or_none
+def optional(kind):
+    return described(f"{words_of(kind)}, or null", kind | None)
 
 
 def one_of(*allowed):
-    def check(value):
-        if value not in allowed or type(value) is bool:
-            raise ValueError(f"one of {', '.join(allowed)}")
-        return value
-    return check
+    return described(f"one of {', '.join(allowed)}", Literal[allowed])
 
 
-def image_size(value):
-    if type(value) is not list or len(value) != 3 or not all(type(n) is int and n > 0 for n in value):
-        raise ValueError("[depth, height, width], three whole numbers > 0")
-    return value
+def choices(kind):
+    """Values to try, each of this type, or null."""
+    words = f"a list of values to try, each {words_of(kind)}"
+    return optional(described(words, list[kind], min_length=1))
 
 
-def class_weights(value):
-    if value in ("auto", "effective", "none"):
-        return value
-    if type(value) is not list or len(value) != 4:
-        raise ValueError("auto, effective, none or a list of 4 numbers")
-    return [number(0)(w) for w in value]
+def different(values):
+    if len(set(values)) < len(values):
+        raise ValueError
+    return values
 
 
-def choices(check):
-    """A list of values that each pass check, or null."""
-    def check_all(value):
-        if type(value) is not list or not value:
-            raise ValueError("a list of values to try, or null")
-        return [check(v) for v in value]
-    return lambda value: None if value is None else check_all(value)
-
-
-def seeds(value):
-    checked = choices(integer(0))(value)
-    if checked and len(set(checked)) < len(checked):
-        raise ValueError("a list of different seeds, or null")
-    return checked
-
-
+boolean = described("true or false", StrictBool)
+text = described(
+    "a text, in quotes where YAML would read something else", str, strict=True, min_length=1
+)
+image_size = described(
+    "[depth, height, width], three whole numbers > 0",
+    list[Annotated[int, Field(strict=True, gt=0)]],
+    min_length=3,
+    max_length=3,
+)
+four_numbers = Annotated[list[number(0)], Field(min_length=4, max_length=4)]
+class_weights = described(
+    "auto, effective, none or a list of 4 numbers >= 0",
+    Literal["auto", "effective", "none"] | four_numbers,
+)
+seeds = optional(
+    described(
+        "a list of different seeds", list[integer(0)], AfterValidator(different), min_length=1
+    )
+)
 LOSSES = one_of("ce", "focal", "label_smoothing", "logit_adjustment", "balanced_softmax", "ordinal")
 
 KEYS = {
@@ -186,63 +178,121 @@ KEYS = {
     "log.run_name": text,
 }
 
-SECTIONS = {key[:i] for key in KEYS for i, letter in enumerate(key) if letter == "."}  # "train", "train.early_stopping", ...
+# "train", "train.early_stopping", ...
+SECTIONS = {key[:i] for key in KEYS for i, letter in enumerate(key) if letter == "."}
 
 
 def check_together(cfg):
-    """Values that are fine each, and contradict each other or ask for nothing: ValueError."""
-    unfreeze = cfg.model.unfreeze_at_epoch
-    trains = not cfg.model.freeze_encoder or unfreeze >= 0  # the encoder, sooner or later
-    if not cfg.model.freeze_encoder and unfreeze > 0:
-        raise ValueError(f"model.freeze_encoder=false trains the encoder from the start, and model.unfreeze_at_epoch={unfreeze} later; set "
-                         "model.freeze_encoder=true, or model.unfreeze_at_epoch=-1")
-    if unfreeze >= cfg.train.epochs:
-        raise ValueError(f"model.unfreeze_at_epoch={unfreeze} is never reached in train.epochs={cfg.train.epochs}; set more epochs, or "
-                         "model.unfreeze_at_epoch=-1")
-    if any(vars(cfg.train.sweep).values()) and trains:
-        raise ValueError("train.sweep tries heads on the features of a frozen encoder, and this one is to train; set train.sweep=null")
-    if (cfg.train.seeds or cfg.data.cv) and trains:
-        raise ValueError("train.seeds and data.cv repeat the head, on the features of a frozen encoder, and this one is to train; "
-                         "set both to null and run train.py once for each seed=")
+    """ValueError where values that are fine by themselves contradict each other, or where one asks
+    for something that would not happen."""
+    trains = not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch >= 0  # sooner or later
+    check_encoder(cfg, trains)
+    if trains:
+        check_probes_only(cfg)
     if cfg.model.head.kind != "network":
-        if trains:
-            raise ValueError(f"model.head.kind={cfg.model.head.kind} is for the features of a frozen encoder, and this one is to train; "
-                             "set model.head.kind=network")
-        asked = {"model.pool_method=attentive": cfg.model.pool_method == "attentive",
-                 f"model.head.hidden={cfg.model.head.hidden}": cfg.model.head.hidden,
-                 "model.head.ordinal=true": cfg.model.head.ordinal, f"train.loss={cfg.train.loss}": cfg.train.loss != "ce",
-                 f"data.sampler={cfg.data.sampler}": cfg.data.sampler != "shuffle", "train.sweep": any(vars(cfg.train.sweep).values()),
-                 f"train.seeds={cfg.train.seeds}": cfg.train.seeds and not cfg.data.cv}
-        for name in (name for name, is_asked in asked.items() if is_asked):
-            raise ValueError(f"{name} means nothing to model.head.kind={cfg.model.head.kind}; unset it, or set model.head.kind=network")
-    if cfg.eval.floors and trains:
-        raise ValueError("eval.floors trains probes to compare with, and this encoder is to train; "
-                         "set eval.floors=false, and floors in a probe's run")
-    views, augments = cfg.data.augment_views, any(vars(cfg.data.augment).values())
+        check_reference(cfg)
+    check_augmentation(cfg, trains)
+
+
+def check_encoder(cfg, trains):
+    unfreeze = cfg.model.unfreeze_at_epoch
+    if not cfg.model.freeze_encoder and unfreeze > 0:
+        raise ValueError(
+            "model.freeze_encoder=false trains the encoder from the start, and "
+            f"model.unfreeze_at_epoch={unfreeze} later; set model.freeze_encoder=true, or "
+            "model.unfreeze_at_epoch=-1"
+        )
+    if unfreeze >= cfg.train.epochs:
+        raise ValueError(
+            f"model.unfreeze_at_epoch={unfreeze} is never reached in "
+            f"train.epochs={cfg.train.epochs}; set more epochs, or model.unfreeze_at_epoch=-1"
+        )
     if not trains and cfg.model.drop_path:
-        raise ValueError(f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; "
-                         "set model.drop_path=0, or let it train (model.unfreeze_at_epoch)")
+        raise ValueError(
+            f"model.drop_path={cfg.model.drop_path} is for an encoder that trains; "
+            "set model.drop_path=0, or let it train (model.unfreeze_at_epoch)"
+        )
+
+
+def check_probes_only(cfg):
+    """What works on the features of a frozen encoder alone, while this one is to train."""
+    if any(vars(cfg.train.sweep).values()):
+        raise ValueError(
+            "train.sweep tries heads on the features of a frozen encoder, and this one is to "
+            "train; set train.sweep=null"
+        )
+    if cfg.train.seeds or cfg.data.cv:
+        raise ValueError(
+            "train.seeds and data.cv repeat the head, on the features of a frozen encoder, and "
+            "this one is to train; set both to null and run train.py once for each seed="
+        )
+    if cfg.model.head.kind != "network":
+        raise ValueError(
+            f"model.head.kind={cfg.model.head.kind} is for the features of a frozen encoder, and "
+            "this one is to train; set model.head.kind=network"
+        )
+    if cfg.eval.floors:
+        raise ValueError(
+            "eval.floors trains probes to compare with, and this encoder is to train; "
+            "set eval.floors=false, and floors in a probe's run"
+        )
+
+
+def check_reference(cfg):
+    """What a logistic regression or kNN has no use for."""
+    head = cfg.model.head
+    useless = {
+        "model.pool_method=attentive": cfg.model.pool_method == "attentive",
+        f"model.head.hidden={head.hidden}": head.hidden,
+        "model.head.ordinal=true": head.ordinal,
+        f"train.loss={cfg.train.loss}": cfg.train.loss != "ce",
+        f"data.sampler={cfg.data.sampler}": cfg.data.sampler != "shuffle",
+        "train.sweep": any(vars(cfg.train.sweep).values()),
+        f"train.seeds={cfg.train.seeds}": cfg.train.seeds and not cfg.data.cv,
+    }
+    for name in (name for name, is_asked in useless.items() if is_asked):
+        raise ValueError(
+            f"{name} means nothing to model.head.kind={head.kind}; unset it, or set "
+            "model.head.kind=network"
+        )
+
+
+def check_augmentation(cfg, trains):
+    views, switches = cfg.data.augment_views, vars(cfg.data.augment)
+    augments = any(switches.values())
     if not trains and augments and not views:
-        raise ValueError("data.augment asks for augmentation, data.augment_views=0 for none while the encoder is frozen, "
-                         "and it always is; set data.augment_views=1 or more, or switch data.augment off")
-    if views > 1 and (not cfg.model.freeze_encoder or unfreeze == 0):
-        raise ValueError(f"data.augment_views={views} is for a frozen encoder, and this one trains from the start; "
-                         "set data.augment_views=1")
+        raise ValueError(
+            "data.augment asks for augmentation, data.augment_views=0 for none while the encoder "
+            "is frozen, and it always is; set data.augment_views=1 or more, or switch data.augment "
+            "off"
+        )
+    if views > 1 and (not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch == 0):
+        raise ValueError(
+            f"data.augment_views={views} is for a frozen encoder, and this one trains from the "
+            "start; set data.augment_views=1"
+        )
     if views > 1 and not augments:
-        raise ValueError(f"data.augment_views={views} asks for augmented views, and every switch of data.augment is off; set one of "
-                         f"{', '.join('data.augment.' + name for name in vars(cfg.data.augment))}")
+        raise ValueError(
+            f"data.augment_views={views} asks for augmented views, and every switch of "
+            f"data.augment is off; set one of {', '.join('data.augment.' + k for k in switches)}"
+        )
+
+
+# ------------------------------------------------------------------------------ files and overrides
 
 
 def flatten(tree, prefix=""):
-    """Nested dict -> {"section.key": value}. A section given as anything but a mapping keeps its name as the key."""
+    """Nested dict -> {"section.key": value}. A section given as anything but a mapping keeps its
+    name as the key."""
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if value is None and name == "train.sweep":
-            value = {key.removeprefix("train.sweep."): None for key in KEYS if key.startswith("train.sweep.")}
-        if value in (None, {}) and name in SECTIONS:
-            continue  # a section whose keys are all commented out
-        flat.update(flatten(value, name + ".") if isinstance(value, dict) and value else {name: value})
+            flat |= {key: None for key in KEYS if key.startswith("train.sweep.")}
+        elif isinstance(value, dict) and value:
+            flat |= flatten(value, name + ".")
+        elif value not in (None, {}) or name not in SECTIONS:
+            flat[name] = value  # else a section whose keys are all commented out
     return flat
 
 
@@ -262,27 +312,34 @@ class UniqueKeys(yaml.SafeLoader):
     """A second `train:` section would silently replace the first; here it is an error."""
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{twice[0]}' is given twice", node.start_mark)
+            problem = f"key '{twice[0]}' is given twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def parse(text_, where):
+def parse(yaml_text, where):
+    """Value that a YAML text holds; ValueError naming where it stands."""
     try:
-        return yaml.load(text_, UniqueKeys)
+        return yaml.load(yaml_text, UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def known(name, where):
+def check_known(name, where):
+    """ValueError naming the nearest key unless this is one of KEYS."""
     if name in KEYS:
         return
     if name in SECTIONS:
-        raise ValueError(f"{where}: '{name}' is a section; give its keys, such as "
-                         f"{next(key for key in KEYS if key.startswith(name + '.'))}")
-    same_leaf = [key for key in KEYS if key.split(".")[-1] == name.split(".")[-1]]  # a right name in the wrong section
+        raise ValueError(
+            f"{where}: '{name}' is a section; give its keys, such as "
+            f"{next(key for key in KEYS if key.startswith(name + '.'))}"
+        )
+    same_leaf = [
+        key for key in KEYS if key.split(".")[-1] == name.split(".")[-1]
+    ]  # a right name in the wrong section
     nearest = same_leaf or difflib.get_close_matches(name, KEYS, n=1, cutoff=0)
     raise ValueError(f"{where}: unknown key '{name}'; did you mean '{nearest[0]}'?")
 
@@ -291,12 +348,13 @@ def known_values(tree, where):
     """Nested or flat dict -> {"section.key": value}; ValueError when a key is none of KEYS."""
     flat = flatten(tree)
     for name in flat:
-        known(name, where)
+        check_known(name, where)
     return flat
 
 
 def read(path, children=(), overlay=None):
-    """Flat values of a file over those of its base. overlay: the file that it is to lie over, and then it may have no base."""
+    """Flat values of a file over those of its base. children: files that name this one as their
+    base. overlay: the file over which this one is to lie; it may then have no base."""
     path = os.path.abspath(path)
     if path in children:
         raise ValueError(f"{path}: its chain of base: files comes back to itself")
@@ -312,14 +370,18 @@ def read(path, children=(), overlay=None):
     if base is None:
         return own
     if overlay:
-        raise ValueError(f"{path} is to lie over {overlay}, and its base: would replace all of that; name it first, or remove its base:")
-    return {**read(os.path.join(os.path.dirname(path), text(base)), (*children, path)), **own}
+        raise ValueError(
+            f"{path} is to lie over {overlay}, and its base: would replace all of that; name it "
+            "first, or remove its base:"
+        )
+    return read(os.path.join(os.path.dirname(path), str(base)), (*children, path)) | own
 
 
 def load(path, overrides=()):
-    """Configuration file and "section.key=value" overrides -> nested namespace of every key, checked; defaults from configs/base.yaml.
+    """Configuration file and "section.key=value" overrides -> checked namespace of every key, nested
+    by section. What neither gives is as in configs/base.yaml.
 
-    path: one, or a list of files, of which a later one lies over the earlier.
+    path: one file, or a list of files, of which a later one lies over the earlier ones.
     """
     first, *others = [path] if isinstance(path, (str, os.PathLike)) else path
     flat = read(first)
@@ -329,7 +391,8 @@ def load(path, overrides=()):
 
 
 def resolve(tree, overrides, where):
-    """Nested or flat dict and overrides -> checked namespace. where: the name of the dict's origin, for messages."""
+    """Nested or flat dict and overrides -> checked namespace. where: the dict's origin, for
+    messages."""
     flat = {**read(DEFAULTS), **known_values(tree, where)}
     for override in overrides:
         name, equals, value = override.partition("=")
@@ -338,20 +401,22 @@ def resolve(tree, overrides, where):
         if override == "train.sweep=null":
             flat |= flatten({"train": {"sweep": None}})
             continue
-        known(name, "command line")
+        check_known(name, "command line")
         flat[name] = value if KEYS[name] is text else parse(value, f"command line: {name}")
-    for name, check in KEYS.items():
+    for name, kind in KEYS.items():
         try:
-            flat[name] = check(flat[name])
-        except ValueError as error:
-            raise ValueError(f"{name} must be {error}; got {flat[name]!r}") from None
+            flat[name] = TypeAdapter(kind).validate_python(flat[name])
+        except ValidationError:
+            raise ValueError(f"{name} must be {words_of(kind)}; got {flat[name]!r}") from None
     cfg = to_namespace(nest({name: flat[name] for name in KEYS}))
     check_together(cfg)
     return cfg
 
 
 def to_namespace(tree):
-    return SimpleNamespace(**{k: to_namespace(v) if isinstance(v, dict) else v for k, v in tree.items()})
+    return SimpleNamespace(
+        **{k: to_namespace(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    )
 
 
 def to_dict(cfg):

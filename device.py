@@ -1,4 +1,6 @@
-"""Where the run happens: TPU cores, GPUs or CPU processes. The only file that names torch_xla, torch.cuda and torch.distributed.
+"""Where the run happens: TPU cores, GPUs or CPU processes, and their attention kernels.
+
+The only file that names torch_xla, torch.cuda and torch.distributed.
 
     launch(main, cfg)                         # calls main(rank, cfg) in every replica
     dev = get(cfg.device.backend)             # inside main
@@ -6,9 +8,10 @@
     all_sum_gradients(parameters)             # after backward, before clipping and optimizer.step()
     step_done(dev)                            # after each step: XLA runs what was recorded
 
-XLA: through xmp.spawn, a replica for every core of the host's (with PJRT_DEVICE=CPU, one). CUDA and CPU: device.processes of
-them on this host, talking by nccl or gloo; with 1, main runs in this process. Every replica calls the same functions in the
-same order. Needs torch alone; torch_xla where it is chosen.
+XLA: through xmp.spawn, a replica for every core of the host (with PJRT_DEVICE=CPU, one). CUDA and
+CPU: device.processes replicas on this host, which talk by nccl or gloo; with 1, main runs in this
+process. Every replica calls the same functions in the same order. Needs torch alone, and torch_xla
+where it is chosen.
 """
 
 import contextlib
@@ -25,38 +28,57 @@ import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 
 def choose(backend):
-    """"auto" -> "xla" where torch_xla is installed, else "cuda", else "cpu". ValueError when what is asked for is not there."""
+    """The backend's name; "auto" is "xla" where torch_xla is installed, else "cuda", else "cpu".
+
+    ValueError if the one asked for is not there.
+    """
     has_xla = importlib.util.find_spec("torch_xla") is not None
     if backend == "auto":
         return "xla" if has_xla else "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "xla" and not has_xla:
-        raise ValueError("device.backend=xla needs torch_xla: run with .venv-xla/bin/python (make setup-xla), or set device.backend=auto")
+        raise ValueError(
+            "device.backend=xla needs torch_xla: run with .venv-xla/bin/python (make setup-xla), "
+            "or set device.backend=auto"
+        )
     if backend == "cuda" and not torch.cuda.is_available():
         raise ValueError("device.backend=cuda finds no GPU; set device.backend=auto")
     return backend
 
 
-# --------------------------------------------------------------------------------------------------------------- replicas
+# ---- replicas
 
 
 def launch(main, cfg):
-    """Run main(rank, cfg) in every replica. When one fails, all end within seconds, with the first error on the screen."""
+    """Run main(rank, cfg) in every replica.
+
+    When one fails, all end within seconds, with the first error on the screen.
+    """
     backend, processes = choose(cfg.device.backend), cfg.device.processes
     if backend == "xla":
         import torch_xla.distributed.xla_multiprocessing as xmp
 
         if processes != 1:
-            raise ValueError("device.processes is for CPU and CUDA; on XLA there is a replica for every core: set device.processes=1")
+            raise ValueError(
+                "device.processes is for CPU and CUDA; on XLA there is a replica for every core: "
+                "set device.processes=1"
+            )
         threading.Thread(target=watch_replicas, daemon=True).start()
-        signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in multiprocessing.active_children()]
-                                                 or sys.exit(128 + signal.SIGTERM))
+        signal.signal(
+            signal.SIGTERM,
+            lambda *_: (
+                [process.terminate() for process in multiprocessing.active_children()]
+                or sys.exit(128 + signal.SIGTERM)
+            ),
+        )
         try:
             xmp.spawn(ReplicaXla(main, cfg))
         except BrokenProcessPool:
@@ -65,23 +87,31 @@ def launch(main, cfg):
         main(0, cfg)
     else:
         if backend == "cuda" and processes > torch.cuda.device_count():
-            raise ValueError(f"device.processes={processes}, but there are {torch.cuda.device_count()} GPUs; "
-                             "set device.processes to at most that")
+            raise ValueError(
+                f"device.processes={processes}, but there are {torch.cuda.device_count()} GPUs; "
+                "set device.processes to at most that"
+            )
         spawn(main, cfg, backend, processes)
 
 
 def spawn(main, cfg, backend, world):
     context = multiprocessing.get_context("spawn")
-    # replicas end by os._exit; the semaphores that they leave are cleared away without telling the user
+    # replicas end by os._exit; no warning about the semaphores that they leave is for the user
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
-        replicas = [context.Process(target=replica, args=(rank, world, main, cfg, backend, meeting, pipes[rank][1]))
-                    for rank in range(world)]
+        replicas = [
+            context.Process(
+                target=replica, args=(rank, world, main, cfg, backend, meeting, pipes[rank][1])
+            )
+            for rank in range(world)
+        ]
         for process in replicas:
             process.start()
-        earlier = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in replicas])
+        earlier = signal.signal(
+            signal.SIGTERM, lambda *_: [process.terminate() for process in replicas]
+        )
         try:
             running = {process.sentinel: process for process in replicas}
             while running:
@@ -89,7 +119,8 @@ def spawn(main, cfg, backend, world):
                     process = running.pop(sentinel)
                     process.join()
                     if process.exitcode:
-                        time.sleep(0.5)  # for what the others have to say: the first to fail may be slow to end
+                        # the first to fail may be slow to end: the others' reports are awaited too
+                        time.sleep(0.5)
                         sys.exit(first_failure(replicas, pipes))
         finally:
             signal.signal(signal.SIGTERM, earlier)
@@ -99,14 +130,15 @@ def spawn(main, cfg, backend, world):
 
 
 def first_failure(replicas, pipes):
-    """What goes to the screen or becomes the exit status: the error of the replica that failed first."""
-    killed = [rank for rank, process in enumerate(replicas) if process.exitcode is not None and process.exitcode < 0]
-    if killed:  # the others merely lost it
-        number = -replicas[killed[0]].exitcode
-        return f"error: replica {killed[0]} of {len(replicas)} was ended by {signal.Signals(number).name}" + (
-            ", out of memory perhaps; lower device.processes" if number == signal.SIGKILL else "")
+    """The error of the replica that failed first, for the screen, or else its exit status."""
+    for rank, process in enumerate(replicas):
+        if (process.exitcode or 0) < 0:  # the others merely lost the connection to it
+            name = signal.Signals(-process.exitcode).name
+            hint = ", out of memory perhaps; lower device.processes" if name == "SIGKILL" else ""
+            return f"error: replica {rank} of {len(replicas)} was ended by {name}{hint}"
     failures = [pipe.recv() for pipe, _ in pipes if pipe.poll()]
-    return min(failures)[1] if failures else 1  # without a word: it failed before main, and its traceback is on the screen
+    # a replica that has sent nothing failed before main, and its traceback is on the screen
+    return min(failures)[1] if failures else 1
 
 
 def replica(rank, world, main, cfg, backend, meeting, pipe):
@@ -119,20 +151,26 @@ def replica(rank, world, main, cfg, backend, meeting, pipe):
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // world))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    code = 0
+    failure = None
     try:
-        dist.init_process_group("nccl" if backend == "cuda" else "gloo", init_method=meeting, rank=rank, world_size=world)
+        dist.init_process_group(
+            "nccl" if backend == "cuda" else "gloo",
+            init_method=meeting,
+            rank=rank,
+            world_size=world,
+        )
         quietly(main, rank, cfg)
         dist.destroy_process_group()
     except SystemExit as exit_:
-        code = exit_.code
-        pipe.send((time.time(), code))
+        failure = exit_.code
     except BaseException as error:
-        pipe.send((time.time(), explain(error)))
-        code = 1
+        failure = explain(error)
+    if failure:
+        pipe.send((time.time(), failure))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code or 0)  # not waiting for threads that still fetch, nor for a peer
+    # at once: threads may still fetch, and a peer may wait
+    os._exit(failure if isinstance(failure, int) else bool(failure))
 
 
 def end_with_parent():
@@ -141,7 +179,10 @@ def end_with_parent():
 
 
 class ReplicaXla:
-    """What xmp.spawn calls, in a thread of a child process; its index counts the host's replicas, rank() those of all hosts."""
+    """What xmp.spawn calls, in a thread of a child process.
+
+    Its index counts the replicas of the host; rank() counts those of all hosts.
+    """
 
     def __init__(self, main, cfg):
         self.main, self.cfg = main, cfg
@@ -150,7 +191,10 @@ class ReplicaXla:
         # unpickled by the child's main thread, the only one that may say what SIGTERM does
         self.__dict__ = state
         end_with_parent()
-        signal.signal(signal.SIGTERM, lambda *_: [event.set() for event in SIGTERM_EVENTS] or os._exit(128 + signal.SIGTERM))
+        signal.signal(
+            signal.SIGTERM,
+            lambda *_: [event.set() for event in SIGTERM_EVENTS] or os._exit(128 + signal.SIGTERM),
+        )
 
     def __call__(self, index):
         try:
@@ -165,8 +209,10 @@ class ReplicaXla:
 
 
 def watch_replicas():
-    """In the parent on XLA: when a replica has died, the others of this host are killed, for they wait for it and SIGTERM does not
-    end them."""
+    """In the parent on XLA: when a replica of this host has died, kill the others.
+
+    They wait for it, and SIGTERM does not end them.
+    """
     seen = set()
     while True:
         time.sleep(0.5)
@@ -190,7 +236,7 @@ def explain(error):
 
 
 def run(command):
-    """command() as a script's __main__: its errors become one sentence and exit status 1, Ctrl-C becomes 130."""
+    """Call a script's command(): an error is one sentence and exit status 1, Ctrl-C is 130."""
     try:
         command()
     except (ValueError, OSError) as error:
@@ -206,12 +252,26 @@ SIGTERM_EVENTS = []  # of the replicas in this process
 
 
 def sigterm():
-    """An event that SIGTERM sets, in place of ending the process: for a loop that saves before it ends."""
+    """An event that SIGTERM sets instead of ending the process: for a loop that saves first."""
     event = threading.Event()
     SIGTERM_EVENTS.append(event)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: event.set())
     return event
+
+
+IS_ALONE = False  # see `alone`
+
+
+@contextlib.contextmanager
+def alone():
+    """Within, each replica is the only one: it does all the work, and adds up with no other."""
+    global IS_ALONE
+    IS_ALONE = True
+    try:
+        yield
+    finally:
+        IS_ALONE = False
 
 
 def rank():
@@ -227,6 +287,8 @@ def rank():
 
 def world():
     """Number of replicas, on all hosts."""
+    if IS_ALONE:
+        return 1
     if dist.is_initialized():
         return dist.get_world_size()
     if "torch_xla" in sys.modules:
@@ -236,7 +298,7 @@ def world():
     return 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- devices
+# ---- devices
 
 
 def get(backend):
@@ -250,8 +312,9 @@ def get(backend):
         return torch.device("cuda", torch.cuda.current_device())
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        # glibc keeps freed tensors of up to 32 MB in a heap that falls to pieces: a training step of the full encoder would hold
-        # 5 GB in place of 2. M_MMAP_THRESHOLD: from 4 MB on, what is freed goes back at once
+        # glibc keeps freed tensors of up to 32 MB in a fragmented heap: a training step of the full
+        # encoder would hold 5 GB in place of 2. M_MMAP_THRESHOLD (-3): tensors from 4 MB on are
+        # given back to the system at once
         libc.mallopt(-3, 4 << 20)
     return torch.device("cpu")
 
@@ -278,28 +341,74 @@ def seed(number, dev):
 
 
 def send(tensor, dev):
-    """tensor on dev. A GPU fetches it from page-locked memory while it still computes what came before."""
+    """The tensor on dev. A GPU copies it from page-locked memory while it still computes."""
     return tensor.pin_memory().to(dev, non_blocking=True) if dev.type == "cuda" else tensor.to(dev)
 
 
 def autocast(dev, precision):
     """bf16 matrix products within; fp32 changes nothing."""
-    return torch.autocast(dev.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return (
+        torch.autocast(dev.type, dtype=torch.bfloat16)
+        if precision == "bf16"
+        else contextlib.nullcontext()
+    )
 
 
-def attention(dev, default):
-    """TPU's own attention (Pallas: jax must be installed beside torch_xla) as f(q, k, v) of (B, heads, N, d); elsewhere the default."""
-    if dev.type == "xla" and importlib.util.find_spec("jax") is not None:
-        import torch_xla.runtime
-        from torch_xla.experimental.custom_kernel import flash_attention
+def attention(q, k, v, chunk=512):
+    """softmax(q k^T / sqrt(d)) v of q, k, v (B, heads, N, d), by the kernel of their device."""
+    if q.device.type == "xla":
+        if has_flash_attention():
+            from torch_xla.experimental.custom_kernel import flash_attention
 
-        if torch_xla.runtime.device_type() == "TPU":
-            return lambda q, k, v: flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5)
-    return default
+            return flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5)
+        # XLA would hold all N x N scores, 4 GB a sample and layer at 9216 tokens
+        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(chunk, dim=2)]
+        return torch.cat(parts, dim=2)
+    trains = torch.is_grad_enabled() and q.requires_grad
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trains:
+        return attention_bfloat16(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@functools.cache
+def has_flash_attention():
+    """Is this a TPU, with jax beside torch_xla? Its flash attention is a Pallas kernel."""
+    if importlib.util.find_spec("jax") is None:
+        return False
+    import torch_xla.runtime
+
+    return torch_xla.runtime.device_type() == "TPU"
+
+
+def attention_bfloat16(q, k, v, chunk=128):
+    """`attention` on the CPU in bfloat16, without a gradient: (B, heads, N, d) each.
+
+    torch's own kernel multiplies bfloat16 no faster than float32 there; plain matrix products do
+    (1.6 times faster in all, bench/encoder.py). Each head is computed by one thread: threads that
+    share every product would wait for each other hundreds of times a layer.
+    """
+
+    def head(q, k, v):  # each (N, d)
+        # softmax cancels what all keys share, and a smaller score loses less to rounding
+        k = (k.float() - k.float().mean(dim=0)).to(k.dtype).T.contiguous()  # (d, N)
+        q, v, out = q * q.shape[-1] ** -0.5, v.contiguous(), torch.empty(v.shape, dtype=v.dtype)
+        scores = torch.empty(
+            chunk, len(v), dtype=v.dtype
+        )  # allocated once, small enough for the cache
+        for part, result in zip(q.split(chunk), out.split(chunk)):
+            s = torch.mm(part, k, out=scores[: len(part)])
+            torch.mm(torch.softmax(s, dim=-1, out=s), v, out=result)
+        return out
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        out = list(pool.map(head, *(x.flatten(0, 1) for x in (q, k, v))))  # B * heads of (N, d)
+    torch.set_num_threads(threads)  # threads that start later would inherit a worker's 1
+    return torch.stack(out).view(v.shape)  # (B, heads, N, d)
 
 
 def checkpointing(dev):
-    """f(module, *args) that keeps none of the module's activations and computes them again in the backward pass."""
+    """f(module, *args) that computes the module's activations again in the backward pass."""
     if dev.type == "xla":
         from torch_xla.utils.checkpoint import checkpoint  # torch's own crashes there
 
@@ -310,29 +419,33 @@ def checkpointing(dev):
 
 
 def step_done(dev):
-    """Marks the end of a step: XLA compiles and runs what was recorded; elsewhere nothing is to be done."""
+    """Mark the end of a step: XLA compiles and runs what was recorded."""
     if dev.type == "xla":
         import torch_xla
 
         torch_xla.sync()
 
 
-# ------------------------------------------------------------------------------------------------------- between replicas
+# ---- between replicas
 
 
 def share(rows, size):
-    """This replica's rows of a global batch: (size,) -> (ceil(size / world),), padded with -1; world and size alone decide its length.
+    """This replica's rows of a global batch of `size` samples, padded with -1.
 
-    rows: tensor (n,) of indices, n <= size. Row i of the batch belongs to replica i % world.
+    rows: tensor (n,) of indices, n <= size. Row i of the batch belongs to replica i % world. The
+    result has (ceil(size / world),) rows, whatever n is.
     """
     world_ = world()
     padded = torch.full((-(-size // world_) * world_,), -1)
-    padded[:len(rows)] = rows
-    return padded[rank()::world_]
+    padded[: len(rows)] = rows
+    return padded[rank() % world_ :: world_]
 
 
 def all_sum(tensor):
-    """Sum of the replicas' tensors, the same bits in every replica. Rows that all but one replica leave zero are gathered exactly."""
+    """Sum of the replicas' tensors, with the same bits in every replica.
+
+    Rows that are zero in all replicas but one are gathered exactly.
+    """
     if world() == 1:
         return tensor
     if dist.is_initialized():
@@ -345,7 +458,7 @@ def all_sum(tensor):
 
 
 def all_sum_gradients(parameters):
-    """Add up the replicas' gradients, in one reduction. The loss divides by what belongs to the whole batch."""
+    """Sum the replicas' gradients in one reduction; the loss must divide by the whole batch."""
     if world() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -355,17 +468,19 @@ def all_sum_gradients(parameters):
 
 
 def gather(value, dev):
-    """[value of replica 0, of replica 1, ...] in every replica; value is anything that JSON can hold."""
+    """[value of replica 0, of replica 1, ...] in every replica; any value that JSON can hold."""
     if world() == 1:
         return [value]
-    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.int32)
-    lengths = torch.zeros(world(), dtype=torch.int32)
-    lengths[rank()] = len(text)
-    lengths = all_sum(lengths.to(dev)).cpu().tolist()
-    table = torch.zeros(world(), max(lengths), dtype=torch.int32)
-    table[rank(), :len(text)] = text
-    table = all_sum(table.to(dev)).cpu().tolist()
-    return [json.loads(bytes(row[:length])) for row, length in zip(table, lengths)]
+
+    def all_rows(row, width):
+        table = torch.zeros(world(), width, dtype=torch.int32)
+        table[rank(), : len(row)] = torch.tensor(row)
+        return all_sum(table.to(dev)).cpu().tolist()
+
+    text = list(json.dumps(value).encode())
+    lengths = [length for [length] in all_rows([len(text)], 1)]
+    rows = all_rows(text, max(lengths))
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
 
 
 def any_replica(value, dev):
@@ -378,11 +493,11 @@ def barrier(dev):
     gather(None, dev)
 
 
-# ------------------------------------------------------------------------------------------------------------------ saving
+# ---- saving
 
 
 def to_host(value):
-    """Nested dicts, lists and tuples with their tensors on the CPU: what is saved from one backend loads on any."""
+    """Nested dicts, lists and tuples with their tensors on the CPU, to be loaded on any backend."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):

@@ -1,12 +1,14 @@
-"""Metrics, intervals, floors, alarms, subgroups, calibration, paired comparison: arrays in, numbers out.
+"""Metrics, intervals, floors, alarms, subgroups, calibration, paired tests: arrays in, numbers out.
 
     evaluate(y_true, probabilities)            # (n,), (n, K) -> dict, what eval_SPLIT.json holds
     subgroups(y_true, probabilities, groups)   # the score in every site, scanner, age band
-    temperature(y_true, probabilities)         # fitted on validation; rescale(probabilities, T) then applies it
+    temperature(y_true, probabilities)         # fitted on validation; rescale(probabilities, T)
+                                               # then applies it
     compare(y_true, probs_a, probs_b)          # is A better than B on the same participants?
     compare_all(y_true, {"A": probs_a, ...})   # all pairs, Holm-corrected
 
-A row is a participant, or a volume of one where `ids` repeat. Needs numpy and scipy alone.
+A row is a participant, or one volume of a participant where `ids` repeat. In shapes, n is the
+number of rows, K of classes, R of resamples. Needs numpy and scipy alone.
 """
 
 import functools
@@ -16,39 +18,53 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest
 
-RESAMPLES = 10_000  # of bootstrap and permutations: the 2.5th percentile rests on 250, and a p-value can survive Holm over 190 pairs
-BINS = 10  # of the reliability plot: with 15 (Guo et al. 2017) most would hold a handful of 159 participants
-SMALL = 20  # a group of fewer participants is marked small: the standard error of its balanced accuracy is about 0.1
+# of bootstrap and permutations: then 250 of them lie below the 2.5th percentile, and a p-value can
+# be small enough for Holm's correction over 190 pairs
+RESAMPLES = 10_000
+# of the reliability plot: with 15 (Guo et al. 2017), most would hold a handful of 159 participants
+BINS = 10
+# a group of fewer participants is marked small: its balanced accuracy has a standard error of 0.1
+SMALL = 20
 
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc_macro_ovr", "log_loss")
-MORE_SCORES = ("macro_precision", "macro_recall", "auprc_macro_ovr", "quadratic_kappa", "brier", "ece")
-PER_CLASS = ("precision_per_class", "recall_per_class", "f1_per_class", "auroc_per_class", "auprc_per_class")
+# fmt: off
+MORE_SCORES = ("macro_precision", "macro_recall", "auprc_macro_ovr", "quadratic_kappa", "brier",
+               "ece")
+PER_CLASS = ("precision_per_class", "recall_per_class", "f1_per_class", "auroc_per_class",
+             "auprc_per_class")
+# fmt: on
 
 
 def check(y_true, probabilities, num_classes, ids=None):
-    """The two as arrays (n,) int and (n, num_classes) float; ValueError that names the participant, or the row where ids is None."""
+    """The two as arrays, (n,) int and (n, num_classes) float. ValueError that names the participant
+    whose values are wrong, or the row where ids is None."""
     y_true, probabilities = np.asarray(y_true), np.asarray(probabilities, dtype=np.float64)
-    if y_true.ndim != 1 or len(y_true) == 0:
-        raise ValueError(f"y_true must be one label a participant, and at least one; its shape is {y_true.shape}")
-    if probabilities.shape != (len(y_true), num_classes):
-        raise ValueError(f"probabilities must be ({len(y_true)}, {num_classes}); their shape is {probabilities.shape}")
-    if ids is not None and len(ids) != len(y_true):
-        raise ValueError(f"ids must be one a row; there are {len(ids)} of them for {len(y_true)} rows")
-    who = lambda i: f"row {i}" if ids is None else f"participant {ids[i]}"
-    with np.errstate(invalid="ignore"):  # a label that is NaN: refused below
+    n, shape = len(y_true), probabilities.shape
+    if y_true.ndim != 1 or n == 0:
+        raise ValueError(
+            f"y_true must be one label a row, and at least one; its shape is {y_true.shape}"
+        )
+    if shape != (n, num_classes):
+        raise ValueError(f"probabilities must be ({n}, {num_classes}); their shape is {shape}")
+    if ids is not None and len(ids) != n:
+        raise ValueError(f"ids must be one a row; there are {len(ids)} of them for {n} rows")
+    name = lambda i: f"row {i}" if ids is None else f"participant {ids[i]}"
+    with np.errstate(invalid="ignore"):  # a label that is NaN is refused below
         labels = y_true.astype(np.int64)
-    bad = np.flatnonzero((labels != y_true) | (labels < 0) | (labels >= num_classes))
-    if len(bad):
-        raise ValueError(f"y_true of {who(bad[0])} is {y_true[bad[0]]}, no class of 0 to {num_classes - 1}")
-    bad = np.flatnonzero(~np.isfinite(probabilities).all(axis=1) | (probabilities < 0).any(axis=1)
-                         | ~np.isclose(probabilities.sum(axis=1), 1, atol=1e-3))
-    if len(bad):
-        raise ValueError(f"probabilities of {who(bad[0])} are {probabilities[bad[0]].tolist()}, no distribution")
+    for i in np.flatnonzero((labels != y_true) | (labels < 0) | (labels >= num_classes)):
+        raise ValueError(f"y_true of {name(i)} is {y_true[i]}, no class of 0 to {num_classes - 1}")
+    valid = np.isfinite(probabilities).all(axis=1) & (probabilities >= 0).all(axis=1)
+    for i in np.flatnonzero(~(valid & np.isclose(probabilities.sum(axis=1), 1, atol=1e-3))):
+        raise ValueError(
+            f"probabilities of {name(i)} are {probabilities[i].tolist()}, no distribution"
+        )
     return labels, probabilities
 
 
 def negative_log(probabilities):
-    return -np.log(np.maximum(probabilities, np.finfo(np.float64).eps))  # clipped as scikit-learn's log_loss does
+    """-log of probabilities of any shape, clipped at the float64 eps as scikit-learn's log_loss
+    clips them."""
+    return -np.log(np.maximum(probabilities, np.finfo(np.float64).eps))
 
 
 def ratio(a, b):
@@ -59,26 +75,36 @@ def ratio(a, b):
 
 def plain(value):
     """Numbers for JSON: lists of floats, None for NaN."""
-    return [plain(v) for v in value] if np.ndim(value) else None if np.isnan(value) else float(value)
+    if np.ndim(value):
+        return [plain(v) for v in value]
+    return None if np.isnan(value) else float(value)
+
+
+# ---------------------------------------------------------------------------------------- scores
 
 
 def bins(probabilities):
-    """The reliability bin (b / BINS, (b + 1) / BINS] that the probability of each row's answer falls into -> (n,)."""
+    """Bin of the reliability plot that each row's confidence falls into -> (n,). Confidence is the
+    largest probability; bin b is (b / BINS, (b + 1) / BINS]."""
     return np.digitize(probabilities.max(axis=1), np.arange(1, BINS) / BINS, right=True)
 
 
 def ranking_scores(y_true, probabilities, weights):
-    """One-vs-rest AUROC and average precision -> two (R, K); NaN for a class without positives, of AUROC also without negatives.
+    """One-vs-rest AUROC and average precision of every resample -> two (R, K). NaN for a class
+    without positives; for AUROC, also for one without negatives.
 
-    AUROC is the share of (positive, negative) pairs in order, ties half; average precision the mean over the positives of the
-    precision at their threshold, tied rows all above it: scikit-learn's step sum, each step spread over its positives.
+    AUROC is the share of pairs of a positive and a negative in which the positive has the larger
+    probability; ties count half. Average precision is the mean over the positives of the precision
+    at their threshold, where tied rows count as above it. This equals scikit-learn's sum over
+    thresholds, with each step divided among its positives.
     """
     auroc, auprc = np.full((2, len(weights), probabilities.shape[1]), np.nan)
     for k in np.unique(y_true):
         pos, neg = y_true == k, y_true != k
-        p, q, w_pos, w_neg = probabilities[pos, k], probabilities[neg, k], weights[:, pos], weights[:, neg]
+        p, q = probabilities[pos, k], probabilities[neg, k]
+        w_pos, w_neg = weights[:, pos], weights[:, neg]
         above, tied = q[:, None] > p, q[:, None] == p  # (negatives, positives)
-        # weight before each positive (R, positives)
+        # weight of the negatives above and beside each positive, each (R, positives)
         wrong, ties = (w_neg @ part.astype(float) if part.any() else 0 for part in (above, tied))
         hits, count = w_pos @ (p[:, None] >= p).astype(float), w_pos.sum(1)
         auroc[:, k] = 1 - ratio((w_pos * (wrong + 0.5 * ties)).sum(1), count * w_neg.sum(1))
@@ -87,60 +113,95 @@ def ranking_scores(y_true, probabilities, weights):
 
 
 def scores(y_true, probabilities, weights):
-    """Every score of every resample. weights (R, n): how often a row counts in each -> dict of (R,), per class (R, K); NaN: undefined.
+    """Every score of every resample -> dict of (R,), per class (R, K); NaN where undefined.
 
-    Balanced accuracy is the mean recall over the classes that y_true has, Brier the sum of squares over the classes (0 to 2),
-    kappa weighted by the squared distance of the classes, ECE the mean distance of confidence and accuracy over BINS bins.
+    weights (R, n): how often a row counts in each resample. Balanced accuracy is the mean recall
+    over the classes that y_true has, Brier the sum of squares over the classes (0 to 2), kappa
+    weighted by the squared distance of the classes, ECE the mean distance of confidence and
+    accuracy over BINS bins.
     """
-    classes, total, one_hot = np.arange(probabilities.shape[1]), weights.sum(1), np.eye(probabilities.shape[1])
+    num_classes, total = probabilities.shape[1], weights.sum(1)
+    classes, one_hot = np.arange(num_classes), np.eye(num_classes)
     y_pred, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    true, pred, hits = (weights @ part for part in (one_hot[y_true], one_hot[y_pred], one_hot[y_true] * one_hot[y_pred]))  # (R, K) each
+    is_true, is_pred = one_hot[y_true], one_hot[y_pred]  # (n, K)
+    true, pred, hits = (weights @ part for part in (is_true, is_pred, is_true * is_pred))  # (R, K)
     precision, recall, f1 = ratio(hits, pred), ratio(hits, true), ratio(2 * hits, true + pred)
     auroc, auprc = ranking_scores(y_true, probabilities, weights)
-    # of kappa: the sum of squares that is expected of answers with these shares that know nothing of the truth
-    unrelated = true @ classes**2 + pred @ classes**2 - 2 * (true @ classes) * (pred @ classes) / total
-    mean = lambda values: ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(1))  # over the classes that have a value
+    # of kappa: the sum of squared distances that is expected if answers and truth are independent
+    independent = true @ classes**2 + pred @ classes**2
+    independent -= 2 * (true @ classes) * (pred @ classes) / total
+    distance = np.eye(BINS)[bins(probabilities)] * (confidence - (y_true == y_pred))[:, None]
+    mean_defined = lambda values: ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(1))
     return {
-        "accuracy": hits.sum(1) / total, "balanced_accuracy": mean(recall), "auroc_macro_ovr": mean(auroc), "auprc_macro_ovr": mean(auprc),
-        "macro_precision": np.nan_to_num(precision).mean(1), "macro_recall": np.nan_to_num(recall).mean(1),
+        "accuracy": hits.sum(1) / total,
+        "balanced_accuracy": mean_defined(recall),
         "macro_f1": np.nan_to_num(f1).mean(1),
-        "quadratic_kappa": 1 - ratio(weights @ (y_true - y_pred) ** 2.0, unrelated),
-        "log_loss": weights @ negative_log(probabilities[np.arange(len(y_true)), y_true]) / total,
-        "brier": weights @ ((probabilities - one_hot[y_true]) ** 2).sum(1) / total,
-        "ece": np.abs(weights @ (np.eye(BINS)[bins(probabilities)] * (confidence - (y_true == y_pred))[:, None])).sum(1) / total,
-        "precision_per_class": precision, "recall_per_class": recall, "f1_per_class": f1, "auroc_per_class": auroc,
+        "auroc_macro_ovr": mean_defined(auroc),
+        "log_loss": weights @ negative_log(probabilities[is_true > 0]) / total,
+        "macro_precision": np.nan_to_num(precision).mean(1),
+        "macro_recall": np.nan_to_num(recall).mean(1),
+        "auprc_macro_ovr": mean_defined(auprc),
+        "quadratic_kappa": 1 - ratio(weights @ (y_true - y_pred) ** 2.0, independent),
+        "brier": weights @ ((probabilities - is_true) ** 2).sum(1) / total,
+        "ece": np.abs(weights @ distance).sum(1) / total,
+        "precision_per_class": precision,
+        "recall_per_class": recall,
+        "f1_per_class": f1,
+        "auroc_per_class": auroc,
         "auprc_per_class": auprc,
     }
 
 
+def counts(classes, num_classes):
+    return np.bincount(classes, minlength=num_classes).tolist()
+
+
 def score(y_true, probabilities, num_classes=4, ids=None):
-    """The scores alone, quick: once an epoch. Arguments and names as in `evaluate`."""
-    y_true, probabilities = check(y_true, probabilities, num_classes, ids)
-    values = {name: value[0] for name, value in scores(y_true, probabilities, np.ones((1, len(y_true)))).items()}
-    for name in ("precision_per_class", "recall_per_class", "f1_per_class"):
-        values[name] = np.nan_to_num(values[name])  # 0 where there is nothing to divide by, as in scikit-learn with zero_division=0
+    """The scores alone, which is quick. Arguments and names as in `evaluate`."""
+    return checked_score(*check(y_true, probabilities, num_classes, ids))
+
+
+def checked_score(y_true, probabilities):
+    """`score` of what `check` returned."""
+    n, num_classes = probabilities.shape
+    values = {k: v[0] for k, v in scores(y_true, probabilities, np.ones((1, n))).items()}
+    for name in PER_CLASS[:3]:  # 0 / 0 is 0, as in scikit-learn with zero_division=0
+        values[name] = np.nan_to_num(values[name])
     return {
-        "n": len(y_true), **{name: plain(value) for name, value in values.items()},
-        "true_counts": np.bincount(y_true, minlength=num_classes).tolist(),
-        "predicted_counts": np.bincount(probabilities.argmax(axis=1), minlength=num_classes).tolist(),
+        "n": n,
+        **{name: plain(value) for name, value in values.items()},
+        "true_counts": counts(y_true, num_classes),
+        "predicted_counts": counts(probabilities.argmax(axis=1), num_classes),
     }
 
 
 def quick_scores(y_true, probabilities):
-    """Balanced accuracy and log-loss of G models at once: y_true (n,), probabilities (G, n, K) -> two lists of G."""
+    """Balanced accuracy and log-loss of G models at once -> two lists of G.
+
+    y_true (n,), probabilities (G, n, K), which are not checked.
+    """
     right = probabilities.argmax(axis=2) == y_true  # (G, n)
     recall = [right[:, y_true == k].mean(axis=1) for k in np.unique(y_true)]
-    return np.mean(recall, axis=0).tolist(), negative_log(probabilities[:, np.arange(len(y_true)), y_true]).mean(axis=1).tolist()
+    losses = negative_log(probabilities[:, np.arange(len(y_true)), y_true])  # (G, n)
+    return np.mean(recall, axis=0).tolist(), losses.mean(axis=1).tolist()
+
+
+# ----------------------------------------------------------------------- resamples and intervals
 
 
 @functools.lru_cache(maxsize=2)
 def drawn(labels, resamples):
-    """`resample`, kept: two runs with the same labels meet the same resamples, and 190 pairs of runs draw them once."""
+    """Bootstrap of labels, a tuple, within each class -> (resamples, n), see `resample`.
+
+    Kept, so that runs with the same labels have the same resamples, which 190 pairs of runs draw
+    once.
+    """
     weights = np.zeros((resamples, len(labels)))
     for k in set(labels):
         members = np.flatnonzero(np.array(labels) == k)
-        draws = np.random.default_rng(k).integers(len(members), size=weights[:, members].shape)
-        draws += len(members) * np.arange(resamples)[:, None]  # a range of numbers of its own for every resample
+        draws = np.random.default_rng(k).integers(len(members), size=(resamples, len(members)))
+        # numbers of its own for every resample, so that one bincount counts them all
+        draws += len(members) * np.arange(resamples)[:, None]
         weights[:, members] = np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape)
     weights.flags.writeable = False
     return weights
@@ -148,135 +209,170 @@ def drawn(labels, resamples):
 
 def participants(y_true, ids):
     """First row of every participant (P,), and the participant of every row (n,)."""
-    if ids is None:
-        return np.arange(len(y_true)), np.arange(len(y_true))
-    _, first, member = np.unique(np.asarray(ids), return_index=True, return_inverse=True)
-    bad = np.flatnonzero(y_true[first][member] != y_true)
-    if len(bad):
-        raise ValueError(f"participant {ids[bad[0]]} has rows of two classes")
+    ids = np.arange(len(y_true)) if ids is None else np.asarray(ids)
+    _, first, member = np.unique(ids, return_index=True, return_inverse=True)
+    for i in np.flatnonzero(y_true[first][member] != y_true):
+        raise ValueError(f"participant {ids[i]} has rows of two classes")
     return first, member
 
 
 def resample(y_true, ids=None):
-    """Bootstrap over participants within each class -> (RESAMPLES, n): how often each row was drawn. Every class keeps its size.
-
-    Rows that share an id are drawn together. Read-only.
-    """
+    """Bootstrap over participants within each class, whose sizes stay -> (RESAMPLES, n), how often
+    each row was drawn. Rows that share an id are drawn together. Read-only."""
     first, member = participants(y_true, ids)
     weights = drawn(tuple(y_true[first].tolist()), RESAMPLES)
     return weights if ids is None else weights[:, member]
 
 
 def permuted_scores(y_true, probabilities, ids=None):
-    """The scores that these predictions get when the labels are permuted among the participants -> as `scores`.
-
-    Every row is there once with each class as its label, and counts where a permutation gives it that one.
-    """
+    """The scores of these predictions when the labels are permuted among the participants -> as
+    `scores`, with R = RESAMPLES."""
     first, member = participants(y_true, ids)
-    permuted = np.random.default_rng(0).permuted(np.tile(y_true[first], (RESAMPLES, 1)), axis=1)[:, member]  # (R, n)
+    labels = np.tile(y_true[first], (RESAMPLES, 1))
+    permuted = np.random.default_rng(0).permuted(labels, axis=1)[:, member]  # (R, n)
+    # every row stands there once with each class as its label, and has weight where a permutation
+    # gives it that label
     classes = np.unique(y_true)
-    labels, answers = np.repeat(classes, len(y_true)), np.tile(probabilities, (len(classes), 1))  # (classes * n,), (classes * n, K)
-    parts = [scores(labels, answers, np.concatenate([part == k for k in classes], axis=1).astype(float))
-             for part in np.array_split(permuted, max(1, RESAMPLES // 1000))]  # in parts, to spare memory
+    every_label = np.repeat(classes, len(y_true))  # (classes * n,)
+    repeated = np.tile(probabilities, (len(classes), 1))  # (classes * n, K)
+    parts = []
+    for part in np.array_split(permuted, max(1, RESAMPLES // 1000)):  # to spare memory
+        weights = np.concatenate([part == k for k in classes], axis=1).astype(float)
+        parts.append(scores(every_label, repeated, weights))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def interval(values):
-    """Central 95 % of the resamples (R,) that the metric could score, [low, high]; of (R, K), a list; None where it could score none."""
+    """[low, high], the central 95 % of the resamples (R,) that have a value; None where none has
+    one. For (R, K), a list over K."""
     if values.ndim == 2:
         return [interval(v) for v in values.T]
     values = values[~np.isnan(values)]
-    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else None
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
 
 
 def ece_interval(value, values):
-    """95 % interval of ECE: percentiles of its square, less twice its bias, once for the resample's noise and once for the data's.
+    """95 % interval of ECE, from its value and those of the resamples (R,).
 
-    Noise within a bin adds to ECE in quadrature, in the data and again in each resample: the plain percentiles of a calibrated
-    model would never hold its true ECE, 0.
+    Noise within a bin adds to ECE in quadrature, once in the data and again in each resample, so
+    that the percentiles of a calibrated model would never hold its true ECE, 0. Hence the
+    percentiles of ECE squared, less twice the bias that the resamples show.
     """
     square = values**2
-    return np.sqrt(np.maximum(np.percentile(square, [2.5, 97.5]) - 2 * (square.mean() - value**2), 0)).tolist()
+    bias = 2 * (square.mean() - value**2)
+    return np.sqrt(np.maximum(np.percentile(square, [2.5, 97.5]) - bias, 0)).tolist()
+
+
+# -------------------------------------------------------------------------------------- evaluate
 
 
 def random_floor(y_true, prior):
-    """Expected scores of answering at random with class shares prior (K,), and of stating the prior as everyone's probabilities.
+    """Scores expected of a model that knows nothing but the class shares prior (K,), exactly.
 
-    Exact. The answers give accuracy, precision, recall, F1 and kappa; the stated probabilities give AUROC, AUPRC, log-loss, Brier, ECE.
+    Accuracy, precision, recall, F1 and kappa are those of answers drawn at random with these
+    shares. AUROC, AUPRC, log-loss, Brier and ECE are those of stating prior as the probabilities of
+    every row.
     """
-    n, classes = len(y_true), range(len(prior))
-    counts = np.bincount(y_true, minlength=len(prior))
-    share, there, m = counts / n, counts > 0, np.arange(n + 1)
-    chances = [binom.pmf(m, n, p) for p in prior]  # of answering class k m times; m * share of them are then right on average
-    recall, precision = np.where(there, prior, 0), share * [1 - c[0] for c in chances]
-    f1 = np.array([(c * 2 * m * share[k] / np.maximum(counts[k] + m, 1)).sum() for k, c in enumerate(chances)])
+    n = len(y_true)
+    true = np.bincount(y_true, minlength=len(prior))
+    share, m = true / n, np.arange(n + 1)
+    # chance of answering class k m times, of which m * share are right on average
+    chances = [binom.pmf(m, n, p) for p in prior]
+    recall, precision = np.where(true > 0, prior, 0), share * [1 - c[0] for c in chances]
+    terms = zip(chances, share, true)
+    f1 = np.array([(c * 2 * m * s / np.maximum(t + m, 1)).sum() for c, s, t in terms])
     stated = scores(y_true, np.tile(prior, (n, 1)), np.ones((1, n)))
-    return {
-        "accuracy": float(share @ prior), "balanced_accuracy": float(np.mean(prior[there])), "macro_f1": float(f1.mean()),
-        "macro_precision": float(precision.mean()), "macro_recall": float(recall.mean()),
-        "quadratic_kappa": None if max(share * prior) == 1 else 0.0,  # None: nothing but agreement is possible
-        "precision_per_class": plain(precision), "recall_per_class": plain(recall), "f1_per_class": plain(f1),
-        **{name: plain(stated[name][0]) for name in ("auroc_macro_ovr", "auprc_macro_ovr", "log_loss", "brier", "ece",
-                                                     "auroc_per_class", "auprc_per_class")},
+    values = {name: value[0] for name, value in stated.items()} | {
+        "accuracy": share @ prior,
+        "balanced_accuracy": np.mean(prior[true > 0]),
+        "macro_f1": f1.mean(),
+        "macro_precision": precision.mean(),
+        "macro_recall": recall.mean(),
+        # undefined where nothing but agreement is possible
+        "quadratic_kappa": np.nan if max(share * prior) == 1 else 0.0,
+        "precision_per_class": precision,
+        "recall_per_class": recall,
+        "f1_per_class": f1,
     }
+    return {name: plain(value) for name, value in values.items()}
 
 
 def reliability(y_true, probabilities):
-    """The bins of the reliability plot that are not empty -> list of {confidence, accuracy, count}, means over the bin's rows."""
-    found, confidence, right = bins(probabilities), probabilities.max(axis=1), probabilities.argmax(axis=1) == y_true
-    return [{"confidence": float(confidence[found == b].mean()), "accuracy": float(right[found == b].mean()),
-             "count": int((found == b).sum())} for b in np.unique(found)]
+    """Bins of the reliability plot that are not empty -> list of {confidence, accuracy, count};
+    the first two are means over the bin's rows."""
+    bin_of_row, confidence = bins(probabilities), probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == y_true
+    return [
+        {
+            "confidence": plain(confidence[inside].mean()),
+            "accuracy": plain(right[inside].mean()),
+            "count": int(inside.sum()),
+        }
+        for inside in (bin_of_row == b for b in np.unique(bin_of_row))
+    ]
 
 
 def score_with_intervals(y_true, probabilities, num_classes=4, ids=None):
-    """`score`, with ci95, resamples and skipped as in `evaluate`: what costs little."""
-    result = score(y_true, probabilities, num_classes, ids)
-    y_true, probabilities = check(y_true, probabilities, num_classes, ids)
-    names, resampled = SCORES + MORE_SCORES + PER_CLASS, scores(y_true, probabilities, resample(y_true, ids))
+    """`score`, with participants, ci95, resamples and skipped as in `evaluate`."""
+    return checked_intervals(*check(y_true, probabilities, num_classes, ids), ids)
+
+
+def checked_intervals(y_true, probabilities, ids):
+    """`score_with_intervals` of what `check` returned."""
+    result = checked_score(y_true, probabilities)
+    resampled = scores(y_true, probabilities, resample(y_true, ids))
+    ci95 = {name: interval(values) for name, values in resampled.items()}
     return result | {
         "participants": len(participants(y_true, ids)[0]),
-        "ci95": {name: interval(resampled[name]) for name in names} | {"ece": ece_interval(result["ece"], resampled["ece"])},
+        "ci95": ci95 | {"ece": ece_interval(result["ece"], resampled["ece"])},
         "resamples": RESAMPLES,
-        "skipped": {name: np.isnan(resampled[name]).sum(0).tolist() for name in names},
+        "skipped": {name: np.isnan(v).sum(0).tolist() for name, v in resampled.items()},
     }
 
 
 def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=None):
     """Scores of one split -> dict, ready for JSON (None: undefined).
 
-    y_true (n,) class indices, probabilities (n, num_classes), ids (n,) names of the participants: rows that share one are drawn
-    together. prior (num_classes,) class shares of training (default: the split's own). groups {"site": (n,) of text, ...}, or one (n,).
-      ci95               95 % interval of each score: percentiles of a bootstrap over participants, stratified by class
-                         (ECE: `ece_interval`)
-      resamples, skipped how many resamples, and how many of them each score could not score
+    y_true (n,) class indices, probabilities (n, num_classes). ids (n,) names of the participants:
+    rows that share one are drawn together. prior (num_classes,) class shares of training (default:
+    the split's own). groups {"site": (n,) of text, ...}, or one (n,).
+      ci95               95 % interval of each score: percentiles of a bootstrap over participants,
+                         stratified by class (of ECE: `ece_interval`)
+      resamples, skipped number of resamples, and in how many of them each score is undefined
       majority_baseline  accuracy of always answering the split's most frequent class
       majority           each score of that answer (None: it has none)
-      random             each score expected of answering at random with shares prior: `random_floor`
-      chance_band        central 95 % of balanced accuracy when these predictions meet permuted labels; chance: of each score
+      random             each score expected of answering at random: `random_floor`
+      chance_band        central 95 % of balanced accuracy when the labels are permuted;
+                         chance: the same of each score
       reliability        bins of the reliability plot
       subgroups          {"site": what `subgroups` finds, ...}
       alarms             sentences; empty when all is well
     """
-    result = score_with_intervals(y_true, probabilities, num_classes, ids)
     y_true, probabilities = check(y_true, probabilities, num_classes, ids)
     shares = np.bincount(y_true, minlength=num_classes) / len(y_true)
     prior = shares if prior is None else np.asarray(prior, dtype=float)
-    if prior.shape != (num_classes,) or not (prior >= 0).all() or not np.isclose(prior.sum(), 1, atol=1e-3):
-        raise ValueError(f"prior must be {num_classes} class shares that add up to 1; it is {prior.tolist()}")
+    wrong = prior.shape != (num_classes,) or not (prior >= 0).all()
+    if wrong or not np.isclose(prior.sum(), 1, atol=1e-3):
+        raise ValueError(
+            f"prior must be {num_classes} class shares that add up to 1; it is {prior.tolist()}"
+        )
     groups = {} if groups is None else groups if isinstance(groups, dict) else {"group": groups}
-    chance = permuted_scores(y_true, probabilities, ids)
-    cells = np.bincount(num_classes * y_true + probabilities.argmax(axis=1), minlength=num_classes**2)
-    majority = score(y_true, np.eye(num_classes)[np.full(len(y_true), shares.argmax())], num_classes)
-    names = SCORES + MORE_SCORES + PER_CLASS
-    result |= {
-        "confusion_matrix": cells.reshape(num_classes, -1).tolist(),  # rows: true
+    permuted = permuted_scores(y_true, probabilities, ids)
+    chance = {name: interval(values) for name, values in permuted.items()}
+    cells = counts(num_classes * y_true + probabilities.argmax(axis=1), num_classes**2)
+    most = checked_score(y_true, np.eye(num_classes)[np.full(len(y_true), shares.argmax())])
+    result = checked_intervals(y_true, probabilities, ids) | {
+        "confusion_matrix": np.reshape(cells, (num_classes, -1)).tolist(),  # rows: true
         "majority_baseline": float(shares.max()),
-        "majority": {name: majority[name] for name in names} | dict.fromkeys(("log_loss", "brier", "ece")),
+        "majority": {n: most[n] for n in chance} | dict.fromkeys(("log_loss", "brier", "ece")),
         "random": random_floor(y_true, prior),
-        "chance_band": interval(chance["balanced_accuracy"]),
-        "chance": {name: interval(chance[name]) for name in names},
+        "chance_band": chance["balanced_accuracy"],
+        "chance": chance,
         "reliability": reliability(y_true, probabilities),
-        "subgroups": {name: subgroups(y_true, probabilities, group, num_classes, ids) for name, group in groups.items()},
+        "subgroups": {
+            name: subgroups(y_true, probabilities, group, num_classes, ids)
+            for name, group in groups.items()
+        },
     }
     result["alarms"] = alarms(result)
     return result
@@ -285,98 +381,151 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
 def subgroups(y_true, probabilities, groups, num_classes=4, ids=None):
     """Balanced accuracy in every group -> list of dicts. groups (n,) of text; ids as in `evaluate`.
 
-      n, classes               participants, and classes present: the balanced accuracy is over these
-      balanced_accuracy, ci95  bootstrap of the whole split; resamples that lost one of the group's classes are skipped, and counted
-      small                    fewer than SMALL participants, or a class of the split with none
-      rest                     balanced accuracy of all others
-      p_above_rest             share of resamples in which the group is not above the rest (None: one of the two is small)
+    n, classes               participants, and classes present: the balanced accuracy is over these
+    balanced_accuracy, ci95  bootstrap of the whole split; resamples that lack one of the group's
+                             classes are skipped, and counted in skipped
+    small                    fewer than SMALL participants, or a class of the split is absent
+    rest                     balanced accuracy of all others
+    p_above_rest             share of resamples in which the group is not above the rest (None: one
+                             of the two is small)
     """
     y_true, probabilities = check(y_true, probabilities, num_classes, ids)
-    groups, people = np.asarray(groups).astype(str), np.arange(len(y_true)) if ids is None else np.asarray(ids)
+    groups, member = np.asarray(groups).astype(str), participants(y_true, ids)[1]
     if groups.shape != y_true.shape:
-        raise ValueError(f"groups must be one a row, ({len(y_true)},); their shape is {groups.shape}")
-    right, weights, found = probabilities.argmax(axis=1) == y_true, np.vstack([np.ones(len(y_true)), resample(y_true, ids)]), []
+        raise ValueError(
+            f"groups must be one a row, ({len(y_true)},); their shape is {groups.shape}"
+        )
+    right, found = probabilities.argmax(axis=1) == y_true, []
+    weights = np.vstack([np.ones(len(y_true)), resample(y_true, ids)])  # the data, then resamples
 
-    def part(inside):  # -> participants, classes, small, balanced accuracy (1 + RESAMPLES,): of the data, then of each resample
-        n, classes = len(np.unique(people[inside])), np.unique(y_true[inside])
-        recalls = [ratio(weights[:, r] @ right[r], weights[:, r].sum(1)) for r in (inside & (y_true == k) for k in classes)]
-        return n, classes, n < SMALL or len(classes) < len(np.unique(y_true)), np.mean(recalls or [np.full(len(weights), np.nan)], axis=0)
+    def part(inside):  # -> participants, classes, small, balanced accuracy (1 + RESAMPLES,)
+        n, classes = len(np.unique(member[inside])), np.unique(y_true[inside])
+        rows = [inside & (y_true == k) for k in classes]
+        recalls = [ratio(weights[:, r] @ right[r], weights[:, r].sum(1)) for r in rows]
+        values = np.mean(recalls or [np.full(len(weights), np.nan)], axis=0)
+        return n, classes, n < SMALL or len(classes) < len(np.unique(y_true)), values
 
     for group in np.unique(groups):
-        (n, classes, small, values), (*_, rest_small, rest) = part(groups == group), part(groups != group)
-        lead, leads = (values - rest)[0], (values - rest)[1:]
-        leads = lead + (leads - lead) * np.sqrt(n / max(n - len(classes), 1))  # spread as in `compare_all`
-        leads = leads[~np.isnan(leads)]
-        found.append({
-            "group": str(group), "n": n, "classes": classes.tolist(), "balanced_accuracy": plain(values[0]), "ci95": interval(values[1:]),
-            "skipped": int(np.isnan(values[1:]).sum()), "small": bool(small), "rest": plain(rest[0]),
-            "p_above_rest": None if small or rest_small else float(((leads <= 1e-12).sum() + 1) / (len(leads) + 1)),
-        })
+        n, classes, small, values = part(groups == group)
+        _, _, rest_small, rest = part(groups != group)
+        gaps = values - rest  # of the data, then of each resample, with spread as in `compare_all`
+        gaps = gaps[0] + (gaps[1:] - gaps[0]) * np.sqrt(n / max(n - len(classes), 1))
+        gaps = gaps[~np.isnan(gaps)]
+        p_value = float(((gaps <= 1e-12).sum() + 1) / (len(gaps) + 1))
+        found.append(
+            {
+                "group": str(group),
+                "n": n,
+                "classes": classes.tolist(),
+                "balanced_accuracy": plain(values[0]),
+                "ci95": interval(values[1:]),
+                "skipped": int(np.isnan(values[1:]).sum()),
+                "small": bool(small),
+                "rest": plain(rest[0]),
+                "p_above_rest": None if small or rest_small else p_value,
+            }
+        )
     return found
 
 
+# ---------------------------------------------------------------------------------------- alarms
+
+
 def alarms(result):
-    """What a reader must know before believing the scores of `evaluate`, in words -> list of sentences."""
-    found, true, predicted, n = [], result["true_counts"], result["predicted_counts"], result["n"]
-    never = [k for k, count in enumerate(predicted) if count == 0 and true[k] > 0]
-    if never:
-        found.append(f"model collapse: class {', '.join(map(str, never))} never predicted")
-    zero = [k for k, f1 in enumerate(result["f1_per_class"]) if f1 == 0 and true[k] > 0 and k not in never]
-    if zero:
-        found.append(f"class {', '.join(map(str, zero))} predicted, but never rightly (F1 = 0)")
-    absent = [k for k, count in enumerate(true) if count == 0]
-    if absent:
-        found.append(f"class {', '.join(map(str, absent))} has no participant in this split")
+    """What a reader must know before believing the scores of `evaluate` -> list of sentences."""
+    n, true, predicted = result["n"], result["true_counts"], result["predicted_counts"]
+    present = [k for k, count in enumerate(true) if count > 0]
+    never = [k for k in present if predicted[k] == 0]
+    of_classes = {
+        "model collapse: class {} never predicted": never,
+        "class {} predicted, but never rightly (F1 = 0)": [
+            k for k in present if result["f1_per_class"][k] == 0 and k not in never
+        ],
+        "class {} has no participant in this split": set(range(len(true))).difference(present),
+    }
+    found = [text.format(", ".join(map(str, k))) for text, k in of_classes.items() if k]
     for k, hits in enumerate(np.diag(result["confusion_matrix"])):
-        # both far and beyond chance: 10 points, and McNemar's test of the class's share at 5 % over all classes (Bonferroni)
-        if abs(predicted[k] - true[k]) > 0.1 * n and mcnemar(predicted[k] - hits, true[k] - hits) * len(true) < 0.05:
-            found.append(f"class {k} is answered {predicted[k]} times and true {true[k]} times of {n}: shares far apart")
+        # far apart by size, 10 points, and by McNemar's test at 5 % over all classes (Bonferroni)
+        p_value = mcnemar(predicted[k] - hits, true[k] - hits)
+        if abs(predicted[k] - true[k]) > 0.1 * n and p_value * len(true) < 0.05:
+            found.append(
+                f"class {k} is answered {predicted[k]} times and true {true[k]} times of {n}: "
+                "shares far apart"
+            )
     if result["accuracy"] <= result["majority_baseline"]:
-        found.append(f"accuracy {result['accuracy']:.4f} is not above {result['majority_baseline']:.4f}, "
-                     "the share of the most frequent class: always answering that class does as well")
+        found.append(
+            f"accuracy {result['accuracy']:.4f} is not above {result['majority_baseline']:.4f}, "
+            "the share of the most frequent class: always answering that class does as well"
+        )
     low, high = result["chance_band"]
     if result["balanced_accuracy"] <= high:
-        found.append(f"balanced accuracy {result['balanced_accuracy']:.3f} is not above the chance band {low:.3f} to {high:.3f}: "
-                     "permuted labels do as well")
-    # A group carries the result when it is above the rest by more than chance, at 5 % over all groups that are large enough
-    # (Bonferroni): then what the score says of the others is less than it seems. Groups below the rest are in the table.
-    groups = [(name, g) for name, rows in result["subgroups"].items() for g in rows if g["p_above_rest"] is not None]
+        found.append(
+            f"balanced accuracy {result['balanced_accuracy']:.3f} is not above the chance band "
+            f"{low:.3f} to {high:.3f}: permuted labels do as well"
+        )
+    # A group carries the result when it is above the rest by more than chance, at 5 % over all
+    # groups that are large enough (Bonferroni): then the score says less of the others than it
+    # seems to. Groups below the rest are in the table.
+    groups = [
+        (name, g)
+        for name, rows in result["subgroups"].items()
+        for g in rows
+        if g["p_above_rest"] is not None
+    ]
     for name, g in groups:
         if g["p_above_rest"] * len(groups) < 0.05:
-            found.append(f"{name} {g['group']} carries the result: balanced accuracy {g['balanced_accuracy']:.3f} "
-                         f"({g['n']} participants), {g['rest']:.3f} without it")
+            found.append(
+                f"{name} {g['group']} carries the result: balanced accuracy "
+                f"{g['balanced_accuracy']:.3f} ({g['n']} participants), {g['rest']:.3f} without it"
+            )
     return found
 
 
 def gap_alarm(train, validation):
-    """Balanced accuracy on training and validation -> [] or one sentence, where training is more than 0.2 above."""
+    """Balanced accuracy on training and validation -> [], or one sentence where training is more
+    than 0.2 above validation."""
     if train - validation <= 0.2:
         return []
-    return [f"balanced accuracy is {train:.3f} on training and {validation:.3f} on validation, more than 0.2 below: overfitting"]
+    return [
+        f"balanced accuracy is {train:.3f} on training and {validation:.3f} on validation, more "
+        "than 0.2 below: overfitting"
+    ]
+
+
+# ----------------------------------------------------------------------------------- calibration
 
 
 def rescale(probabilities, T):
-    """probabilities ** (1 / T), renormalised (n, K): T > 1 makes them flatter. Clipped at the float64 eps first, as in the log-loss."""
+    """probabilities ** (1 / T), renormalised (n, K): T > 1 makes them flatter. They are clipped at
+    the float64 eps first, as in the log-loss."""
     logits = -negative_log(np.asarray(probabilities, dtype=np.float64)) / T
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True)
 
 
 def temperature(y_true, probabilities):
-    """The T that minimises the log-loss of rescale(probabilities, T) (Guo et al. 2017); to be fitted on validation.
+    """The T that minimises the log-loss of rescale(probabilities, T) (Guo et al. 2017); to be
+    fitted on validation. 1 where no T is better.
 
-    Sought between 0.05 and 20, where the loss has one minimum: predictions that separate the classes perfectly would have T go
-    to 0, hopeless ones to infinity. 1 where no T is better.
+    It is sought between 0.05 and 20, where the loss has one minimum: for predictions that separate
+    the classes perfectly T would go to 0, for predictions worse than none to infinity.
     """
     y_true, probabilities = check(y_true, probabilities, np.shape(probabilities)[-1])
-    loss = lambda log_T: negative_log(rescale(probabilities, np.exp(log_T))[np.arange(len(y_true)), y_true]).mean()
-    best = minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded", options={"xatol": 1e-6})
+    rows = np.arange(len(y_true))
+    loss = lambda log_T: negative_log(rescale(probabilities, np.exp(log_T))[rows, y_true]).mean()
+    bounds = np.log([0.05, 20])
+    best = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
     return float(np.exp(best.x)) if best.fun < loss(0.0) - 1e-12 else 1.0
 
 
+# ------------------------------------------------------------------------------------ comparison
+
+
 def mcnemar(only_a, only_b):
-    """Exact two-sided p-value of McNemar's test: only_a of the discordant pairs are for A, only_b for B, each with chance 1/2."""
-    return float(binomtest(int(only_a), int(only_a + only_b)).pvalue) if only_a + only_b else 1.0
+    """Exact two-sided p-value of McNemar's test. only_a: pairs that A alone has right, only_b: that
+    B alone has; of equal models, each of these is A's with chance 1/2."""
+    discordant = int(only_a + only_b)
+    return float(binomtest(int(only_a), discordant).pvalue) if discordant else 1.0
 
 
 def holm(p_values):
@@ -384,22 +533,27 @@ def holm(p_values):
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
     adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    steps = p[order] * np.arange(len(p), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return adjusted
 
 
 def compare_all(y_true, runs, ids=None):
-    """Is one of these runs better than another? Paired bootstrap over the same participants, within each class -> a dict a pair.
+    """Is one of these runs better than another? Paired bootstrap over the same participants, within
+    each class -> a dict for each pair.
 
     y_true (n,), runs {name: probabilities (n, K)}, ids (n,) names for messages.
       a, b, balanced_accuracy_a, balanced_accuracy_b
-      difference        balanced accuracy of a minus that of b; ci95 its 95 % interval
-      p_value           two-sided (Efron & Tibshirani 1993: share of resamples on the far side of zero, doubled); p_holm over all pairs
-      only_a_right, only_b_right, mcnemar_p   participants that one of the two answers rightly, and McNemar's exact test of the two
-                        numbers: of accuracy, where p_value is of balanced accuracy
+      difference        balanced accuracy of a minus that of b; ci95: its 95 % interval
+      p_value           two-sided: share of resamples on the far side of zero, doubled (Efron &
+                        Tibshirani 1993); p_holm: adjusted for all pairs
+      only_a_right, only_b_right, mcnemar_p   participants that one of the two answers rightly, and
+                        McNemar's exact test of the two numbers. It is a test of accuracy, while
+                        p_value is one of balanced accuracy
       sentence          the verdict, by p_holm at 5 %
-    Of two equal models of 159 participants, p_value < 0.05 in 5 to 6 % of data sets. A gap of 10 points is found in 43 % when their
-    errors are independent, in 73 % when half of B's hits and errors are A's, in nearly all when 80 % are (tests/test_metrics.py).
+    Of two equal models of 159 participants, p_value is below 0.05 in 5 to 6 % of data sets. A gap
+    of 10 points is found in 43 % when their errors are independent, in 73 % when half of B's hits
+    and errors are A's, in nearly all when 80 % are (tests/test_metrics.py).
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs two runs or more; there are {len(runs)}")
@@ -410,35 +564,55 @@ def compare_all(y_true, runs, ids=None):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         right[name] = p.argmax(axis=1) == labels
-    y_true, n = labels, len(labels)
-    m = np.bincount(y_true)[y_true]  # a bootstrap of m has (m - 1) / m of the variance: made good for every class (Rao & Wu 1988)
-    weights = np.vstack([np.ones(n), 1 + (resample(y_true) - 1) * np.sqrt(m / np.maximum(m - 1, 1))])
-    weights /= m * len(np.unique(y_true))  # mean recall is the weighted sum of the right answers
+    # A bootstrap of m has (m - 1) / m of the variance, which is made good for every class (Rao & Wu
+    # 1988). Mean recall is then the weighted sum of the right answers.
+    m = np.bincount(labels)[labels]
+    spread = 1 + (resample(labels) - 1) * np.sqrt(m / np.maximum(m - 1, 1))
+    weights = np.vstack([np.ones(len(labels)), spread]) / (m * len(np.unique(labels)))
     values = {name: weights @ r for name, r in right.items()}  # of the data, then of each resample
-    pairs = []
-    for a, b in itertools.combinations(runs, 2):
-        difference, differences = (values[a] - values[b])[0], (values[a] - values[b])[1:]
-        tail = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())  # sums of recalls are equal only to rounding
-        only_a, only_b = int((right[a] & ~right[b]).sum()), int((right[b] & ~right[a]).sum())
-        pairs.append({
-            "a": a, "b": b, "n": n, "balanced_accuracy_a": float(values[a][0]), "balanced_accuracy_b": float(values[b][0]),
-            "difference": float(difference), "ci95": interval(differences), "p_value": float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1))),
-            "only_a_right": only_a, "only_b_right": only_b, "mcnemar_p": mcnemar(only_a, only_b),
-        })
+    pairs = [compare_pair(a, b, values, right) for a, b in itertools.combinations(runs, 2)]
     for pair, p in zip(pairs, holm([pair["p_value"] for pair in pairs])):
         pair["p_holm"] = float(p)
         pair["sentence"] = verdict(pair, len(pairs))
     return pairs
 
 
-def verdict(pair, of):
-    """One sentence on a pair of `compare_all`, one of so many pairs."""
-    a, b = ("a", "b") if pair["difference"] >= 0 else ("b", "a")
-    low, high = pair["ci95"] if a == "a" else (-v for v in reversed(pair["ci95"]))
-    start = f"{pair[a]} is better than {pair[b]}" if pair["p_holm"] < 0.05 else f"no difference between {pair[a]} and {pair[b]} is shown"
-    return (f"{start}: balanced accuracy {pair['balanced_accuracy_' + a]:.3f} against {pair['balanced_accuracy_' + b]:.3f}, difference "
-            f"{abs(pair['difference']):.3f} (95 % interval {low:.3f} to {high:.3f}), p = {pair['p_value']:.4f}"
-            + (f", {pair['p_holm']:.4f} by Holm over {of} pairs" if of > 1 else "") + f", the same {pair['n']} participants")
+def compare_pair(a, b, values, right):
+    """One pair of `compare_all`, without what depends on the number of pairs. values {name:
+    (1 + RESAMPLES,)} balanced accuracy, right {name: (n,)} the answers that are right."""
+    difference, differences = (values[a] - values[b])[0], (values[a] - values[b])[1:]
+    # sums of recalls are equal only up to rounding
+    tail = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())
+    only_a, only_b = int((right[a] > right[b]).sum()), int((right[b] > right[a]).sum())
+    return {
+        "a": a,
+        "b": b,
+        "n": len(right[a]),
+        "balanced_accuracy_a": float(values[a][0]),
+        "balanced_accuracy_b": float(values[b][0]),
+        "difference": float(difference),
+        "ci95": interval(differences),
+        "p_value": float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1))),
+        "only_a_right": only_a,
+        "only_b_right": only_b,
+        "mcnemar_p": mcnemar(only_a, only_b),
+    }
+
+
+def verdict(pair, num_pairs):
+    """One sentence on a pair of `compare_all`."""
+    best, other = ("a", "b") if pair["difference"] >= 0 else ("b", "a")
+    low, high = pair["ci95"] if best == "a" else (-v for v in reversed(pair["ci95"]))
+    start = f"no difference between {pair[best]} and {pair[other]} is shown"
+    if pair["p_holm"] < 0.05:
+        start = f"{pair[best]} is better than {pair[other]}"
+    corrected = f", {pair['p_holm']:.4f} by Holm over {num_pairs} pairs" if num_pairs > 1 else ""
+    return (
+        f"{start}: balanced accuracy {pair['balanced_accuracy_' + best]:.3f} against "
+        f"{pair['balanced_accuracy_' + other]:.3f}, difference {abs(pair['difference']):.3f} "
+        f"(95 % interval {low:.3f} to {high:.3f}), p = {pair['p_value']:.4f}{corrected}, the same "
+        f"{pair['n']} participants"
+    )
 
 
 def compare(y_true, probabilities_a, probabilities_b, ids=None):

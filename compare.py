@@ -1,0 +1,260 @@
+"""Is one run better than another? Paired comparisons and the leaderboard, from what eval.py wrote.
+
+    print(compare(["runs/a", "runs/b"], "test"))       # a sentence for every pair
+    print(leaderboard(["runs/a", "runs/b"], "test"))   # runs/leaderboard.md, .csv and .html as well
+
+Only runs that were scored on the same participants with the same labels can be compared.
+"""
+
+import json
+import os
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+
+import files
+import metrics
+from ledger import CLASS_NAMES, LABELS
+from report import leaderboard_page, number, span, text_table
+from runs import BEST
+
+
+@dataclass(eq=False)
+class Results:
+    """What eval.py wrote of a run on a split."""
+
+    name: str
+    folder: str
+    result: dict  # eval_SPLIT.json
+    ids: list  # participants
+    y_true: np.ndarray  # (n,)
+    p: np.ndarray  # (n, K)
+
+
+def open_results(folder, split, name=None):
+    """Read what eval.py wrote -> Results. ValueError when the files do not belong together.
+
+    name: what the run is called; its path where that is None.
+    """
+    again = f"run eval.py --ckpt {folder} --split {split}"
+    path = pathlib.Path(folder, f"eval_{split}.json")
+    table, checkpoint = path.with_name(f"predictions_{split}.csv"), path.with_name(BEST)
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no eval_{split}.json; {again}")
+    try:
+        result = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {again}") from error
+    if result.get("split") != split:
+        raise ValueError(f"{path} is about split {result.get('split')}; {again}")
+    if not table.is_file() or files.sha256(table) != result.get("predictions_sha256"):
+        raise ValueError(f"{table} is not what {path} was computed from; {again}")
+    if checkpoint.is_file() and files.sha256(checkpoint) != result.get("checkpoint_sha256"):
+        raise ValueError(f"{checkpoint} is not the checkpoint that {path} is about; {again}")
+    rows = files.read_csv(table)
+    ids = [row["participant_id"] for row in rows]
+    y_true = np.array([int(row["y_true"]) for row in rows])
+    p = np.array([[float(row[f"p{k}"]) for k in range(len(CLASS_NAMES))] for row in rows])
+    return Results(name or str(folder), str(folder), result, ids, y_true, p)
+
+
+def open_all(folders, split):
+    """Results of every folder, named by the last part of its path; by the whole path where two
+    folders share that."""
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    return [
+        open_results(folder, split, name if names.count(name) == 1 else folder)
+        for name, folder in zip(names, folders)
+    ]
+
+
+def reason_not_comparable(a, b):
+    """How the participants or labels of two Results differ, in words. None where they do not."""
+    label_a, label_b = dict(zip(a.ids, a.y_true)), dict(zip(b.ids, b.y_true))
+    only_in = {a.name: sorted(set(a.ids) - set(b.ids)), b.name: sorted(set(b.ids) - set(a.ids))}
+    differences = [
+        f"{len(ids)} only in {name} ({files.first_few(ids, 3)})"
+        for name, ids in only_in.items()
+        if ids
+    ]
+    if differences:
+        return f"other participants: {'; '.join(differences)}"
+    relabelled = sorted(i for i in label_a if label_a[i] != label_b[i])
+    if relabelled:
+        first = relabelled[0]
+        return (
+            f"other labels: participant {first} is of class {label_a[first]} in {a.name} "
+            f"and {label_b[first]} in {b.name} ({len(relabelled)} such)"
+        )
+    hash_a, hash_b = a.result["labels_sha256"], b.result["labels_sha256"]
+    if hash_a != hash_b:
+        return (
+            f"other labels: {LABELS} of {a.name} (sha256 {hash_a[:12]}) "
+            f"is not that of {b.name} ({hash_b[:12]})"
+        )
+    return None
+
+
+def compare_pairs(runs):
+    """metrics.compare_all of Results that can be compared, in the first one's order."""
+    ids = runs[0].ids
+    probabilities = {}
+    for run in runs:
+        row_of = {participant: row for row, participant in enumerate(run.ids)}
+        probabilities[run.name] = run.p[[row_of[participant] for participant in ids]]
+    return metrics.compare_all(runs[0].y_true, probabilities, ids)
+
+
+def compare(folders, split):
+    """Is one run better than another? -> text: a table of the runs, and a sentence for every pair.
+
+    ValueError when they were not scored on the same participants and labels.
+    """
+    if len(set(map(os.path.realpath, folders))) < max(2, len(folders)):
+        raise ValueError("--compare needs two or more different run folders")
+    runs = open_all(folders, split)
+    first = runs[0]
+    for run in runs[1:]:
+        reason = reason_not_comparable(first, run)
+        if reason:
+            raise ValueError(
+                f"{first.name} and {run.name} cannot be compared on {split}, for they have {reason}"
+            )
+    header = ["", "balanced accuracy", "95 % interval", "chance band", "alarms"]
+    rows = [
+        [
+            run.name,
+            number(run.result["balanced_accuracy"]),
+            span(run.result["ci95"]["balanced_accuracy"]),
+            span(run.result["chance_band"]),
+            str(len(run.result["alarms"])),
+        ]
+        for run in runs
+    ]
+    lines = [f"{split}, {len(first.ids)} participants, {first.result['data']}", ""]
+    lines += [*text_table(header, rows), ""]
+    volumes = {f"{run.result['scanner']}, {run.result['anatomic_region']}" for run in runs}
+    if len(volumes) > 1:
+        what = "these runs saw other volumes of the same participants"
+        lines.append(f"note: {what}: {'; '.join(sorted(volumes))}")
+    for pair in compare_pairs(runs):
+        lines += [
+            f"{pair['sentence']}.",
+            f"    McNemar's test of accuracy: {pair['only_a_right']} right only by {pair['a']}, "
+            f"{pair['only_b_right']} only by {pair['b']}, p = {pair['mcnemar_p']:.4f}",
+        ]
+    lines += [f"ALARM: {run.name}: {alarm}" for run in runs for alarm in run.result["alarms"]]
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------- leaderboard
+
+
+def leaderboard(folders, split):
+    """Rank the runs by balanced accuracy -> text. Writes leaderboard.md, .csv and .html beside the
+    first. FileNotFoundError for a folder that is not there, ValueError when none was scored."""
+    missing = [folder for folder in folders if not os.path.exists(folder)]
+    if missing:
+        raise FileNotFoundError(f"--leaderboard: {missing[0]} is not there; name run folders")
+    folders = [f for f in folders if os.path.isdir(f)]  # runs/* also has leaderboard.md
+    scored = [f for f in folders if os.path.exists(os.path.join(f, f"eval_{split}.json"))]
+    if not scored:
+        again = f"run eval.py --ckpt RUN --split {split} first"
+        raise ValueError(f"--leaderboard: no folder holds an eval_{split}.json; {again}")
+    compared, not_compared = rank(open_all(scored, split))
+    runs = [*compared, *not_compared]
+    pairs = compare_pairs(compared) if len(compared) > 1 else []
+    best = compared[0].name
+    p_holm = {pair["b"]: pair["p_holm"] for pair in pairs if pair["a"] == best}
+
+    header, rows = leaderboard_table(runs, not_compared, p_holm)
+    data = ", ".join(dict.fromkeys(run.result["data"] for run in runs))
+    score = f"balanced accuracy {number(compared[0].result['balanced_accuracy'])} on {split}"
+    about = [
+        verdict(best, score, p_holm, len(pairs)),
+        f"{data}. Tied: the difference from the best is not significant at 5 % (paired bootstrap "
+        "over the same participants, Holm-corrected over all pairs).",
+    ]
+    notes = [f"{run.name}: not compared, for it has {why}" for run, why in not_compared.items()]
+    notes += [f"{run.name}: ALARM: {alarm}" for run in runs for alarm in run.result["alarms"]]
+    notes += [f"not scored on {split}: {folder}" for folder in folders if folder not in scored]
+
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    text = "\n".join([*about, "", *lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+    results = {run.name: run.result for run in runs}
+    title = f"leaderboard on {split}"
+    page = leaderboard_page(title, about, results, (header, rows), notes, pairs)
+    beside = os.path.join(os.path.dirname(os.path.abspath(folders[0])), "leaderboard")
+    files.write(f"{beside}.csv", files.csv_text([header, *rows]))
+    files.write(f"{beside}.md", text)
+    files.write(f"{beside}.html", page)
+    return text
+
+
+def rank(runs):
+    """Results -> those that can be compared, best first, and {Results: reason} of the others.
+
+    One run of other participants must not end the comparison of all others: the largest group of
+    runs that can be compared with each other is.
+    """
+    key = lambda run: (-run.result["balanced_accuracy"], run.result["log_loss"])
+    runs = sorted(runs, key=key)
+    reasons = max(
+        ([reason_not_comparable(first, run) for run in runs] for first in runs),
+        key=lambda reasons: reasons.count(None),
+    )
+    compared = [run for run, reason in zip(runs, reasons) if not reason]
+    return compared, {run: reason for run, reason in zip(runs, reasons) if reason}
+
+
+def leaderboard_table(runs, not_compared, p_holm):
+    """Header and rows. p_holm {name: p-value of the difference from the best run}."""
+    floors = [
+        name
+        for name in ("random encoder", "shuffled labels")
+        if any(name in run.result.get("floors", {}) for run in runs)
+    ]
+    header = ["run", "balanced accuracy", "95 % interval", "place", "p (Holm)"]
+    header += ["majority class, random answers", "chance band", *floors]
+    header += ["log-loss", "participants", "alarms", "encoder"]
+    score = lambda scores: number(scores.get("balanced_accuracy"))
+    rows = []
+    for run in runs:
+        r = run.result
+        rows.append(
+            [
+                run.name,
+                score(r),
+                span(r["ci95"]["balanced_accuracy"]),
+                "not compared" if run in not_compared else place(run.name, p_holm),
+                f"{p_holm[run.name]:.4f}" if run.name in p_holm else "-",
+                f"{score(r['majority'])}, {score(r['random'])}",
+                span(r["chance_band"]),
+                *(score(r.get("floors", {}).get(name, {})) for name in floors),
+                number(r["log_loss"]),
+                str(r["n"]),
+                str(len(r["alarms"])),
+                r["encoder_sha256"][:12],
+            ]
+        )
+    return header, rows
+
+
+def place(name, p_holm):
+    if p_holm.get(name, 1) < 0.05:
+        return "worse"
+    return "tied for best" if max(p_holm.values(), default=0) >= 0.05 else "best"
+
+
+def verdict(best, score, p_holm, num_pairs):
+    """The leaderboard in one sentence. score: that of the best run, in words."""
+    tied = [name for name, p in p_holm.items() if p >= 0.05]
+    if not p_holm:
+        return f"{best}: {score}; there is no other run to compare it with."
+    if tied:
+        return f"{best} leads with {score}, but is not shown to be better than {', '.join(tied)}."
+    return (
+        f"{best} is the best of {len(p_holm) + 1} runs: {score}, better than every other "
+        f"(p at most {max(p_holm.values()):.4f}, Holm over {num_pairs} pairs)."
+    )

@@ -1,0 +1,290 @@
+"""The encoder of the config -> features of every volume, each computed once and kept.
+
+    encoder = open_encoder(cfg)                                    # checked against the config
+    found = encode(cfg, book, book.of("train"), encoder, dev)      # Features: samples, and x
+    (volumes, C) x = encode_now(cfg, samples, encoder, dev, "validation")       # by an encoder that
+    trains: nothing is kept
+
+For an attentive head a volume's feature is its tokens (T, C) on model.token_grid, in place of their
+mean (C,).
+"""
+
+import contextlib
+import hashlib
+import itertools
+import math
+import os
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import b2
+import data
+import device
+import files
+import ledger
+import model
+
+VERSION = "v2"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
+
+
+@dataclass
+class Encoder:
+    """An encoder in eval mode, the size (D, H, W) of the volumes that it sees, and the sha256 of
+    its weights."""
+
+    module: torch.nn.Module
+    size: tuple
+    sha256: str
+
+
+@dataclass
+class Features:
+    """What an encoder makes of volumes: a Sample for each, x (volumes, C) or tokens (volumes, T,
+    C), float32 on the CPU.
+
+    views (volumes, views, C) or (volumes, views, T, C): x first, then what it makes of augmented
+    views.
+    """
+
+    samples: list
+    x: torch.Tensor
+    views: torch.Tensor = None
+
+    def __post_init__(self):
+        if self.views is None:
+            self.views = self.x[:, None]
+
+    @property
+    def labels(self):
+        return torch.tensor([s.label for s in self.samples])
+
+    @property
+    def participants(self):
+        """{participant_id: label}, in order."""
+        return {s.participant_id: s.label for s in self.samples}
+
+    def rows(self, indices):
+        """The Features of some of the volumes."""
+        return Features([self.samples[i] for i in indices], self.x[indices], self.views[indices])
+
+    def with_others(self, others):
+        """These volumes, then the others."""
+        x, views = (
+            torch.cat([getattr(part, name) for part in (self, others)]) for name in ("x", "views")
+        )
+        return Features(self.samples + others.samples, x, views)
+
+    def labelled(self, samples):
+        """The same features with other labels: a Sample for each."""
+        return Features(samples, self.x, self.views)
+
+
+def open_encoder(cfg):
+    """The Encoder of the config. ValueError naming the key, where the two do not fit."""
+    name = cfg.paths.checkpoint_path
+    try:
+        path = b2.local(name, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"paths.checkpoint_path={name} is not there; put the pretrained encoder's file there, "
+            "or set paths.checkpoint_path"
+        ) from None
+    try:
+        module = model.load_encoder(path, cfg.model.encoder)
+    except ValueError as error:
+        raise ValueError(str(error).replace(path, name)) from error
+    width = module.pos_embed.shape[-1]
+    if width != cfg.model.emb_dim:
+        raise ValueError(
+            f"model.emb_dim is {cfg.model.emb_dim}, but the encoder of {name} is {width} wide; "
+            f"set model.emb_dim={width}"
+        )
+    size = cfg.data.image_size or module.image_size
+    if size is None:
+        raise ValueError(
+            f"{name} does not say its image_size; set data.image_size=[depth, height, width]"
+        )
+    module.check_size(size)
+    if cfg.model.pool_method == "attentive" and any(
+        n > most for n, most in zip(cfg.model.token_grid, module.grid(size))
+    ):
+        raise ValueError(
+            f"model.token_grid={cfg.model.token_grid} is finer than the encoder's tokens, "
+            f"{list(module.grid(size))}; "
+            "set at most those"
+        )
+    module.requires_grad_(False)
+    return Encoder(module, tuple(size), model.weights_hash(module))
+
+
+def random_encoder(encoder, seed):
+    """An Encoder of the same shape with random weights, which a floor is computed with."""
+    like = encoder.module
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = model.ViT3D(
+            like.pos_embed.shape[-1],
+            len(like.blocks),
+            like.pos_embed.shape[1],
+            like.blocks[0].mlp.fc1.out_features,
+            like.patch_size,
+        )
+    return Encoder(module.eval(), encoder.size, model.weights_hash(module))
+
+
+def pooled(cfg, tokens, grid):
+    """Tokens (B, N, C) of a grid (d, h, w) -> what a head takes: (B, C), or for an attentive head
+    (B, T, C)."""
+    if cfg.model.pool_method == "attentive":
+        return model.pool_grid(tokens.float(), grid, cfg.model.token_grid, cfg.model.token_pool)
+    return model.pool(tokens.float(), cfg.model.pool_method)
+
+
+def shape_of(cfg):
+    """Shape of a volume's feature: (C,) or (T, C)."""
+    tokens = [math.prod(cfg.model.token_grid)] if cfg.model.pool_method == "attentive" else []
+    return (*tokens, cfg.model.emb_dim)
+
+
+class Kept:
+    """The features below paths.cache_dir, by encoder weights, pooling, precision, view and
+    volume."""
+
+    def __init__(self, cfg, encoder, view):
+        self.shape, self.dtype, pooling = shape_of(cfg), np.float32, cfg.model.pool_method
+        if pooling == "attentive":  # tokens take a hundred times the room
+            grid = "x".join(map(str, cfg.model.token_grid))
+            self.dtype, pooling = np.float16, f"tokens{grid}{cfg.model.token_pool}"
+        name = f"{encoder.sha256[:16]}-{pooling}-{cfg.train.precision}-{VERSION}"
+        self.folder = os.path.join(os.path.expanduser(cfg.paths.cache_dir), "features", name)
+        if view:
+            how = f"{data.AUGMENTATION} {data.strengths(cfg)} {cfg.seed} {view}"
+            self.folder += os.sep + hashlib.sha256(how.encode()).hexdigest()[:16]
+        files.remove_abandoned(self.folder, 60)  # nobody takes so long to write a feature
+
+    def path(self, key):
+        return os.path.join(self.folder, key + ".npy")
+
+    def load(self, key):
+        return files.load_array(self.path(key), self.dtype, self.shape)
+
+    def check_room(self, number):
+        """Say how much disk the tokens of so many volumes will take; ValueError when it is not
+        there."""
+        need, folder = number * 2 * math.prod(self.shape), os.path.dirname(self.folder)
+        os.makedirs(folder, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        print(
+            f"tokens: {number} volumes to encode, {self.shape[0]} x {self.shape[1]} float16 each: "
+            f"{need / 1e9:.2g} GB in {folder}, {free / 1e9:.3g} GB free"
+        )
+        if need > free:
+            raise ValueError(
+                f"{folder} has no room for {need / 1e9:.3g} GB of tokens; "
+                "set a smaller model.token_grid, or paths.cache_dir elsewhere"
+            )
+
+
+def encode(cfg, book, samples, encoder, dev, view=0, again=False):
+    """The Features of the samples that could be read, in order; the others are struck off the
+    ledger.
+
+    Every volume is encoded once for ever, and replicas share the work. view: 0 is the volume as it
+    is, others are augmented. again: all could be read before; ValueError if one cannot be read now.
+    """
+    kept, struck_before = Kept(cfg, encoder, view), len(book.unreadable)
+    strength, transform = data.strengths(cfg), None
+    if view:
+        transform = lambda key, volume: data.augment(
+            volume, strength, f"{cfg.seed} view {view} {key}"
+        )
+    desc = f"encode view {view}" if view else "encode"
+    x, encoded = encode_share(cfg, samples, encoder, dev, desc, book, kept, transform)
+    own = [[sample.path, reason] for sample, reason in book.unreadable[struck_before:]]
+    reason_of = {path: reason for part in device.gather(own, dev) for path, reason in part}
+    for sample in samples:
+        if sample.path in reason_of:  # what this replica struck itself stays struck
+            book.strike(sample, reason_of[sample.path])
+    ledger.check(book, cfg.data.max_missing)
+    if again and reason_of:
+        reason = ledger.unreadable_table(book).splitlines()[-1]
+        raise ValueError(f"a volume that could be read before cannot be read now: {reason}")
+    rest = [i for i, sample in enumerate(samples) if sample.path not in reason_of]
+    if not rest:
+        raise ValueError("none of the volumes could be read")
+    encoded = sum(device.gather(encoded, dev))
+    print(
+        f"features: {encoded} volumes encoded, {len(rest) - encoded} from {cfg.paths.cache_dir}"
+        + (f", {len(reason_of)} unreadable" if reason_of else "")
+    )
+    return Features([samples[i] for i in rest], x[rest])
+
+
+def encode_now(cfg, samples, encoder, dev, desc):
+    """Features x (volumes, C) or (volumes, T, C) by an encoder that is being trained: none is kept.
+
+    ValueError when a volume cannot be read, or a feature is not finite.
+    """
+    encoder.module.eval()
+    return encode_share(cfg, samples, encoder, dev, desc)[0]
+
+
+def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transform=None):
+    """Encode this replica's share of the volumes -> features of all, and how many it encoded.
+
+    One volume at a time, so that a feature does not depend on its neighbours. book: strike off what
+    cannot be read; else that is an error. kept: where features are looked for, and kept.
+    """
+    volumes = data.Volumes(
+        samples, encoder.size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
+    )
+    x, encoded = torch.zeros(len(samples), *shape_of(cfg)), 0
+
+    def is_kept(i, key):
+        feature = kept.load(key) if kept and key else None
+        if feature is not None:
+            x[i] = torch.from_numpy(feature)
+        return feature is not None
+
+    mine = range(device.rank(), len(samples), device.world())
+    todo = [i for i in mine if not (kept and is_kept(i, volumes.key(i)))]
+    if kept and cfg.model.pool_method == "attentive":
+        kept.check_room(sum(device.gather(len(todo), dev)))
+    if not todo:
+        return device.all_sum(x.to(dev)).cpu(), encoded
+    module = encoder.module.to(dev)
+    bar = tqdm(
+        total=len(todo), desc=desc, unit="volume", mininterval=0.5, disable=device.rank() > 0
+    )
+    with bar, contextlib.closing(data.stream(volumes, book, todo, cfg, transform)) as arriving:
+        # the content of some is known only now, and their feature may be kept under another name
+        unknown = (arrived for arrived in arriving if not is_kept(*arrived[:2]))
+        begun = ((i, key, begin(cfg, module, volume, dev)) for i, key, volume in unknown)
+        # a feature is waited for when the next volume is on its way, so that an accelerator is busy
+        for (i, key, feature), _ in itertools.pairwise(itertools.chain(begun, [None])):
+            array = feature.cpu().numpy().astype(kept.dtype if kept else np.float32)
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    f"participant {samples[i].participant_id}: the encoder's features of "
+                    f"{samples[i].path} are not finite ({desc}); while it trains, lower "
+                    f"train.lr_encoder={cfg.train.lr_encoder}"
+                )
+            x[i] = torch.from_numpy(array)
+            if kept:
+                files.save_array(kept.path(key), array)
+            encoded += 1
+            bar.update()
+    return device.all_sum(x.to(dev)).cpu(), encoded
+
+
+def begin(cfg, module, volume, dev):
+    """Volume (1, D, H, W) -> its feature (C,) or (T, C) on dev, which may still be computing it."""
+    with torch.no_grad(), device.autocast(dev, cfg.train.precision):
+        tokens = module(device.send(volume[None], dev).float())  # (1, 1, D, H, W) -> (1, N, C)
+    feature = pooled(cfg, tokens, module.grid(volume.shape[-3:]))[0]
+    device.step_done(dev)
+    return feature

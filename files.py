@@ -1,0 +1,224 @@
+"""Every file that the project writes: whole or not at all. Locks, hashes, CSV and TSV tables.
+
+    write("a.jsonl", text)                            # text, bytes, or a function that writes
+    with locked("cache/locks/x", stop) as file: ...   # one holder on this host at a time
+    rows = read_tsv("a.tsv", ["study_group"])         # list of dicts; ValueError says what is wrong
+    write("a.csv", csv_text([["id", "y"], [17, 0]]))  # the first row is the header
+    save_array("cache/a.npy", array)                  # with its checksum
+    array = load_array("cache/a.npy", dtype, shape)   # None where it is missing or damaged
+
+A file appears under its name when all of it is written: a reader sees all of it or nothing.
+"""
+
+import contextlib
+import csv
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import sys
+import threading
+import time
+import uuid
+
+import numpy as np
+from tqdm import tqdm
+
+
+class Stopped(Exception):
+    """The caller has set its `stop` event and waits for nothing more."""
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write(path, data):
+    """Write bytes or text to path: to a temporary name first, then moved, so that a reader sees
+    all of it or nothing.
+
+    data may be a function that writes to the open file it is given, for what should not lie in
+    memory a second time. OSError naming the path, and what to do when the disk is full.
+    """
+    path = str(path)
+    temporary = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as f:
+            if callable(data):
+                data(f)
+            else:
+                f.write(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as raised:
+        # torch.save hides the disk's error in a RuntimeError of its own
+        error = raised if isinstance(raised, OSError) else raised.__context__
+        if not isinstance(error, OSError):
+            raise
+        reason = error.strerror
+        if error.errno == errno.ENOSPC:
+            reason = (
+                "no space left on the disk; make room, or set paths.cache_dir and paths.run_dir to "
+                "another one"
+            )
+        raise OSError(error.errno, f"not written: {reason}", path) from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def remove_abandoned(folder, age):
+    """Remove the temporary files that killed writers left in a folder: those that nobody has
+    touched for `age` seconds."""
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        if entry.name.endswith(".part"):
+            # not found: its writer has just finished, or another process removed it first
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - entry.stat().st_mtime >= age:
+                    os.remove(entry.path)
+
+
+def local_folder(path, key):
+    """Path of a folder to write to, with ~ expanded; it need not exist. ValueError naming the
+    config key when it cannot be written."""
+    if "://" in str(path):
+        raise ValueError(
+            f"{key}={path}: results and caches are written to a local folder; set {key} to one"
+        )
+    path = os.path.expanduser(str(path))
+    parent = os.path.abspath(path)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"{key}={path} cannot be written, for {parent} cannot; set {key} to another one"
+        )
+    return path
+
+
+# --------------------------------------------------------------------------------- locks and hashes
+
+
+@contextlib.contextmanager
+def locked(path, stop=None):
+    """The file path, open for reading and appending, held alone among all threads and processes
+    of this host. Stopped when the event `stop` is set while waiting.
+
+    The holder may remove or rename the file. The lock of a process that is killed is free.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    began, told = time.monotonic(), False
+    while True:
+        # unbuffered: on a full disk, closing would fail too
+        with open(path, "a+b", buffering=0) as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if (stop or threading.Event()).wait(0.05):
+                        raise Stopped from None
+                    if time.monotonic() - began > 30 and not told:
+                        told = True
+                        message = f"waiting for another thread or process that holds {path}"
+                        tqdm.write(message, file=sys.stderr)
+            try:
+                is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                is_ours = False
+            if is_ours:  # else the last holder removed or renamed it: lock the new file
+                yield file
+                return
+
+
+def checksum(path, name):
+    """Checksum of a file's content as "name:hex"; name as hashlib knows it."""
+    with open(path, "rb") as f:
+        return f"{name}:{hashlib.file_digest(f, name).hexdigest()}"
+
+
+def sha256(path):
+    """SHA-256 of a file's content, in hex."""
+    return checksum(path, "sha256").split(":")[1]
+
+
+# ------------------------------------------------------------------------------- tables and arrays
+
+
+def read_tsv(path, columns, name=None):
+    """Tab-separated file -> list of dicts of texts. ValueError naming the file, and what is wrong.
+
+    columns: required names, each a name or a tuple of accepted spellings, of which the first is
+    the key in the dicts. name: what messages call the file, for one that was fetched.
+    """
+    name = name or path
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            reader = csv.reader(f, delimiter="\t")
+            header = [cell.strip() for cell in next(reader, [])]
+            table = [cells for cells in reader if any(cell.strip() for cell in cells)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{name} is not a tab-separated text in UTF-8: {error}") from error
+    for cells in table:  # a stray quotation mark joins cells and swallows rows
+        if len(cells) != len(header) or any("\n" in cell or "\t" in cell for cell in cells):
+            raise ValueError(
+                f"{name}: the row that begins with '{cells[0][:40]}' does not have {len(header)} "
+                "cells as the header has, or has a cell of several lines; look for a stray "
+                "quotation mark or tab there"
+            )
+    rows = [dict(zip(header, cells)) for cells in table]
+    for column in columns:
+        spellings = (column,) if isinstance(column, str) else column
+        present = [s for s in spellings if s in header]
+        if not present:
+            raise ValueError(
+                f"{name} has no column '{' or '.join(spellings)}'; found {', '.join(header)}"
+            )
+        for row in rows:
+            row[spellings[0]] = row[present[0]].strip()
+    return rows
+
+
+def read_csv(path):
+    """CSV file with a header -> list of dicts of texts."""
+    with open(path, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def csv_text(rows):
+    """Rows, each a list of cells and the first of them the header -> the text of a CSV file."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
+
+
+def first_few(names, most=5):
+    """Names -> "a, b, c and 7 more", for a message."""
+    names = [str(n) for n in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def save_array(path, array):
+    """Write an array as .npy, followed by the SHA-1 of that; np.load ignores what follows."""
+    out = io.BytesIO()
+    np.save(out, array)
+    out.write(hashlib.sha1(out.getbuffer()).digest())
+    write(path, out.getbuffer())
+
+
+def load_array(path, dtype, shape):
+    """The array that save_array wrote to path. None where there is none, or one that is damaged or
+    of another dtype or shape: it is then removed, to be made again."""
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+    except FileNotFoundError:
+        return None
+    if hashlib.sha1(memoryview(content)[:-20]).digest() == content[-20:]:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+        if array.dtype == dtype and array.shape == tuple(shape):
+            return array
+    tqdm.write(f"cache file {path} is damaged; making it anew", file=sys.stderr)
+    with contextlib.suppress(FileNotFoundError):  # another process noticed too
+        os.remove(path)
+    return None

@@ -1,0 +1,534 @@
+"""Heads on an encoder's features: a bank of G heads that train together, references, and what they
+predict.
+
+    bank = Heads(C, num_classes=4, settings=[{...}, ...])   # parameters stacked, (G, ...)
+    logits = bank(features)                                 # (B, C) -> (G, B, 4); tokens (B, T, C)
+    where attentive bank = start(cfg, seed, train)                          # as training begins:
+    closed-form solution, losses, class weights bank = fit_references(cfg, train)
+    # logistic regression or kNN, one for each C or k p = predict(bank, x)
+    # (G, n, num_classes) by_participant(samples, p[0])                           # averaged over a
+    participant's volumes
+
+A plain probe and fine-tuning are G = 1; a sweep has a head for every combination of settings. Each
+head becomes what it would alone. Needs torch, and scikit-learn for logistic regression.
+"""
+
+import itertools
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import device
+import losses
+import model
+
+STRENGTHS = np.logspace(-6, 5, 45)  # C of logistic regression: what DINOv2's evaluation tries
+# k of kNN; more neighbours would outnumber the 58 participants of AI-READI's rarest class
+NEIGHBOURS = (1, 3, 5, 10, 20, 30, 50)
+
+
+class Heads(nn.Module):
+    """G heads: features (B, C), or tokens (B, T, C) where attentive -> logits (G, B, num_classes).
+
+    Standardise, pool the tokens (attentive), one hidden layer (hidden > 0), dropout, linear.
+    `settings` has a dict for each head: loss, ordinal, class_weights, lr_head, weight_decay.
+    log_prior (G, num_classes) is subtracted from the logits except while training; zeros unless the
+    loss asks for it.
+    """
+
+    def __init__(self, dim, num_classes, settings=({},), hidden=0, dropout=0.0, attentive=False):
+        super().__init__()
+        self.settings, self.dropout = list(settings), dropout
+        num_heads = len(self.settings)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("log_prior", torch.zeros(num_heads, num_classes))
+        layers = [nn.Linear(dim, hidden)] if hidden else []
+        layers.append(nn.Linear(hidden or dim, num_classes))
+        for layer in layers:  # as DINOv2's and V-JEPA's probes: start near uniform answers
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+        def stacked(parameter):  # every head starts alike
+            return nn.Parameter(parameter.detach().repeat(num_heads, *[1] * parameter.ndim))
+
+        self.query = self.hidden_weight = self.hidden_bias = None
+        if attentive:  # (G, C / 64, C); zeros weight all tokens alike
+            self.query = stacked(torch.zeros(dim // model.HEAD_DIM, dim))
+        if hidden:
+            self.hidden_weight, self.hidden_bias = (
+                stacked(layers[0].weight),
+                stacked(layers[0].bias),
+            )
+        self.weight, self.bias = stacked(layers[-1].weight), stacked(layers[-1].bias)
+
+    def features(self, x):
+        """What the last layer sees: (B, C), the same for every head, or (G, B, hidden or C)."""
+        # The training features' statistics; linear probes need it (MAE: BatchNorm without affine,
+        # eps 1e-6).
+        x = (x - self.mean) / self.std
+        if self.query is not None:
+            x = attentive_pool(x, self.query)  # (B, T, C) -> (G, B, C)
+        if self.hidden_weight is not None:
+            x = F.gelu(linear(x, self.hidden_weight, self.hidden_bias))  # (G, B, hidden)
+        return x
+
+    def forward(self, x, noise=None):
+        """noise: the step's model.Noise, from which dropout's mask is drawn, the same for every
+        head."""
+        inputs, x = x, self.features(x)
+        if self.training and self.dropout:
+            noise = noise or model.any_noise(inputs)
+            x = x * noise.keep(self.dropout, x.shape[-1:], layer=-1).to(x.device, x.dtype)
+        logits = linear(x, self.weight, self.bias)  # (G, B, num_classes)
+        return logits if self.training else logits - self.log_prior[:, None]
+
+    def row_losses(self, logits, targets):
+        """Logits (G, B, num_classes), targets (B,) -> the loss of every row by each head's own loss
+        (G, B)."""
+        parts = []
+        for name, heads in equal_runs([h["loss"] for h in self.settings]):
+            some = logits[heads]  # (g, B, num_classes)
+            rows = losses.LOSSES[name](
+                some.flatten(0, 1), targets.repeat(len(some)), self.drawn_log_prior
+            )
+            parts.append(rows.view(len(some), -1))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def share_direction(self):
+        """Make the last layer of the ordinal heads w (k - mean k) for class k: adjacent-category
+        logits (Agresti 2010)."""
+        for is_ordinal, heads in equal_runs([h["ordinal"] for h in self.settings]):
+            if is_ordinal:
+                self.weight[heads] = ordinal(self.weight[heads])
+
+    def one(self, g):
+        """State of head g alone, as a checkpoint holds it."""
+        shared = ("mean", "std")
+        return {
+            name: v.clone() if name in shared else v[g : g + 1].clone()
+            for name, v in self.state_dict().items()
+        }
+
+
+def linear(x, weight, bias):
+    """x (B, C), the same for every head, or (G, B, C); weight (G, out, C), bias (G, out) -> (G, B,
+    out)."""
+    if x.ndim == 2:  # one matrix product for all heads
+        return (
+            F.linear(x, weight.flatten(0, 1), bias.flatten())
+            .unflatten(1, bias.shape)
+            .transpose(0, 1)
+        )
+    return torch.baddbmm(bias[:, None], x, weight.mT)
+
+
+def attentive_pool(x, query):
+    """Tokens (B, T, C), query (G, heads, C) -> (G, B, C): each of C / 64 queries weights the tokens
+    and fills its 64 channels of their mean.
+
+    A cross-attention whose key projection is folded into the queries, with no other projections
+    (efficient probing, Psomas et al. 2025, arXiv 2506.10178): so few parameters suit few
+    participants.
+    """
+    weights = torch.einsum("btc,ghc->gbht", x, query / model.HEAD_DIM**0.5).softmax(dim=-1)
+    values = x.unflatten(2, (-1, model.HEAD_DIM))  # (B, T, C) -> (B, T, heads, 64)
+    return torch.einsum("gbht,bthk->gbhk", weights, values).flatten(
+        -2
+    )  # (G, B, heads, 64) -> (G, B, C)
+
+
+def equal_runs(values):
+    """[a, a, b] -> [(a, slice(0, 2)), (b, slice(2, 3))]: heads that lie side by side are a view,
+    without a copy."""
+    ends = list(itertools.accumulate(len(list(same)) for _, same in itertools.groupby(values)))
+    return [(values[start], slice(start, end)) for start, end in zip([0, *ends], ends)]
+
+
+def ordinal(weight):
+    """weight (..., num_classes, C) -> the nearest that share one direction and differ by the
+    class's rank."""
+    rank = torch.arange(weight.shape[-2], device=weight.device, dtype=weight.dtype)[:, None]
+    rank = (rank - rank.mean()) / (rank - rank.mean()).norm()  # (num_classes, 1)
+    return rank * (rank * weight).sum(dim=-2, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------- where
+# training starts
+
+
+def settings_of(cfg):
+    """train.sweep -> the settings of every head: all combinations, and what is not swept as the
+    config has it."""
+    tried = {
+        "loss": cfg.train.sweep.loss or [cfg.train.loss],
+        "ordinal": cfg.train.sweep.ordinal or [cfg.model.head.ordinal],
+        "class_weights": cfg.train.sweep.class_weights or [cfg.train.class_weights],
+        "lr_head": cfg.train.sweep.lr_head or [cfg.train.lr_head],
+        "weight_decay": cfg.train.sweep.weight_decay or [cfg.train.weight_decay],
+    }
+    return [dict(zip(tried, values)) for values in itertools.product(*tried.values())]
+
+
+def start(cfg, seed, train, num_classes):
+    """The bank as training begins, from training's Features: standardisation, and the last layer in
+    closed form.
+
+    bank.class_weights (G, num_classes) and bank.drawn_log_prior (num_classes,), what the losses
+    need, are not saved.
+    """
+    torch.manual_seed(
+        seed
+    )  # here, for loading volumes draws random numbers and a full cache would not
+    bank = new_heads(cfg, num_classes, settings_of(cfg))
+    rows = train.views.flatten(0, -2)  # (volumes, views, C) or (volumes, views, T, C) -> (rows, C)
+    bank.mean.copy_(rows.mean(dim=0))
+    bank.std.copy_((rows.var(dim=0, unbiased=False) + 1e-6).sqrt())
+
+    people = list(train.participants.values())
+    weights = [losses.class_weights(people, num_classes, h["class_weights"]) for h in bank.settings]
+    counts = train.labels.bincount(minlength=num_classes)
+    counts = counts if cfg.data.sampler == "shuffle" else torch.ones(num_classes)
+    bank.register_buffer("class_weights", torch.stack(weights), persistent=False)
+    bank.register_buffer("drawn_log_prior", (counts / counts.sum()).log(), persistent=False)
+
+    with torch.no_grad():
+        solutions = {
+            kind: last_layer(bank, train, kind) for kind in {h["ordinal"] for h in bank.settings}
+        }
+        for g, h in enumerate(bank.settings):
+            weight, bias = solutions[h["ordinal"]]
+            bank.weight[g] = weight
+            bank.bias[g] = bias + best_constant(bank.drawn_log_prior, weights[g], h["loss"])
+            if h["loss"] == "logit_adjustment":
+                bank.log_prior[g] = bank.drawn_log_prior
+    return bank
+
+
+def new_heads(cfg, num_classes, settings=({},)):
+    attentive = cfg.model.pool_method == "attentive"
+    return Heads(
+        cfg.model.emb_dim,
+        num_classes,
+        settings,
+        cfg.model.head.hidden,
+        cfg.model.head.dropout,
+        attentive,
+    )
+
+
+def last_layer(bank, train, is_ordinal):
+    """Weight (num_classes, C) and bias (num_classes,) that the last layer starts from:
+    `discriminant` of what it sees.
+
+    An MLP's stay random: on its small random hidden units, the solution would need huge weights.
+    """
+    if bank.hidden_weight is not None:
+        return (ordinal(bank.weight[0]) if is_ordinal else bank.weight[0]), bank.bias[0]
+    x = (
+        train.views.flatten(0, 1) - bank.mean
+    ) / bank.std  # (volumes * views, C) or (volumes * views, T, C)
+    if bank.query is not None:
+        x = x.mean(dim=1)  # what queries of zero pool: (volumes * views, C)
+    number_of = {participant: n for n, participant in enumerate(train.participants)}
+    participants = torch.tensor([number_of[s.participant_id] for s in train.samples])
+    views = train.views.shape[1]
+    num_classes = bank.weight.shape[1]
+    return discriminant(
+        x,
+        train.labels.repeat_interleave(views),
+        participants.repeat_interleave(views),
+        num_classes,
+        is_ordinal,
+    )
+
+
+def best_constant(log_prior, class_weights, loss):
+    """Logits (num_classes,) of the best answer that looks at nothing, as losses.LOSSES[loss] and
+    the class weights see it.
+
+    The last bias starts with it (Lin et al. 2017, section 4.1): otherwise a slow head has not
+    learned the prior yet when logit adjustment takes it away.
+    """
+    logits = (log_prior.exp() * class_weights).clamp(min=1e-3).log()
+    if loss == "balanced_softmax":
+        logits = logits - log_prior.clamp(min=math.log(1e-3))
+    return logits - logits.mean()
+
+
+def discriminant(x, labels, participants, num_classes, is_ordinal):
+    """Penalised discriminant analysis (Hastie, Buja and Tibshirani 1995) -> weight (num_classes,
+    C), bias (num_classes,).
+
+    For equal priors. Ridge regression of the class (is_ordinal: of its rank) on x (n, C), with the
+    penalty that predicts best when a participant, with all volumes, is left out; then Gaussian
+    classes of one covariance on these left-out predictions. participants (n,): integers from 0 on.
+    """
+    x, y = x.double(), F.one_hot(labels, num_classes).double()  # (n, C), (n, num_classes)
+    target = labels[:, None].double() if is_ordinal else y[:, 1:]  # (n, d)
+    centre, target = x.mean(dim=0), target - target.mean(dim=0)
+    values, axes = torch.linalg.eigh((x - centre).T @ (x - centre))  # principal axes (C, C)
+    x = (x - centre) @ axes
+    rows = torch.argsort(participants, stable=True).split(participants.bincount().tolist())
+    rows = torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=-1
+    )  # (participants, volumes)
+    own = x[rows] * (rows >= 0)[..., None]  # (participants, volumes, C)
+    best = None
+    for penalty in values.mean().clamp(min=1e-12) * torch.logspace(-4, 4, 17, dtype=torch.float64):
+        shrunk = 1 / (values + penalty)
+        coefficients = shrunk[:, None] * (x.T @ target)  # (C, d)
+        residual = (target - x @ coefficients)[rows] * (rows >= 0)[..., None]
+        # (participants, volumes, d): exact, without a refit
+        left_out = torch.linalg.solve(
+            torch.eye(rows.shape[1], dtype=torch.float64) - own * shrunk @ own.mT, residual
+        )
+        error = left_out.square().sum()
+        if best is None or error < best[0]:
+            scores = target.clone()
+            scores[rows[rows >= 0]] -= left_out[rows >= 0]
+            best = error, coefficients, scores
+    _, coefficients, scores = best  # scores (n, d)
+    means = y.T @ scores / y.sum(dim=0).clamp(min=1)[:, None]  # (num_classes, d)
+    # with few volumes, how well they separate is not to be believed: shrink towards the scatter of
+    # all
+    within = scores - means[labels]
+    covariance = within.T @ within + (num_classes + 1) * scores.T @ scores / len(x)
+    slopes = torch.linalg.lstsq(
+        covariance / (len(x) + num_classes + 1), means.T
+    ).solution.T  # (num_classes, d)
+    bias = -(slopes * means).sum(dim=1) / 2
+    if is_ordinal:  # equal slopes; the borders between neighbours stay in the middle
+        slopes = ordinal(slopes)
+        bias = -F.pad(
+            (slopes.diff(dim=0) * (means[1:] + means[:-1]) / 2).cumsum(dim=0)[:, 0], (1, 0)
+        )
+    weight = slopes @ coefficients.T @ axes.T  # (num_classes, C)
+    return weight.float(), (bias - weight @ centre).float()
+
+
+# --------------------------------------------------------------------------------------------------
+# ----- optimizer
+
+
+class Optimizer:
+    """AdamW over a bank of heads, each with its own learning rate and weight decay, and over the
+    encoder (None: frozen) that trains with a single head.
+
+    torch's AdamW has one learning rate for a parameter, and here a parameter holds G heads. So
+    AdamW takes a step of learning rate 1 into `directions`, and each head scales its part of them
+    by its own learning rate. Biases do not decay.
+    """
+
+    def __init__(self, cfg, bank, encoder):
+        self.bank, self.heads = bank, list(bank.parameters())
+        self.directions = [torch.zeros_like(p) for p in self.heads]
+        # (G,) on the host: what is sent anew in each step is no constant that XLA would compile in
+        self.rates = torch.tensor([h["lr_head"] for h in bank.settings])
+        self.decays = torch.tensor([h["weight_decay"] for h in bank.settings])
+        fused = bank.weight.device.type in ("cpu", "cuda") or None
+        groups = [{"params": self.directions, "lr": 1.0, "weight_decay": 0.0, "fused": fused}]
+        if encoder:
+            rates = cfg.train.lr_encoder, cfg.train.layer_decay
+            groups += model.parameter_groups(encoder, *rates, cfg.train.weight_decay)
+        self.adamw = torch.optim.AdamW(groups)
+
+    def trained(self):
+        """The parameters that get a gradient now."""
+        encoder = [
+            p for group in self.adamw.param_groups[1:] for p in group["params"] if p.requires_grad
+        ]
+        return [*self.heads, *encoder]
+
+    @torch.no_grad()
+    def clip(self, most):
+        """Scale the gradients down to a norm of at most `most` (0: any), each head by itself ->
+        their norms before (G,)."""
+        encoder = self.trained()[len(self.heads) :]
+        norms = [
+            torch.linalg.vector_norm(p.grad.flatten(1), dim=1) for p in self.heads
+        ]  # (G,) each
+        norms += [torch.linalg.vector_norm(p.grad).expand(len(self.rates)) for p in encoder]
+        norm = torch.stack(norms).norm(dim=0)  # (G,)
+        if most:
+            factor = (most / (norm + 1e-6)).clamp(max=1)
+            for p in self.heads:
+                p.grad.mul_(per_head(factor, p))
+            for p in encoder:
+                p.grad.mul_(factor[0])
+        return norm
+
+    @torch.no_grad()
+    def step(self, head_factor, encoder_factor):
+        """A step at these shares of the learning rates; gradients are zeros afterwards."""
+        for group in self.adamw.param_groups[1:]:
+            group["lr"] = group["peak"] * encoder_factor
+        for direction, p in zip(self.directions, self.heads):
+            direction.zero_()
+            direction.grad = p.grad.contiguous()  # the fused kernel reads nothing else rightly
+        self.adamw.step()
+        rates = self.rates * head_factor
+        for direction, p in zip(self.directions, self.heads):
+            kept = 1 - rates * self.decays if p.ndim > 2 else torch.ones_like(rates)  # (G,)
+            p.mul_(per_head(kept, p)).addcmul_(direction, per_head(rates, p))
+        self.bank.share_direction()
+        for p in self.trained():
+            p.grad.zero_()
+
+
+def per_head(values, parameter):
+    """values (G,) -> (G, 1, ...), to be multiplied with a parameter (G, ...) on its device."""
+    return values.to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))
+
+
+# ------------------------------------------------------------------------------------- references,
+# without training
+
+
+class KNN(nn.Module):
+    """Features (B, C) -> log of the k nearest training volumes' votes (G, B, num_classes), for each
+    of G values of k.
+
+    Nearest by cosine between standardised features; a vote weighs exp(cosine / 0.07), as in DINO's
+    kNN (Caron et al. 2021, from Wu et al. 2018), times its class's weight. num_rows: number of
+    training volumes that it keeps.
+    """
+
+    def __init__(self, dim, num_classes, num_rows, num_heads):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("features", torch.zeros(num_rows, dim))  # standardised, of length 1
+        self.register_buffer("votes", torch.zeros(num_rows, num_classes))
+        self.register_buffer("k", torch.ones(num_heads, dtype=torch.int64))
+
+    def forward(self, x):
+        near, which = (F.normalize((x - self.mean) / self.std) @ self.features.T).topk(
+            self.k.max().item()
+        )  # (B, k)
+        votes = (near / 0.07).exp()[..., None] * self.votes[which]  # (B, k, num_classes)
+        votes = torch.stack(
+            [votes[:, :k].sum(dim=1) for k in self.k.tolist()]
+        )  # (G, B, num_classes)
+        return (votes + torch.finfo(votes.dtype).tiny).log()
+
+    def one(self, g):
+        return self.state_dict() | {"k": self.k[g : g + 1].clone()}
+
+
+def fit_references(cfg, train, num_classes):
+    """kNN for every k, or scikit-learn's logistic regression for every C, on training's Features;
+    every view is a row."""
+    rows = train.views.flatten(0, 1)  # (volumes * views, C)
+    labels = train.labels.repeat_interleave(train.views.shape[1])
+    mean, std = rows.mean(dim=0), (rows.var(dim=0, unbiased=False) + 1e-6).sqrt()
+    weights = losses.class_weights(
+        list(train.participants.values()), num_classes, cfg.train.class_weights
+    )
+    if cfg.model.head.kind == "knn":
+        settings = [{"k": k} for k in NEIGHBOURS if k <= len(rows)]
+        bank = KNN(rows.shape[1], num_classes, len(rows), len(settings))
+        bank.features.copy_(F.normalize((rows - mean) / std))
+        bank.votes.copy_(F.one_hot(labels, num_classes) * weights)
+        bank.k.copy_(torch.tensor([h["k"] for h in settings]))
+        bank.settings = settings
+    else:
+        bank = new_heads(cfg, num_classes, [{"C": float(C)} for C in STRENGTHS])
+        fit_logistic_regressions(bank, (rows - mean) / std, labels, weights)
+    bank.mean.copy_(mean)
+    bank.std.copy_(std)
+    return bank
+
+
+@torch.no_grad()
+def fit_logistic_regressions(bank, x, labels, weights):
+    """Make head g of the bank scikit-learn's logistic regression (L2 penalty 1 / (2 C)) of its C on
+    x (n, C), labels (n,).
+
+    settings["converged"] says whether it did. ValueError when a class is missing from labels.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from tqdm import tqdm
+
+    if labels.unique().numel() < len(weights):
+        raise ValueError(
+            f"model.head.kind=logistic_regression needs every one of {len(weights)} classes in "
+            "training; "
+            f"found {labels.unique().tolist()}"
+        )
+    class_weight = dict(enumerate(weights.tolist()))
+    bar = tqdm(
+        bank.settings,
+        "logistic_regression",
+        leave=False,
+        mininterval=0.5,
+        disable=device.rank() > 0,
+    )
+    for g, setting in enumerate(bar):
+        fitted = LogisticRegression(
+            C=setting["C"], class_weight=class_weight, max_iter=1000, tol=1e-6
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the setting says it instead
+            fitted.fit(x.double().numpy(), labels.numpy())
+        bank.weight[g] = torch.from_numpy(fitted.coef_)
+        bank.bias[g] = torch.from_numpy(fitted.intercept_)
+        setting["converged"] = bool(fitted.n_iter_.max() < fitted.max_iter)
+
+
+def load(state, cfg):
+    """A bank of one head, with the state that a checkpoint holds. RuntimeError when it does not fit
+    the config."""
+    if cfg.model.head.kind == "knn":
+        bank = KNN(cfg.model.emb_dim, state["votes"].shape[1], len(state["votes"]), 1)
+    else:
+        bank = new_heads(cfg, state["log_prior"].shape[1])
+    bank.load_state_dict(state, strict=True)
+    return bank
+
+
+# --------------------------------------------------------------------------------------------------
+# --- predictions
+
+
+@dataclass
+class Predictions:
+    """Probabilities of participants: ids (n,), y_true (n,), p (n, num_classes), or (G, n,
+    num_classes) of G heads."""
+
+    ids: list
+    y_true: np.ndarray
+    p: np.ndarray
+
+    def of_head(self, g):
+        return Predictions(self.ids, self.y_true, self.p[g])
+
+
+def predict(bank, x):
+    """Class probabilities (G, volumes, num_classes) of features x (volumes, C) or tokens (volumes,
+    T, C), as numpy."""
+    bank.eval()
+    with torch.no_grad():
+        return torch.softmax(bank(x).float().cpu().double(), dim=-1).numpy()
+
+
+def by_participant(samples, probabilities):
+    """Mean probability over a participant's volumes, (..., volumes, num_classes) -> Predictions,
+    participants in order."""
+    label_of = {}
+    for sample in samples:
+        label_of.setdefault(sample.participant_id, sample.label)
+    number_of = {participant: n for n, participant in enumerate(label_of)}
+    participants = [number_of[sample.participant_id] for sample in samples]
+    p = np.moveaxis(probabilities, -2, 0)  # (volumes, ..., num_classes)
+    sums = np.zeros((len(label_of), *p.shape[1:]))
+    np.add.at(sums, participants, p)
+    means = sums / np.bincount(participants).reshape(-1, *[1] * (p.ndim - 1))
+    return Predictions(list(label_of), np.array(list(label_of.values())), np.moveaxis(means, 0, -2))

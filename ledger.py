@@ -1,0 +1,378 @@
+"""Tables -> participants and their volumes: who is there, who is missing, and why.
+
+    book = read(cfg)                      # Ledger: rows (participants), samples (volumes), notes
+    check(book, cfg.data.max_missing)     # ValueError when somebody is missing
+    print(table(book))
+    files.write("ledger.csv", files.csv_text(rows_for_csv(book)))
+
+A participant has a label (study_group) and a split (recommended_split); a sample is one OCT volume
+of a participant, chosen by scanner and region. The ledger has a row for every labelled participant,
+so that nobody is dropped without a word.
+"""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import b2
+from files import checksum, first_few, read_tsv, sha256
+
+CLASSES = (  # study_group of participants.tsv; its position is the label
+    "healthy",
+    "pre_diabetes_lifestyle_controlled",
+    "oral_medication_and_or_non_insulin_injectable_medication_controlled",
+    "insulin_dependent",
+)
+CLASS_NAMES = ("healthy", "pre-diabetes", "oral medication", "insulin")
+SPLITS = ("train", "val", "test")
+LABELS, MANIFEST = "participants.tsv", "retinal_oct/manifest.tsv"
+PARTICIPANT = ("participant_id", "person_id")  # accepted names of the column that joins the tables
+
+
+@dataclass
+class Row:
+    """A participant. status: used | missing (should have a volume, has none) | no_oct (never had
+    OCT)."""
+
+    participant_id: str
+    split: str
+    label: int
+    site: str
+    age: str = ""  # as in the table; "" where that has none
+    volumes: int = 0
+    status: str = "used"
+    reason: str = ""
+
+
+@dataclass
+class Sample:
+    """One volume of a participant. path: local or a URL; source: what the store holds there."""
+
+    participant_id: str
+    split: str
+    label: int
+    site: str
+    laterality: str
+    path: str
+    source: b2.Object = None
+
+
+@dataclass
+class Ledger:
+    rows: list
+    samples: list
+    notes: list = field(default_factory=list)  # oddities that cost nobody a place
+    description: str = ""  # what data this is, for headings
+    # hashes of LABELS and MANIFEST: they tell whether two runs saw the same tables
+    sha256: dict = field(default_factory=dict)
+    unreadable: list = field(default_factory=list)  # (sample, reason); no longer in samples
+
+    def of(self, split):
+        return [s for s in self.samples if s.split == split]
+
+    def missing(self, split=None):
+        return [r for r in self.rows if r.status == "missing" and split in (None, r.split)]
+
+    def strike(self, sample, reason):
+        """Take out a volume that cannot be read. A second call for the same volume does nothing."""
+        if sample.path in {s.path for s, _ in self.unreadable}:
+            return
+        self.unreadable.append((sample, reason))
+        self.samples.remove(sample)
+        row = next(r for r in self.rows if r.participant_id == sample.participant_id)
+        row.volumes -= 1
+        row.status = "used" if row.volumes else "missing"
+        row.reason = "; ".join(filter(None, [row.reason, reason]))
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read(cfg):
+    """Join labels and manifest on the participant, and both with what the store holds -> Ledger.
+
+    Reads the two tables, and lists a bucket once; opens no volume. ValueError when a table is
+    doubtful, FileNotFoundError when it is missing.
+    """
+    root, notes, tables = cfg.paths.data, [], {}
+    for name in (LABELS, MANIFEST):
+        url = b2.join(root, name)
+        try:
+            tables[name] = b2.local(url, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"paths.data={root}: {name} is not there; set paths.data to the folder that holds "
+                "it"
+            ) from None
+    people = read_labels(tables[LABELS], b2.join(root, LABELS))
+    samples, has_rows = read_manifest(tables[MANIFEST], people, cfg, notes, b2.join(root, MANIFEST))
+    sources, problems = find_volumes(samples, cfg, notes)
+    samples_of = defaultdict(list)
+    for sample in samples.values():
+        samples_of[sample.participant_id].append(sample)
+
+    used = []
+    for pid, person in people.items():
+        samples = samples_of[pid]
+        if person.status == "no_oct":
+            if samples:
+                notes.append(
+                    f"participant {pid}: retinal_oct is FALSE, yet the manifest has {len(samples)} "
+                    "volumes; not used"
+                )
+            continue
+        paths_of = defaultdict(list)  # by problem
+        for sample in samples:
+            if sample.path in sources:
+                sample.source = sources[sample.path]
+                used.append(sample)
+                person.volumes += 1
+            elif sample.path in problems:
+                paths_of[problems[sample.path]].append(sample.path)
+        reasons = [
+            f"{len(paths)} of {len(samples)} files {problem}: {shown(paths, cfg)}"
+            for problem, paths in paths_of.items()
+        ]
+        if pid not in has_rows:
+            reasons.append("no row in the manifest")
+        elif not samples:
+            reasons.append(f"no volume of {cfg.data.scanner}, {cfg.data.anatomic_region}")
+        person.reason = "; ".join(reasons)
+        if not person.volumes:
+            person.status = "missing"
+        elif reasons:
+            notes.append(f"participant {pid}: {person.reason}")
+    hashes = {name: sha256(path) for name, path in tables.items()}
+    return Ledger(list(people.values()), used, notes, describe(cfg), hashes)
+
+
+def read_labels(path, name):
+    """participants.tsv -> {participant_id: Row}, in the file's order. ValueError on whatever would
+    make a label doubtful. name: what messages call the file."""
+    people = {}
+    columns = [PARTICIPANT, "clinical_site", "study_group", "recommended_split", "retinal_oct"]
+    for row in read_tsv(path, columns, name):
+        pid, site, group, split, oct_ = (row[k] for k in (PARTICIPANT[0], *columns[1:]))
+        who = f"{name}: participant {pid}"
+        if not pid:
+            raise ValueError(f"{name}: a row without participant_id: {row}")
+        for column, known in (("study_group", CLASSES), ("recommended_split", SPLITS)):
+            if row[column] not in known:
+                raise ValueError(
+                    f"{who} has unknown {column} '{row[column]}'; known are {', '.join(known)}"
+                )
+        if oct_.upper() not in ("TRUE", "FALSE"):
+            raise ValueError(f"{who} has retinal_oct '{oct_}', neither TRUE nor FALSE")
+        person = Row(pid, split, CLASSES.index(group), site, row.get("age", ""))
+        if oct_.upper() == "FALSE":
+            person.status, person.reason = "no_oct", "retinal_oct is FALSE"
+        earlier = people.setdefault(pid, person)
+        if earlier.split != split:
+            raise ValueError(f"{who} is in two splits, {earlier.split} and {split}")
+        if earlier != person:
+            raise ValueError(f"{who} has two rows that differ")
+    if not people:
+        raise ValueError(f"{name} has no participants")
+    return people
+
+
+def read_manifest(path, people, cfg, notes, name):
+    """manifest.tsv -> {path: Sample} of the configured scanner and region, and the set of
+    participants with any row. name: what messages call the file. ValueError on doubt."""
+    samples, kinds, has_rows, unlabelled = {}, Counter(), set(), set()
+    wanted = (cfg.data.scanner, cfg.data.anatomic_region)
+    for row in read_tsv(path, [PARTICIPANT, "anatomic_region", "laterality", "filepath"], name):
+        pid, filepath = row["participant_id"], row["filepath"]
+        try:
+            location = b2.join(cfg.paths.data, filepath)
+        except ValueError as error:
+            raise ValueError(f"{name}: participant {pid}: {error}") from None
+        if pid not in people:
+            unlabelled.add(pid or "(no id)")
+            continue
+        parts = location.split("/")  # .../retinal_oct/structural_oct/<scanner>/<participant>/<file>
+        kind = (parts[-3] if len(parts) >= 3 else "", row["anatomic_region"])
+        kinds[kind] += 1
+        has_rows.add(pid)
+        if kind != wanted:
+            continue
+        person = people[pid]
+        sample = Sample(pid, person.split, person.label, person.site, row["laterality"], location)
+        earlier = samples.setdefault(location, sample)
+        if earlier.participant_id != pid:
+            raise ValueError(
+                f"{name}: {filepath} is listed for two participants, {earlier.participant_id} and "
+                f"{pid}"
+            )
+        if earlier is not sample:
+            notes.append(f"participant {pid}: {filepath} is listed twice; used once")
+    if not kinds:
+        raise ValueError(f"{name} has no row of a participant of {LABELS}")
+    if not samples:
+        has = "; ".join(f"{s} '{r}' ({n})" for (s, r), n in sorted(kinds.items()))
+        raise ValueError(
+            f"{name} has no volume of data.scanner={wanted[0]}, data.anatomic_region={wanted[1]}; "
+            f"it has {has}"
+        )
+    if unlabelled:
+        notes.append(
+            f"{len(unlabelled)} participants of the manifest are not in {LABELS}: "
+            f"{first_few(sorted(unlabelled))}"
+        )
+    return samples, has_rows
+
+
+def find_volumes(samples, cfg, notes):
+    """Look the paths of {path: Sample} up in the store -> ({path: b2.Object} of what can be used,
+    {path: problem}). A second copy of a participant's volume is in neither."""
+    found = b2.find_all(list(samples), cfg.data.fetch_deadline)
+    problems = {path: "absent" for path in samples if path not in found}
+    problems |= {path: "empty" for path, source in found.items() if not source.size}
+    usable = {path: source for path, source in found.items() if source.size}
+    for paths in same_content(usable):
+        participants = sorted({samples[path].participant_id for path in paths})
+        if len(participants) == 1:
+            first, *paths = paths
+            notes.append(
+                f"participant {participants[0]}: {shown(paths, cfg)} has the same content as "
+                f"{shown([first], cfg)}; used once"
+            )
+        else:  # what several participants share cannot carry a label
+            problem = f"with content that participants {first_few(participants)} share"
+            problems |= dict.fromkeys(paths, problem)
+        for path in paths:
+            del usable[path]
+    unverified = [p for p, source in found.items() if b2.is_remote(p) and not source.checksum]
+    if unverified:
+        notes.append(
+            f"{len(unverified)} volumes have no checksum in the store and are verified by their "
+            f"size alone, and not compared with each other: {shown(unverified, cfg)}"
+        )
+    return usable, problems
+
+
+def shown(paths, cfg):
+    """The first two of some paths, relative to the data folder, for a message."""
+    return first_few([path.removeprefix(cfg.paths.data.rstrip("/") + "/") for path in paths], 2)
+
+
+def same_content(sources):
+    """{path: b2.Object} -> lists of paths whose files hold the same bytes. A store knows checksums;
+    local files are read only where their sizes and first bytes agree."""
+
+    def first_bytes(path):
+        with open(path, "rb") as f:
+            return f.read(4096)
+
+    def alike(paths, trait, *further):
+        groups = defaultdict(list)
+        for path in paths:
+            groups[trait(path)].append(path)
+        found = [group for group in groups.values() if len(group) > 1]
+        return [part for group in found for part in alike(group, *further)] if further else found
+
+    size = lambda path: sources[path].size
+    if any(b2.is_remote(path) for path in sources):
+        return alike(sources, size, lambda path: sources[path].checksum or path)
+    return alike(sources, size, first_bytes, lambda path: checksum(path, "sha1"))
+
+
+def describe(cfg):
+    """What data this is, for headings: synthetic data must never pass for real."""
+    root = cfg.paths.data
+    mark = b2.join(root, "phantom.json")
+    try:
+        mark = b2.local(mark, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+    except FileNotFoundError:
+        return f"data {root}"
+    with open(mark, encoding="utf-8") as f:
+        return f"SYNTHETIC data {root} ({json.load(f).get('effect', 'unknown')} class effect)"
+
+
+# ----------------------------------------------------------------------------------------- checking
+
+
+def check(book, max_missing):
+    """ValueError unless everybody and every volume is there, but for the max_missing that the
+    config allows, or when train or val is empty.
+
+    Counted are participants without any volume and volumes that cannot be read.
+    """
+    struck = {s.participant_id for s, _ in book.unreadable}
+    absent = [r for r in book.missing() if r.participant_id not in struck]
+    problems = [f"{s.participant_id} ({reason})" for s, reason in book.unreadable]
+    problems += [f"{r.participant_id} ({r.reason})" for r in absent]
+    if len(problems) > max_missing:
+        labelled = sum(r.status != "no_oct" for r in book.rows)
+        counts = []
+        if absent:
+            counts += [f"{len(absent)} of {labelled} labelled participants have no volume"]
+        if book.unreadable:
+            counts += [f"{len(book.unreadable)} volumes cannot be read"]
+        raise ValueError(
+            f"{' and '.join(counts)}, and data.max_missing is {max_missing}: participant "
+            f"{first_few(problems, 3)}; restore them, or set data.max_missing={len(problems)} to "
+            "go on without"
+        )
+    for split in ("train", "val"):
+        if not book.of(split):
+            raise ValueError(f"no participant of split {split} has a volume")
+
+
+def check_classes(book, needed_by):
+    """ValueError unless every class has a training volume. needed_by: the setting that needs them,
+    such as "data.sampler=stratified"."""
+    present = {s.label for s in book.of("train")}
+    for label, name in enumerate(CLASS_NAMES):
+        if label not in present:
+            raise ValueError(
+                f"{needed_by} needs every one of {len(CLASSES)} classes in training, and no "
+                f"training volume is of class {label} ({name}); set "
+                f"{needed_by.partition('=')[0]} to another value"
+            )
+
+
+# ------------------------------------------------------------------------------------------ showing
+
+
+def table(book):
+    """Text: participants with a volume / labelled participants by split, class and site; then who
+    is missing and why, and the notes."""
+    sites = sorted({r.site for r in book.rows})
+
+    def line(split, name, *cells):
+        return f"{split:<7}{name:<18}" + "".join(f"{cell:>10}" for cell in cells)
+
+    lines = [line("split", "class", *sites, "all", "volumes")]
+    for split in SPLITS:
+        for label, name in [*enumerate(CLASS_NAMES), (None, "all")]:
+            rows = [r for r in book.rows if r.split == split and label in (None, r.label)]
+            cells = []
+            for site in [*sites, None]:
+                states = [r.status for r in rows if site in (None, r.site) and r.status != "no_oct"]
+                cells.append(f"{states.count('used')}/{len(states)}" if states else "-")
+            lines.append(line(split, name, *cells, sum(r.volumes for r in rows)))
+    count = Counter(r.status for r in book.rows)
+    lines.append(
+        f"(with a volume / labelled)   {len(book.rows)} participants: {count['used']} used with "
+        f"{len(book.samples)} volumes, {count['missing']} missing, {count['no_oct']} without OCT"
+    )
+    for r in book.missing():
+        who = f"{r.participant_id} ({r.split}, {CLASS_NAMES[r.label]}, {r.site})"
+        lines.append(f"missing: {who}: {r.reason}")
+    return "\n".join(lines + [f"note: {note}" for note in book.notes])
+
+
+def unreadable_table(book):
+    """A line for every volume that could not be read; "" when there is none."""
+    return "\n".join(
+        f"unreadable: participant {s.participant_id} ({s.split}, {CLASS_NAMES[s.label]}, {s.site}):"
+        f" {reason}"
+        for s, reason in book.unreadable
+    )
+
+
+def rows_for_csv(book):
+    """Header, then a list of cells for every participant, as for files.csv_text."""
+    header = ["participant_id", "split", "label", "site", "volumes", "status", "reason"]
+    return [header, *([getattr(r, name) for name in header] for r in book.rows)]

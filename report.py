@@ -1,0 +1,433 @@
+"""Results as people see them: tables for the terminal, pictures, report.html, leaderboard.html.
+
+    print_result(result)                     # result: what eval_SPLIT.json holds
+    write_plots(folder, result, y_true, p)   # folder/plots/*.png
+    write_report(folder)                     # folder/report.html, of what the folder holds
+    leaderboard_page(title, about, ...)      # text of leaderboard.html
+
+A table is a pair (header, rows) of lists of texts. The HTML of the pages is in templates/. A page
+is one file, with its pictures inside, which opens offline and on a phone.
+"""
+
+import base64
+import io
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+import files
+import metrics
+from ledger import CLASS_NAMES, SPLITS
+
+SCORE_NAMES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auroc_macro_ovr": "AUROC (macro, one vs rest)",
+    "log_loss": "log-loss",
+    "macro_precision": "macro precision",
+    "macro_recall": "macro recall",
+    "auprc_macro_ovr": "AUPRC (macro, one vs rest)",
+    "quadratic_kappa": "quadratic kappa",
+    "brier": "Brier score",
+    "ece": "expected calibration error",
+}
+ALL_SCORES = metrics.SCORES + metrics.MORE_SCORES
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def number(value):
+    return "-" if value is None else f"{value:.3f}"
+
+
+def span(interval):
+    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def score_table(result, names=ALL_SCORES):
+    """Each score with its interval and its floors."""
+    header = ["", "score", "95 % interval", "majority class", "random answers", "chance band"]
+    rows = [
+        [
+            SCORE_NAMES[name],
+            number(result[name]),
+            span(result["ci95"][name]),
+            number(result["majority"][name]),
+            number(result["random"][name]),
+            span(result["chance"][name]),
+        ]
+        for name in names
+    ]
+    return header, rows
+
+
+def floor_table(result):
+    """The probes that eval.floors asked for, against this run."""
+    header = ["the same probe on", "balanced accuracy", "95 % interval"]
+    header += ["this run is above by", "95 % interval", "p"]
+    rows = [
+        [
+            name,
+            number(floor["balanced_accuracy"]),
+            span(floor["ci95"]["balanced_accuracy"]),
+            number(floor["difference"]),
+            span(floor["difference_ci95"]),
+            f"{floor['p_value']:.4f}",
+        ]
+        for name, floor in result["floors"].items()
+    ]
+    return header, rows
+
+
+def class_table(result, names):
+    """Every class: its participants, how many were predicted, its scores `names` with intervals."""
+    words = {"f1": "F1", "auroc": "AUROC", "auprc": "AUPRC"}
+    header = ["class", "participants", "predicted", *(words.get(name, name) for name in names)]
+    rows = []
+    for k, class_name in enumerate(CLASS_NAMES):
+        keys = [f"{name}_per_class" for name in names]
+        scores = [f"{number(result[key][k])} ({span(result['ci95'][key][k])})" for key in keys]
+        rows.append(
+            [class_name, str(result["true_counts"][k]), str(result["predicted_counts"][k]), *scores]
+        )
+    return header, rows
+
+
+def class_columns(result):
+    """`class_table` with a column for each class: narrow enough for a phone."""
+    header, rows = class_table(result, ("precision", "recall", "f1", "auroc", "auprc"))
+    header, *rows = zip(header, *rows)
+    return header, rows
+
+
+def group_table(result):
+    """Every subgroup: site, age, scanner, side."""
+    rows = [
+        [
+            f"{name} {group['group']}",
+            f"{group['n']}{' (small)' if group['small'] else ''}",
+            number(group["balanced_accuracy"]),
+            span(group["ci95"]),
+            number(group["rest"]),
+        ]
+        for name, groups in result["subgroups"].items()
+        for group in groups
+    ]
+    return ["group", "participants", "balanced accuracy", "95 % interval", "all others"], rows
+
+
+def volume_table(result):
+    """Scores of the single volumes, before they are averaged over a participant."""
+    volumes = result["per_volume"]
+    rows = [
+        [SCORE_NAMES[name], number(volumes[name]), span(volumes["ci95"][name])]
+        for name in ALL_SCORES
+    ]
+    return [f"of {volumes['n']} volumes", "score", "95 % interval"], rows
+
+
+def calibration_table(result):
+    names, calibrated = ("log_loss", "brier", "ece"), result["calibrated"]
+    rows = [[SCORE_NAMES[name], number(result[name]), number(calibrated[name])] for name in names]
+    return ["", "as predicted", "calibrated"], rows
+
+
+def participant_table(ledger):
+    """Rows of ledger.csv -> participants with a volume / labelled participants, by class and split;
+    then the number of volumes of each split."""
+    rows = []
+    for name in (*CLASS_NAMES, "all"):
+        row = [name]
+        for split in SPLITS:
+            labelled = [r for r in ledger if r["split"] == split and r["status"] != "no_oct"]
+            states = [
+                r["status"] for r in labelled if name in ("all", CLASS_NAMES[int(r["label"])])
+            ]
+            row.append(f"{states.count('used')}/{len(states)}")
+        rows.append(row)
+    volumes = [
+        str(sum(int(r["volumes"]) for r in ledger if r["split"] == split)) for split in SPLITS
+    ]
+    return ["", *SPLITS], [*rows, ["volumes", *volumes]]
+
+
+def pair_table(pairs):
+    """What metrics.compare_all says of every pair, the higher of the two first."""
+    rows = []
+    for pair in pairs:
+        higher, lower, sign = ("a", "b", 1) if pair["difference"] >= 0 else ("b", "a", -1)
+        interval = sorted(sign * end for end in pair["ci95"])
+        p_values = [f"{pair[name]:.4f}" for name in ("p_value", "p_holm", "mcnemar_p")]
+        rows.append(
+            [
+                pair[higher],
+                pair[lower],
+                number(sign * pair["difference"]),
+                span(interval),
+                *p_values,
+            ]
+        )
+    return ["higher", "lower", "difference", "95 % interval", "p", "p (Holm)", "McNemar p"], rows
+
+
+def text_table(header, rows):
+    """Lines of a table for the terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = []
+    for first, *rest in [header, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return lines
+
+
+def sentence(result):
+    """The result in one sentence, with what data and which checkpoint it is of."""
+    interval, chance = span(result["ci95"]["balanced_accuracy"]), span(result["chance_band"])
+    return (
+        f"{result['run']} on {result['split']}: "
+        f"balanced accuracy {result['balanced_accuracy']:.3f} "
+        f"(95 % interval {interval}; chance band {chance}), "
+        f"{result['n']} participants, {result['volumes']} volumes, "
+        f"checkpoint of epoch {result['epoch']}, {result['data']}."
+    )
+
+
+def seeds_line(result):
+    """Mean and standard deviation over train.seeds."""
+    seeds, spread = result["seeds"]["seeds"], result["seeds"]["balanced_accuracy"]
+    return (
+        f"over seeds {', '.join(map(str, seeds))}: "
+        f"balanced accuracy {spread['mean']:.3f} ± {spread['sd']:.3f} "
+        f"({', '.join(map(number, spread['each']))}); the table is of the first"
+    )
+
+
+def print_result(result):
+    tables = [
+        score_table(result, metrics.SCORES),
+        class_table(result, ("f1",)),
+        group_table(result),
+    ]
+    if "floors" in result:
+        tables.insert(1, floor_table(result))
+    print(f"\n{sentence(result)}\n")
+    for table in tables:
+        print("\n".join(text_table(*table)), end="\n\n")
+    if "seeds" in result:
+        print(seeds_line(result))
+    for volume in result["unreadable"]:
+        print(f"unreadable: participant {volume['participant_id']}: {volume['reason']}")
+    print("\n".join(f"ALARM: {alarm}" for alarm in result["alarms"]) or "no alarms")
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def new_figure(width, height, columns=1):
+    """A matplotlib figure of so many inches, and its axes. Without pyplot there is no window, and
+    nothing to close."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(1, columns)
+
+
+def png(figure):
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
+    return out.getvalue()
+
+
+def draw_confusion(result):
+    counts = np.array(result["confusion_matrix"])  # rows: true
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axis = new_figure(5.2, 4.6)
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(counts):
+        color = "white" if shares[i, j] > 0.5 else "black"
+        axis.text(j, i, f"{count}\n{shares[i, j]:.0%}", ha="center", va="center", color=color)
+    axis.set(
+        xlabel="predicted",
+        ylabel="true",
+        title=f"{result['split']}: participants, share of the row",
+    )
+    axis.set_xticks(range(len(counts)), CLASS_NAMES, rotation=20)
+    axis.set_yticks(range(len(counts)), CLASS_NAMES)
+    figure.colorbar(image, fraction=0.046)
+    return figure
+
+
+def draw_roc(result, y_true, p):
+    from sklearn.metrics import roc_curve
+
+    figure, axis = new_figure(4.8, 4.6)
+    for k, name in enumerate(CLASS_NAMES):
+        auroc = result["auroc_per_class"][k]
+        if auroc is not None:
+            axis.plot(*roc_curve(y_true == k, p[:, k])[:2], label=f"{name}: {auroc:.3f}")
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    axis.set(
+        xlabel="false positives, share of the other classes",
+        ylabel="true positives, share of the class",
+        title=f"{result['split']}: ROC, each class against the rest",
+    )
+    axis.legend(frameon=False, title="AUROC", loc="lower right")
+    return figure
+
+
+def draw_reliability(result):
+    figure, axis = new_figure(4.8, 4.6)
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    curves = {"as predicted": result["reliability"]}
+    if "calibrated" in result:
+        curves[f"temperature {result['temperature']:.2f}"] = result["calibrated"]["reliability"]
+    for color, (label, bins) in zip(("C0", "C1"), curves.items()):
+        points = [[b[name] for b in bins] for name in ("confidence", "accuracy")]
+        axis.plot(*points, color=color, linewidth=1)
+        axis.scatter(
+            *points, s=[8 + 4 * b["count"] for b in bins], color=color, alpha=0.6, label=label
+        )
+    axis.set(
+        xlim=(0, 1.03),
+        ylim=(-0.03, 1.03),
+        xlabel="probability of the answer",
+        ylabel="share of right answers",
+        title=f"{result['split']}: reliability (area: participants)",
+    )
+    for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
+        handle.set_sizes([30])
+    return figure
+
+
+def draw_training(epochs, best_epoch, marker):
+    """Loss and balanced accuracy over the epochs, of the records of metrics.jsonl."""
+    numbers = [e["epoch"] for e in epochs]
+    figure, axes = new_figure(9, 3.4, columns=2)
+    for axis, name in zip(axes, ("loss", "balanced_accuracy")):
+        for part in ("train", "val"):
+            axis.plot(numbers, [e[f"{part}/{name}"] for e in epochs], label=part, marker=marker)
+        axis.axvline(
+            best_epoch, color="grey", linewidth=0.8, linestyle="--", label="best checkpoint"
+        )
+        axis.set(xlabel="epoch", title=name.replace("_", " "))
+    axes[1].axhline(
+        1 / len(CLASS_NAMES), color="grey", linewidth=0.8, linestyle=":", label="one class for all"
+    )
+    axes[1].legend(frameon=False)
+    return figure
+
+
+def draw_shares(epochs, marker):
+    """How often each class is answered on validation over the epochs: a collapse is seen here."""
+    figure, axis = new_figure(9, 3)
+    for k, name in enumerate(CLASS_NAMES):
+        shares = [e[f"val/predicted_share_{k}"] for e in epochs]
+        axis.plot([e["epoch"] for e in epochs], shares, label=name, marker=marker)
+    title = "validation: share of the participants that each class is answered for"
+    axis.set(xlabel="epoch", ylim=(-0.03, 1.03), title=title)
+    axis.legend(frameon=False, ncols=len(CLASS_NAMES))
+    return figure
+
+
+def draw_leaderboard(results):
+    """results {name: result}: balanced accuracy with its interval, on each run's chance band."""
+    figure, axis = new_figure(7, 1.2 + 0.4 * len(results))
+    for n, r in enumerate(results.values()):
+        low, high = r["chance_band"]
+        axis.barh(n, high - low, left=low, color="0.88", height=0.8)
+        axis.plot(r["ci95"]["balanced_accuracy"], [n, n], color="C0", linewidth=2)
+        axis.plot(r["balanced_accuracy"], n, "o", color="C0")
+    axis.set(xlabel="balanced accuracy", xlim=(0, 1))
+    axis.set_yticks(range(len(results)), list(results))
+    axis.invert_yaxis()
+    return figure
+
+
+def write_plots(folder, result, y_true, p):
+    """plots/: confusion matrix, ROC and reliability of the split; and the course of training, where
+    the folder has a metrics.jsonl. y_true (n,) and p (n, K): of the participants."""
+    folder, split = pathlib.Path(folder), result["split"]
+    figures = {
+        f"confusion_{split}": draw_confusion(result),
+        f"roc_{split}": draw_roc(result, y_true, p),
+        f"reliability_{split}": draw_reliability(result),
+    }
+    history = folder / "metrics.jsonl"
+    if history.exists():
+        epochs = [json.loads(line) for line in history.read_bytes().splitlines()]
+        marker = "o" if len(epochs) == 1 else None  # a line of one point would not be seen
+        figures["training"] = draw_training(epochs, result["epoch"], marker)
+        figures["shares"] = draw_shares(epochs, marker)
+    for name, figure in figures.items():
+        files.write(folder / "plots" / f"{name}.png", png(figure))
+
+
+# -------------------------------------------------------------------------------------------- pages
+
+
+def render(template, **values):
+    """A page of templates/. A value that is missing raises an error, and every text is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(values, report=sys.modules[__name__])
+
+
+def in_base64(image):
+    return base64.b64encode(image).decode()
+
+
+def write_report(folder):
+    """report.html: every eval_SPLIT.json of the folder with its plots, the course of training, the
+    ledger and the provenance."""
+    folder = pathlib.Path(folder)
+    results = read_json(folder / "eval_test.json", folder / "eval_val.json")
+    # Results of last.pt are in a folder of their own, below the run's.
+    found = read_json(folder / "provenance.json", folder.parent / "provenance.json")
+    provenance = found[0] if found else {}
+    for result in results:
+        for name in ("checkpoint_sha256", "labels_sha256", "predictions_sha256"):
+            provenance[f"{name} of {result['split']}"] = result[name]
+    page = render(
+        "report.html",
+        title=results[-1]["run"],
+        results=results,
+        pictures={p.stem: in_base64(p.read_bytes()) for p in folder.glob("plots/*.png")},
+        ledger=files.read_csv(folder / "ledger.csv"),
+        provenance=[
+            (name, value if isinstance(value, str) else json.dumps(value))
+            for name, value in provenance.items()
+        ],
+    )
+    files.write(folder / "report.html", page)
+
+
+def read_json(*paths):
+    """The content of those of the files that exist."""
+    return [json.loads(path.read_bytes()) for path in paths if path.exists()]
+
+
+def leaderboard_page(title, about, results, table, notes, pairs):
+    """Text of leaderboard.html.
+
+    about: two sentences; results {name: result} and table (header, rows): the best first; notes:
+    texts; pairs: what metrics.compare_all says.
+    """
+    return render(
+        "leaderboard.html",
+        title=title,
+        about=about,
+        runs=table,
+        picture=in_base64(png(draw_leaderboard(results))),
+        notes=notes,
+        pairs=pair_table(pairs),
+    )

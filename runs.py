@@ -1,0 +1,460 @@
+"""A run's folder: what a run is known by, how it is saved, resumed and opened again; and its W&B
+run.
+
+    check_folder(cfg)                              # before anything is computed: may results go
+    there? run = start(cfg, book, encoder, train, val)    # W&B; with train.resume=auto, what an
+    earlier run left run.prepare()                                  # remove an earlier run's
+    results, write provenance, config, ledger run.save_best(...); run.save_last(...)         # whole
+    or not at all run.finish()                                   # W&B's summary opened =
+    open_checkpoint("runs/cls_demo")      # -> its content, configuration, path, folder
+
+Rank 0 alone writes; on other ranks these functions write nothing. docs/run_folder.md lists the
+files.
+"""
+
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+
+import torch
+import yaml
+
+import b2
+import config
+import device
+import files
+import ledger
+import tracking
+from progress import epoch_lines, epoch_record
+
+BEST, LAST = "best_checkpoint_during_training.pt", "last.pt"
+# where a run cannot be resumed
+INSTEAD = "set train.resume=never to replace the run, or paths.run_dir to another one"
+# Keys whose change does not change what a run computes: they may differ when it is resumed.
+HARMLESS = (
+    *(
+        "paths.",
+        "log.",
+        "device.",
+        "demo.",
+        "project_name",
+        "train.resume",
+        "train.save_every",
+        "train.micro_batch",
+    ),
+    *(
+        "train.activation_checkpointing",
+        "data.num_workers",
+        "data.prefetch",
+        "data.cache_gb",
+        "data.fetch_deadline",
+    ),
+    "data.max_missing",
+)
+# Keys of data: that may differ when it is scored.
+CHANGEABLE = ("max_missing", "num_workers", "prefetch", "cache_gb", "fetch_deadline")
+
+
+def check_folder(cfg):
+    """The run's folder. ValueError when results must not or cannot go there."""
+    folder = files.local_folder(cfg.paths.run_dir, "paths.run_dir")
+    inside = set(os.listdir(folder)) - {"wandb"} if os.path.isdir(folder) else set()
+    if (
+        os.path.exists(folder)
+        and not os.path.isdir(folder)
+        or inside
+        and "provenance.json" not in inside
+    ):
+        raise ValueError(
+            f"paths.run_dir={folder} is not a run's folder and not empty; set paths.run_dir to "
+            "another one"
+        )
+    checkpoint = os.path.realpath(os.path.expanduser(cfg.paths.checkpoint_path))
+    if not b2.is_remote(cfg.paths.checkpoint_path) and checkpoint.startswith(
+        os.path.realpath(folder) + os.sep
+    ):
+        raise ValueError(
+            f"paths.checkpoint_path={cfg.paths.checkpoint_path} lies in paths.run_dir={folder}, "
+            "where an earlier run is replaced; set paths.run_dir to another one"
+        )
+    return folder
+
+
+@dataclass
+class Run:
+    """A run in training. identity: what it is known by, in every checkpoint; earlier: the last.pt
+    that it goes on from, None for a new run."""
+
+    folder: str
+    cfg: object
+    book: ledger.Ledger
+    identity: dict
+    dev: torch.device
+    wandb: object
+    earlier: dict
+
+    def write(self, name, content):
+        if device.rank() == 0:
+            files.write(os.path.join(self.folder, name), content)
+
+    def save(self, name, content):
+        """A checkpoint: the run's identity and content, with all tensors on the CPU."""
+        whole = device.to_host({**self.identity, **content})
+        self.write(name, lambda file: torch.save(whole, file))
+
+    def prepare(self):
+        """Write what this run is. An earlier run's results go, unless this one goes on from it."""
+        if device.rank():
+            return
+        files.remove_abandoned(self.folder, 0)
+        if self.earlier:
+            path = os.path.join(self.folder, "provenance.json")
+            with open(path, encoding="utf-8") as f:
+                provenance = json.load(f)
+            after = {"after_epoch": self.earlier["epoch"], "after_step": self.earlier["step"]}
+            provenance.setdefault("resumed", []).append(after | where_it_runs(self.dev))
+        else:
+            names = BEST, LAST, "metrics.jsonl", "predictions_val.csv", "sweep.csv", "cv.csv"
+            if remove(self.folder, [*names, "predictions_cv.csv", "config.yaml", "ledger.csv"]):
+                print(f"{self.folder}: replacing an earlier run")
+            remove_evaluations(self.folder)
+            provenance = provenance_of(self)
+        # first, for a run's folder is known by it
+        self.write("provenance.json", json.dumps(provenance, indent=1) + "\n")
+        if not self.earlier:
+            self.write("config.yaml", yaml.safe_dump(config.to_dict(self.cfg), sort_keys=False))
+            self.write("ledger.csv", files.csv_text(ledger.rows_for_csv(self.book)))
+
+    def save_best(self, record, predictions, content):
+        """The best checkpoint, with the record of its epoch and its Predictions of validation."""
+        if device.rank() == 0:
+            remove_evaluations(self.folder)  # of the best before
+        self.save(BEST, {"epoch": record["epoch"], **content, **scores_of(record, predictions)})
+        self.write("predictions_val.csv", predictions_csv(predictions))
+
+    def write_history(self, history):
+        self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+    # A run with a single head is saved as it goes:
+
+    def begin(self, bank, module, optimizer, progress):
+        """Go on from last.pt where there is one, and prepare the folder. module: None if frozen."""
+        self.bank, self.module, self.optimizer = bank, module, optimizer.adamw
+        self.progress = progress
+        if self.earlier:
+            try:
+                bank.load_state_dict(self.earlier["head"])
+                if "encoder" in self.earlier:
+                    module.load_state_dict(self.earlier["encoder"])
+                self.optimizer.load_state_dict(self.earlier["optimizer"])
+            except (RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"{self.folder}: last.pt does not fit this model: {reason}; {INSTEAD}"
+                ) from error
+            vars(progress).update(self.earlier["progress"])
+            print(f"resuming after {self.position()} of {self.folder}")
+        positions = device.gather([progress.epoch, progress.step], self.dev)
+        if any(position != positions[0] for position in positions):
+            raise ValueError(
+                f"the replicas would go on after [epoch, step] {positions}: every host needs the "
+                f"same {os.path.join(self.folder, LAST)}; copy that of host 0"
+            )
+        self.prepare()
+        self.write_history(progress.history)
+        self.stopping = device.sigterm()
+        weights = [round(w, 3) for w in bank.class_weights[0].tolist()]
+        for name, part in (("head", bank), ("encoder", module)):
+            if part:
+                print(f"{name}: {sum(p.numel() for p in part.parameters())} parameters train")
+        print(f"class weights {weights}")
+
+    def position(self):
+        epoch, step = self.progress.epoch, self.progress.step
+        is_whole = step == self.progress.steps_per_epoch
+        return f"epoch {epoch}" if is_whole else f"step {step} of epoch {epoch}"
+
+    def is_due(self, step):
+        """Is last.pt to be written after this step, by train.save_every or because of SIGTERM?"""
+        is_due = self.cfg.train.save_every and step % self.cfg.train.save_every == 0
+        if device.world() == 1 or step % 10 == 0:  # asking each other costs the replicas time
+            is_due = device.any_replica(self.stopping.is_set(), self.dev) or is_due
+        return is_due
+
+    def save_within(self, so_far):
+        """Save within an epoch: what Epoch.summed gives."""
+        self.check_finite(torch.isfinite(so_far["losses"] + so_far["norms"]).all())
+        self.save_last({"so_far": so_far})
+
+    def save_epoch(self, epoch, train):
+        """Save, log and print an Epoch; best first, so that last.pt knows of no best that is not
+        on the disk. train: its Features."""
+        self.check_finite(epoch.is_finite().all())
+        record = epoch_record(train, epoch, 0, self.bank.settings[0])
+        record["train/lr_encoder"] *= self.cfg.train.lr_encoder
+        self.progress.history.append(record)
+        predictions = epoch.predictions.of_head(0)
+        if record["best"]:
+            self.save_best(record, predictions, self.weights())
+        self.write_history(self.progress.history)
+        self.wandb.log(record)
+        print(epoch_lines(record, self.cfg.train.epochs))
+        self.save_last(scores_of(record, predictions))
+
+    def check_finite(self, is_finite):
+        """ValueError before weights that are no numbers any more are saved."""
+        if not is_finite:
+            raise ValueError(
+                f"train loss, gradient or prediction is not finite in epoch {self.progress.epoch}; "
+                f"lower train.lr_head={self.cfg.train.lr_head} or "
+                f"train.lr_encoder={self.cfg.train.lr_encoder}, or look at train.class_weights"
+            )
+
+    def weights(self):
+        """The head, and the encoder once it trains, as a checkpoint holds them."""
+        trains = self.module and any(p.requires_grad for p in self.module.parameters())
+        return {"head": self.bank.state_dict()} | (
+            {"encoder": self.module.state_dict()} if trains else {}
+        )
+
+    def save_last(self, content):
+        """All that resuming needs. Ends the process where SIGTERM has come to any replica."""
+        progress = self.progress
+        content |= {"epoch": progress.epoch, "step": progress.step, "progress": vars(progress)}
+        content |= {"wandb": self.wandb.id, "optimizer": self.optimizer.state_dict()}
+        self.save(LAST, self.weights() | content)
+        if device.any_replica(self.stopping.is_set(), self.dev):
+            print(
+                f"stopped by SIGTERM after {self.position()}; train.resume=auto goes on from there"
+            )
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def finish(self):
+        """What ends every run: what was left out, what is best, and W&B's summary."""
+        if self.book.unreadable:
+            print(
+                f"{len(self.book.unreadable)} volumes could not be read and were left out "
+                f"(data.max_missing={self.cfg.data.max_missing})\n"
+                f"{ledger.unreadable_table(self.book)}"
+            )
+        if self.cfg.log.wandb != "disabled" and device.rank() == 0:
+            saved = read_saved(os.path.join(self.folder, BEST), {"val_predictions"})
+            tracking.finish(self.wandb, saved, ledger.rows_for_csv(self.book))
+        device.barrier(self.dev)  # nobody ends before rank 0 has written all
+
+
+def start(cfg, book, encoder, train, val, dev, needed):
+    """The Run, nothing written yet. ValueError where train.resume=auto finds a run that this one
+    would not go on with, or that lacks what is `needed`."""
+    folder = check_folder(cfg)
+    identity = {
+        "config": config.to_dict(cfg),
+        "encoder_sha256": encoder.sha256,
+        "labels_sha256": book.sha256[ledger.LABELS],
+        "manifest_sha256": book.sha256[ledger.MANIFEST],
+        "train_participants": list(train.participants),
+        "volumes": [len(train.samples), len(val.samples)],
+    }
+    earlier = resumable(folder, identity, needed) if cfg.train.resume == "auto" else None
+    wandb_run = tracking.start(cfg, folder, earlier and earlier["wandb"])
+    return Run(folder, cfg, book, identity, dev, wandb_run, earlier)
+
+
+def resumable(folder, identity, needed):
+    """The run's last.pt, None where there is none yet. ValueError when going on would not give that
+    run's result."""
+    path = os.path.join(folder, LAST)
+    if not os.path.exists(path):
+        return None
+    try:
+        earlier = read_saved(path, {*identity, *needed})
+    except ValueError as error:
+        raise ValueError(f"{error}; {INSTEAD}") from error
+    changed = changed_settings(earlier["config"], identity["config"])
+    changed += [
+        f"{what} is another"
+        for what in identity
+        if what != "config" and earlier[what] != identity[what]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run whose result this would change: {'; '.join(changed)}; set that "
+            f"back, or {INSTEAD}"
+        )
+    return earlier
+
+
+def changed_settings(old, new):
+    """Nested configurations -> ["key old -> new", ...] of the keys that change what a run
+    computes."""
+    old, new = config.flatten(old), config.flatten(new)
+    keys = [key for key in {**old, **new} if not key.startswith(HARMLESS)]
+    return [
+        f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)
+    ]
+
+
+def predictions_csv(predictions):
+    """Predictions -> CSV text."""
+    classes = [f"p{k}" for k in range(predictions.p.shape[1])]
+    rows = zip(predictions.ids, predictions.y_true.tolist(), predictions.p.tolist())
+    header = ["participant_id", "y_true", *classes]
+    return files.csv_text([header, *([i, y, *p] for i, y, p in rows)])
+
+
+def scores_of(record, predictions):
+    """What a checkpoint says of its epoch: its scores, and its answers on validation, to which
+    eval.py fits a temperature."""
+    return {
+        "val_balanced_accuracy": record["val/balanced_accuracy"],
+        "val_loss": record["val/loss"],
+        "train_balanced_accuracy": record["train/balanced_accuracy"],
+        "val_predictions": {
+            "participant_id": predictions.ids,
+            "y_true": predictions.y_true.tolist(),
+            "p": torch.from_numpy(predictions.p),
+        },
+    }
+
+
+def where_it_runs(dev):
+    command = shlex.join([os.path.basename(sys.executable), *sys.argv])
+    return {"command": command, "device": device.describe(dev), "world_size": device.world()}
+
+
+def provenance_of(run):
+    def git(*args):
+        if not shutil.which("git"):
+            return None
+        folder = os.path.dirname(os.path.abspath(__file__))
+        answer = subprocess.run(["git", *args], capture_output=True, text=True, cwd=folder)
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    packages = ("torch", "torch_xla", "numpy", "scikit-learn", "pydicom")
+    packages = [p for p in packages if any(importlib.metadata.distributions(name=p))]
+    return {
+        "git_commit": commit,
+        "git_changes": None if commit is None else bool(git("status", "--porcelain")),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{p: importlib.metadata.version(p) for p in packages},
+        },
+        **{
+            name: run.identity[name]
+            for name in ("encoder_sha256", "labels_sha256", "manifest_sha256")
+        },
+        "data": run.book.description,
+        "seed": run.cfg.seed,
+        **where_it_runs(run.dev),
+    }
+
+
+def remove(folder, names):
+    """Remove the files that are there -> their names."""
+    found = [name for name in names if os.path.exists(os.path.join(folder, name))]
+    for name in found:
+        os.remove(os.path.join(folder, name))
+    return found
+
+
+def remove_evaluations(folder):
+    """Remove what eval.py wrote of a checkpoint that is there no longer."""
+    names = ["report.html", "plots/training.png", "plots/shares.png", "predictions_test.csv"]
+    for split in ("val", "test"):
+        plots = (f"plots/{plot}_{split}.png" for plot in ("confusion", "roc", "reliability"))
+        names += [f"eval_{split}.json", *plots]
+    remove(folder, names)  # of the best; of last.pt, also what training writes of the best itself
+    remove(os.path.join(folder, "last"), [*names, "predictions_val.csv", "ledger.csv"])
+
+
+# ------------------------------------------------------------------------------------------------
+# opening a run again
+
+
+@dataclass
+class Opened:
+    """A checkpoint: its content, its configuration (with overrides), its path, and the folder for
+    results about it."""
+
+    saved: dict
+    cfg: object
+    path: str
+    folder: str
+
+
+def open_checkpoint(ckpt, overrides=()):
+    """A run's checkpoint, by the run's folder or the .pt file -> Opened. ValueError for what cannot
+    be scored."""
+    allowed = ("paths.", "device.", *(f"data.{key}=" for key in CHANGEABLE))
+    fixed = [override for override in overrides if not override.startswith(allowed)]
+    if fixed:
+        raise ValueError(
+            f"{fixed[0]} would score something else than what was trained; only paths.*, device.* "
+            "and "
+            f"{', '.join('data.' + key for key in CHANGEABLE)} can change now"
+        )
+    path = os.path.join(ckpt, BEST) if os.path.isdir(ckpt) else ckpt
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"--ckpt {ckpt}: {path} is not there; train first, or name a run folder or its {BEST}"
+        )
+    folder = os.path.dirname(os.path.abspath(path))
+    if (
+        os.path.basename(path) != BEST
+    ):  # last.pt, say: its results must not pass for those of the best checkpoint
+        folder = os.path.join(folder, os.path.splitext(os.path.basename(path))[0])
+    needed = {
+        "config",
+        "encoder_sha256",
+        "train_participants",
+        "labels_sha256",
+        "manifest_sha256",
+        "head",
+        "epoch",
+    }
+    saved = read_saved(path, needed)
+    return Opened(saved, config.resolve(saved["config"], overrides, path), path, folder)
+
+
+def read_saved(path, keys):
+    """What training saved, tensors mapped. ValueError when it is damaged (every byte is verified),
+    or lacks a key."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = sorted(keys - set(saved))
+        if missing:
+            raise KeyError(", ".join(missing))
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # torch, zip and pickle raise a dozen types for a file that is none of ours
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path} is not a checkpoint of this train.py: {reason}") from error
+    return saved
+
+
+def check_config(opened):
+    """ValueError when the run's config.yaml is not what its checkpoint was trained with."""
+    path = os.path.join(os.path.dirname(os.path.abspath(opened.path)), "config.yaml")
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as f:
+        written = config.parse(f.read(), path)
+    changed = changed_settings(opened.saved["config"], written if isinstance(written, dict) else {})
+    if changed:
+        raise ValueError(
+            f"{path} is not what this checkpoint was trained with: {'; '.join(changed[:5])}; "
+            "set that back, or train again"
+        )
