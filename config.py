@@ -11,23 +11,18 @@ or a value of the wrong type stops the run with a ValueError that names the key.
 """
 
 import difflib
+import math
 import os
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    StrictBool,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 DEFAULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "base.yaml")
 
-# ------------------------------------------------------------------- types: what a value may be
+
+# types: what a value may be
 
 
 def described(words, kind, *validators, **limits):
@@ -53,8 +48,7 @@ def integer(low, high=2**31):
 def number(low, below=None, most=None):
     """A number, or its text, since YAML reads 3e-4 as text."""
     words = f"a number >= {low:g}"
-    words += "" if below is None else f" and < {below:g}"
-    words += "" if most is None else f" and <= {most:g}"
+    words += (f" and < {below:g}" if below else "") + (f" and <= {most:g}" if most else "")
     limits = {"ge": low, "lt": below, "le": most, "allow_inf_nan": False}
     return described(words, float, BeforeValidator(not_boolean), **limits)
 
@@ -62,7 +56,7 @@ def number(low, below=None, most=None):
 def strength(most):
     """A switch with its strength: false, true (the usual strength) or a number."""
     kind = number(0, most=most)
-    return described(f"true, false or {words_of(kind)}", StrictBool | kind)
+    return described(f"true, false or {words_of(kind)}", boolean | kind)
 
 
 def optional(kind):
@@ -79,32 +73,30 @@ def choices(kind):
     return optional(described(words, list[kind], min_length=1))
 
 
+def exactly(count, kind):
+    return Annotated[list[kind], Field(min_length=count, max_length=count)]
+
+
 def different(values):
     if len(set(values)) < len(values):
         raise ValueError
     return values
 
 
-boolean = described("true or false", StrictBool)
+boolean = described("true or false", bool, strict=True)
 text = described(
     "a text, in quotes where YAML would read something else", str, strict=True, min_length=1
 )
 image_size = described(
     "[depth, height, width], three whole numbers > 0",
-    list[Annotated[int, Field(strict=True, gt=0)]],
-    min_length=3,
-    max_length=3,
+    exactly(3, Annotated[int, Field(strict=True, gt=0)]),
 )
-four_numbers = Annotated[list[number(0)], Field(min_length=4, max_length=4)]
 class_weights = described(
     "auto, effective, none or a list of 4 numbers >= 0",
-    Literal["auto", "effective", "none"] | four_numbers,
+    Literal["auto", "effective", "none"] | exactly(4, number(0)),
 )
-seeds = optional(
-    described(
-        "a list of different seeds", list[integer(0)], AfterValidator(different), min_length=1
-    )
-)
+different_seeds = Annotated[list[integer(0)], AfterValidator(different), Field(min_length=1)]
+seeds = optional(described("a list of different seeds", different_seeds))
 LOSSES = one_of("ce", "focal", "label_smoothing", "logit_adjustment", "balanced_softmax", "ordinal")
 
 KEYS = {
@@ -195,6 +187,7 @@ def check_together(cfg):
 
 
 def check_encoder(cfg, trains):
+    """When the encoder trains."""
     unfreeze = cfg.model.unfreeze_at_epoch
     if not cfg.model.freeze_encoder and unfreeze > 0:
         raise ValueError(
@@ -258,13 +251,13 @@ def check_reference(cfg):
 
 
 def check_augmentation(cfg, trains):
+    """Augmented views of a frozen encoder's volumes."""
     views, switches = cfg.data.augment_views, vars(cfg.data.augment)
     augments = any(switches.values())
     if not trains and augments and not views:
         raise ValueError(
             "data.augment asks for augmentation, data.augment_views=0 for none while the encoder "
-            "is frozen, and it always is; set data.augment_views=1 or more, or switch data.augment "
-            "off"
+            "is frozen, and it always is; set data.augment_views=1, or switch data.augment off"
         )
     if views > 1 and (not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch == 0):
         raise ValueError(
@@ -278,7 +271,48 @@ def check_augmentation(cfg, trains):
         )
 
 
-# ------------------------------------------------------------------------------ files and overrides
+def first_epoch_of_encoder(cfg):
+    """The epoch, counted from 1, from which on the encoder trains; infinity: never."""
+    if not cfg.model.freeze_encoder:
+        return 1
+    unfreeze = cfg.model.unfreeze_at_epoch
+    return unfreeze + 1 if unfreeze >= 0 else math.inf
+
+
+def trains_one_head(cfg):
+    """Is a single head trained, with or without the encoder? Else several, or a reference."""
+    swept = any(vars(cfg.train.sweep).values())
+    several = swept or cfg.train.seeds or cfg.data.cv or cfg.eval.floors
+    return cfg.model.head.kind == "network" and not several
+
+
+def doubts(cfg, num_volumes):
+    """Settings that are allowed and seldom meant."""
+    for part, first in (("head", 1), ("encoder", first_epoch_of_encoder(cfg))):
+        if first <= cfg.train.epochs <= cfg.train.warmup_epochs + first - 1:
+            epochs = f"all {cfg.train.epochs - first + 1} epochs of the {part}"
+            yield f"train.warmup_epochs={cfg.train.warmup_epochs} lasts {epochs}"
+    corrections = {
+        "data.sampler=stratified": cfg.data.sampler == "stratified",
+        f"train.class_weights={cfg.train.class_weights}": cfg.train.class_weights != "none",
+        f"train.loss={cfg.train.loss}": cfg.train.loss in ("logit_adjustment", "balanced_softmax"),
+    }
+    used = [name for name, is_used in corrections.items() if is_used]
+    if len(used) > 1:
+        yield (
+            f"{' and '.join(used)} correct the imbalance "
+            f"{'twice' if len(used) == 2 else 'three times'}; "
+            "keep one, and set the others to data.sampler=shuffle, train.class_weights=none, "
+            "train.loss=ce"
+        )
+    steps = math.ceil(num_volumes / cfg.data.batch_size) * cfg.train.epochs
+    starts_random = cfg.model.head.hidden or cfg.model.pool_method == "attentive"
+    if cfg.model.head.kind == "network" and starts_random and steps < 500:
+        yield (
+            f"data.batch_size={cfg.data.batch_size} makes {steps} steps in all, few for a head "
+            "that starts knowing nothing; "
+            "lower it"
+        )
 
 
 def flatten(tree, prefix=""):
@@ -297,15 +331,15 @@ def flatten(tree, prefix=""):
 
 
 def nest(flat):
-    """{"section.key": value} -> nested dict."""
-    tree = {}
+    """{"section.key": value} -> namespace of values and namespaces."""
+    cfg = SimpleNamespace()
     for name, value in flat.items():
         *sections, key = name.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = value
-    return tree
+        section = cfg
+        for part in sections:
+            section = vars(section).setdefault(part, SimpleNamespace())
+        setattr(section, key, value)
+    return cfg
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -333,13 +367,10 @@ def check_known(name, where):
     if name in KEYS:
         return
     if name in SECTIONS:
-        raise ValueError(
-            f"{where}: '{name}' is a section; give its keys, such as "
-            f"{next(key for key in KEYS if key.startswith(name + '.'))}"
-        )
-    same_leaf = [
-        key for key in KEYS if key.split(".")[-1] == name.split(".")[-1]
-    ]  # a right name in the wrong section
+        example = next(key for key in KEYS if key.startswith(name + "."))
+        raise ValueError(f"{where}: '{name}' is a section; give its keys, such as {example}")
+    leaf = name.split(".")[-1]
+    same_leaf = [key for key in KEYS if key.split(".")[-1] == leaf]  # in another section
     nearest = same_leaf or difflib.get_close_matches(name, KEYS, n=1, cutoff=0)
     raise ValueError(f"{where}: unknown key '{name}'; did you mean '{nearest[0]}'?")
 
@@ -378,8 +409,8 @@ def read(path, children=(), overlay=None):
 
 
 def load(path, overrides=()):
-    """Configuration file and "section.key=value" overrides -> checked namespace of every key, nested
-    by section. What neither gives is as in configs/base.yaml.
+    """Configuration file and "section.key=value" overrides -> checked namespace of every key.
+    What neither gives is as in configs/base.yaml.
 
     path: one file, or a list of files, of which a later one lies over the earlier ones.
     """
@@ -393,7 +424,7 @@ def load(path, overrides=()):
 def resolve(tree, overrides, where):
     """Nested or flat dict and overrides -> checked namespace. where: the dict's origin, for
     messages."""
-    flat = {**read(DEFAULTS), **known_values(tree, where)}
+    flat, checked = read(DEFAULTS) | known_values(tree, where), {}
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
@@ -405,18 +436,12 @@ def resolve(tree, overrides, where):
         flat[name] = value if KEYS[name] is text else parse(value, f"command line: {name}")
     for name, kind in KEYS.items():
         try:
-            flat[name] = TypeAdapter(kind).validate_python(flat[name])
+            checked[name] = TypeAdapter(kind).validate_python(flat[name])
         except ValidationError:
             raise ValueError(f"{name} must be {words_of(kind)}; got {flat[name]!r}") from None
-    cfg = to_namespace(nest({name: flat[name] for name in KEYS}))
+    cfg = nest(checked)
     check_together(cfg)
     return cfg
-
-
-def to_namespace(tree):
-    return SimpleNamespace(
-        **{k: to_namespace(v) if isinstance(v, dict) else v for k, v in tree.items()}
-    )
 
 
 def to_dict(cfg):

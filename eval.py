@@ -27,6 +27,7 @@ import heads
 import ledger
 import metrics
 import model
+import references
 import report
 import runs
 
@@ -107,7 +108,7 @@ def load_model(opened):
         if "encoder" in saved:  # fine-tuned
             encoder.module.load_state_dict(saved["encoder"], strict=True)
             encoder.sha256 = model.weights_hash(encoder.module)
-        banks = [heads.load(repeat["head"], cfg) for repeat in saved.get("repeats", [saved])]
+        banks = [references.load(repeat["head"], cfg) for repeat in saved.get("repeats", [saved])]
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{opened.path}: not loaded: {reason}") from error
@@ -188,7 +189,7 @@ def score_floors(opened, book, found, encoder, dev, predictions):
         if name == "random encoder":
             other = features.random_encoder(encoder, cfg.seed)
             x = features.encode(cfg, book, found.samples, other, dev, again=True).x
-        p = heads.by_participant(found.samples, heads.predict(heads.load(state, cfg), x)[0]).p
+        p = heads.by_participant(found.samples, heads.predict(references.load(state, cfg), x)[0]).p
         scores = metrics.score_with_intervals(y_true, p, len(ledger.CLASSES), ids)
         pair = metrics.compare(y_true, predictions.p, p, ids)
         floors[name] = {

@@ -1,9 +1,9 @@
 """The encoder of the config -> features of every volume, each computed once and kept.
 
-    encoder = open_encoder(cfg)                                    # checked against the config
-    found = encode(cfg, book, book.of("train"), encoder, dev)      # Features: samples, and x
-    (volumes, C) x = encode_now(cfg, samples, encoder, dev, "validation")       # by an encoder that
-    trains: nothing is kept
+    encoder = open_encoder(cfg)                                 # checked against the config
+    found = encode(cfg, book, book.of("test"), encoder, dev)    # Features: samples, x (volumes, C)
+    train, val = encode_for_training(cfg, book, encoder, dev)   # with augmented views, if asked for
+    x = encode_now(cfg, samples, encoder, dev, "validation")    # while it trains: nothing is kept
 
 For an attentive head a volume's feature is its tokens (T, C) on model.token_grid, in place of their
 mean (C,).
@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import b2
+import config
 import data
 import device
 import files
@@ -222,6 +223,22 @@ def encode(cfg, book, samples, encoder, dev, view=0, again=False):
         + (f", {len(reason_of)} unreadable" if reason_of else "")
     )
     return Features([samples[i] for i in rest], x[rest])
+
+
+def encode_for_training(cfg, book, encoder, dev):
+    """The Features of train and of val. Train's have augmented views where the config asks for
+    them; for data.cv, which trains on both, so have val's."""
+    found = encode(cfg, book, book.of("train") + book.of("val"), encoder, dev)
+    train, val = (
+        [i for i, s in enumerate(found.samples) if s.split == n] for n in ("train", "val")
+    )
+    parts = [found] if cfg.data.cv else [found.rows(train), found.rows(val)]
+    views, augmented = [parts[0].x], parts[0].samples
+    if data.strengths(cfg) and config.first_epoch_of_encoder(cfg) > 1:
+        for view in range(1, 1 + cfg.data.augment_views):
+            views.append(encode(cfg, book, augmented, encoder, dev, view, again=True).x)
+    parts[0] = Features(augmented, parts[0].x, torch.stack(views, dim=1))
+    return [parts[0].rows(train), parts[0].rows(val)] if cfg.data.cv else parts
 
 
 def encode_now(cfg, samples, encoder, dev, desc):

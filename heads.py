@@ -1,21 +1,20 @@
-"""Heads on an encoder's features: a bank of G heads that train together, references, and what they
-predict.
+"""Heads on an encoder's features: a bank of G heads that train together, and what they predict.
 
-    bank = Heads(C, num_classes=4, settings=[{...}, ...])   # parameters stacked, (G, ...)
-    logits = bank(features)                                 # (B, C) -> (G, B, 4); tokens (B, T, C)
-    where attentive bank = start(cfg, seed, train)                          # as training begins:
-    closed-form solution, losses, class weights bank = fit_references(cfg, train)
-    # logistic regression or kNN, one for each C or k p = predict(bank, x)
-    # (G, n, num_classes) by_participant(samples, p[0])                           # averaged over a
-    participant's volumes
+    bank = start(cfg, seed, train, 4)           # Heads as training begins: a closed-form solution
+    logits = bank(features)                     # (B, C), or tokens (B, T, C) -> (G, B, 4)
+    optimizer = Optimizer(cfg, bank, encoder)   # AdamW with G learning rates and weight decays
+    p = predict(bank, x)                        # (G, volumes, 4)
+    by_participant(samples, p)                  # averaged over the volumes of a participant
 
 A plain probe and fine-tuning are G = 1; a sweep has a head for every combination of settings. Each
-head becomes what it would alone. Needs torch, and scikit-learn for logistic regression.
+head becomes what it would be alone. To write another head, change Heads: whatever maps x to
+(G, B, num_classes) and stacks its parameters (G, ...) trains, is saved and is scored. Needs torch
+alone.
 """
 
+import functools
 import itertools
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import device
 import losses
 import model
-
-STRENGTHS = np.logspace(-6, 5, 45)  # C of logistic regression: what DINOv2's evaluation tries
-# k of kNN; more neighbours would outnumber the 58 participants of AI-READI's rarest class
-NEIGHBOURS = (1, 3, 5, 10, 20, 30, 50)
 
 
 class Heads(nn.Module):
@@ -61,16 +55,12 @@ class Heads(nn.Module):
         if attentive:  # (G, C / 64, C); zeros weight all tokens alike
             self.query = stacked(torch.zeros(dim // model.HEAD_DIM, dim))
         if hidden:
-            self.hidden_weight, self.hidden_bias = (
-                stacked(layers[0].weight),
-                stacked(layers[0].bias),
-            )
-        self.weight, self.bias = stacked(layers[-1].weight), stacked(layers[-1].bias)
+            self.hidden_weight, self.hidden_bias = map(stacked, layers[0].parameters())
+        self.weight, self.bias = map(stacked, layers[-1].parameters())
 
     def features(self, x):
         """What the last layer sees: (B, C), the same for every head, or (G, B, hidden or C)."""
-        # The training features' statistics; linear probes need it (MAE: BatchNorm without affine,
-        # eps 1e-6).
+        # linear probes need the training features' statistics (MAE: BatchNorm without affine)
         x = (x - self.mean) / self.std
         if self.query is not None:
             x = attentive_pool(x, self.query)  # (B, T, C) -> (G, B, C)
@@ -94,9 +84,8 @@ class Heads(nn.Module):
         parts = []
         for name, heads in equal_runs([h["loss"] for h in self.settings]):
             some = logits[heads]  # (g, B, num_classes)
-            rows = losses.LOSSES[name](
-                some.flatten(0, 1), targets.repeat(len(some)), self.drawn_log_prior
-            )
+            targets_of_all = targets.repeat(len(some))  # (g * B,)
+            rows = losses.LOSSES[name](some.flatten(0, 1), targets_of_all, self.drawn_log_prior)
             parts.append(rows.view(len(some), -1))
         return torch.cat(parts)
 
@@ -110,22 +99,16 @@ class Heads(nn.Module):
 
     def one(self, g):
         """State of head g alone, as a checkpoint holds it."""
-        shared = ("mean", "std")
-        return {
-            name: v.clone() if name in shared else v[g : g + 1].clone()
-            for name, v in self.state_dict().items()
-        }
+        state = {name: v[g : g + 1].clone() for name, v in self.state_dict().items()}
+        return state | {"mean": self.mean, "std": self.std}  # these are the same for all heads
 
 
 def linear(x, weight, bias):
     """x (B, C), the same for every head, or (G, B, C); weight (G, out, C), bias (G, out) -> (G, B,
     out)."""
     if x.ndim == 2:  # one matrix product for all heads
-        return (
-            F.linear(x, weight.flatten(0, 1), bias.flatten())
-            .unflatten(1, bias.shape)
-            .transpose(0, 1)
-        )
+        x = F.linear(x, weight.flatten(0, 1), bias.flatten())  # (B, G * out)
+        return x.unflatten(1, bias.shape).transpose(0, 1)
     return torch.baddbmm(bias[:, None], x, weight.mT)
 
 
@@ -139,9 +122,8 @@ def attentive_pool(x, query):
     """
     weights = torch.einsum("btc,ghc->gbht", x, query / model.HEAD_DIM**0.5).softmax(dim=-1)
     values = x.unflatten(2, (-1, model.HEAD_DIM))  # (B, T, C) -> (B, T, heads, 64)
-    return torch.einsum("gbht,bthk->gbhk", weights, values).flatten(
-        -2
-    )  # (G, B, heads, 64) -> (G, B, C)
+    pooled = torch.einsum("gbht,bthk->gbhk", weights, values)  # (G, B, heads, 64)
+    return pooled.flatten(-2)  # (G, B, C)
 
 
 def equal_runs(values):
@@ -159,21 +141,21 @@ def ordinal(weight):
     return rank * (rank * weight).sum(dim=-2, keepdim=True)
 
 
-# ------------------------------------------------------------------------------------------- where
-# training starts
+# ------------------------------------------------------------------------- where training starts
 
 
 def settings_of(cfg):
     """train.sweep -> the settings of every head: all combinations, and what is not swept as the
     config has it."""
-    tried = {
-        "loss": cfg.train.sweep.loss or [cfg.train.loss],
-        "ordinal": cfg.train.sweep.ordinal or [cfg.model.head.ordinal],
-        "class_weights": cfg.train.sweep.class_weights or [cfg.train.class_weights],
-        "lr_head": cfg.train.sweep.lr_head or [cfg.train.lr_head],
-        "weight_decay": cfg.train.sweep.weight_decay or [cfg.train.weight_decay],
-    }
-    return [dict(zip(tried, values)) for values in itertools.product(*tried.values())]
+    names = "loss", "ordinal", "class_weights", "lr_head", "weight_decay"
+    given = vars(cfg.train) | vars(cfg.model.head)
+    tried = [getattr(cfg.train.sweep, name) or [given[name]] for name in names]
+    return [dict(zip(names, values)) for values in itertools.product(*tried)]
+
+
+def statistics(rows):
+    """Mean and standard deviation (C,) of features (n, C), by which a head standardises them."""
+    return rows.mean(dim=0), (rows.var(dim=0, unbiased=False) + 1e-6).sqrt()
 
 
 def start(cfg, seed, train, num_classes):
@@ -183,14 +165,11 @@ def start(cfg, seed, train, num_classes):
     bank.class_weights (G, num_classes) and bank.drawn_log_prior (num_classes,), what the losses
     need, are not saved.
     """
-    torch.manual_seed(
-        seed
-    )  # here, for loading volumes draws random numbers and a full cache would not
+    # here, for loading volumes draws random numbers, and a full cache would not
+    torch.manual_seed(seed)
     bank = new_heads(cfg, num_classes, settings_of(cfg))
-    rows = train.views.flatten(0, -2)  # (volumes, views, C) or (volumes, views, T, C) -> (rows, C)
-    bank.mean.copy_(rows.mean(dim=0))
-    bank.std.copy_((rows.var(dim=0, unbiased=False) + 1e-6).sqrt())
-
+    # (volumes, views, C) or (volumes, views, T, C) -> (rows, C)
+    bank.mean, bank.std = statistics(train.views.flatten(0, -2))
     people = list(train.participants.values())
     weights = [losses.class_weights(people, num_classes, h["class_weights"]) for h in bank.settings]
     counts = train.labels.bincount(minlength=num_classes)
@@ -199,12 +178,9 @@ def start(cfg, seed, train, num_classes):
     bank.register_buffer("drawn_log_prior", (counts / counts.sum()).log(), persistent=False)
 
     with torch.no_grad():
-        solutions = {
-            kind: last_layer(bank, train, kind) for kind in {h["ordinal"] for h in bank.settings}
-        }
+        solution = functools.cache(lambda is_ordinal: last_layer(bank, train, is_ordinal))
         for g, h in enumerate(bank.settings):
-            weight, bias = solutions[h["ordinal"]]
-            bank.weight[g] = weight
+            bank.weight[g], bias = solution(h["ordinal"])
             bank.bias[g] = bias + best_constant(bank.drawn_log_prior, weights[g], h["loss"])
             if h["loss"] == "logit_adjustment":
                 bank.log_prior[g] = bank.drawn_log_prior
@@ -212,15 +188,9 @@ def start(cfg, seed, train, num_classes):
 
 
 def new_heads(cfg, num_classes, settings=({},)):
-    attentive = cfg.model.pool_method == "attentive"
-    return Heads(
-        cfg.model.emb_dim,
-        num_classes,
-        settings,
-        cfg.model.head.hidden,
-        cfg.model.head.dropout,
-        attentive,
-    )
+    head, attentive = cfg.model.head, cfg.model.pool_method == "attentive"
+    width = cfg.model.emb_dim
+    return Heads(width, num_classes, settings, head.hidden, head.dropout, attentive)
 
 
 def last_layer(bank, train, is_ordinal):
@@ -231,22 +201,14 @@ def last_layer(bank, train, is_ordinal):
     """
     if bank.hidden_weight is not None:
         return (ordinal(bank.weight[0]) if is_ordinal else bank.weight[0]), bank.bias[0]
-    x = (
-        train.views.flatten(0, 1) - bank.mean
-    ) / bank.std  # (volumes * views, C) or (volumes * views, T, C)
+    views, num_classes = train.views.shape[1], bank.weight.shape[1]
+    x = (train.views.flatten(0, 1) - bank.mean) / bank.std  # (volumes * views, C) or (..., T, C)
     if bank.query is not None:
         x = x.mean(dim=1)  # what queries of zero pool: (volumes * views, C)
     number_of = {participant: n for n, participant in enumerate(train.participants)}
     participants = torch.tensor([number_of[s.participant_id] for s in train.samples])
-    views = train.views.shape[1]
-    num_classes = bank.weight.shape[1]
-    return discriminant(
-        x,
-        train.labels.repeat_interleave(views),
-        participants.repeat_interleave(views),
-        num_classes,
-        is_ordinal,
-    )
+    labels, participants = (v.repeat_interleave(views) for v in (train.labels, participants))
+    return discriminant(x, labels, participants, num_classes, is_ordinal)
 
 
 def best_constant(log_prior, class_weights, loss):
@@ -276,19 +238,17 @@ def discriminant(x, labels, participants, num_classes, is_ordinal):
     values, axes = torch.linalg.eigh((x - centre).T @ (x - centre))  # principal axes (C, C)
     x = (x - centre) @ axes
     rows = torch.argsort(participants, stable=True).split(participants.bincount().tolist())
-    rows = torch.nn.utils.rnn.pad_sequence(
-        rows, batch_first=True, padding_value=-1
-    )  # (participants, volumes)
+    # (participants, volumes), padded with -1
+    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     own = x[rows] * (rows >= 0)[..., None]  # (participants, volumes, C)
+    identity = torch.eye(rows.shape[1], dtype=torch.float64)
     best = None
     for penalty in values.mean().clamp(min=1e-12) * torch.logspace(-4, 4, 17, dtype=torch.float64):
         shrunk = 1 / (values + penalty)
         coefficients = shrunk[:, None] * (x.T @ target)  # (C, d)
         residual = (target - x @ coefficients)[rows] * (rows >= 0)[..., None]
         # (participants, volumes, d): exact, without a refit
-        left_out = torch.linalg.solve(
-            torch.eye(rows.shape[1], dtype=torch.float64) - own * shrunk @ own.mT, residual
-        )
+        left_out = torch.linalg.solve(identity - own * shrunk @ own.mT, residual)
         error = left_out.square().sum()
         if best is None or error < best[0]:
             scores = target.clone()
@@ -296,25 +256,20 @@ def discriminant(x, labels, participants, num_classes, is_ordinal):
             best = error, coefficients, scores
     _, coefficients, scores = best  # scores (n, d)
     means = y.T @ scores / y.sum(dim=0).clamp(min=1)[:, None]  # (num_classes, d)
-    # with few volumes, how well they separate is not to be believed: shrink towards the scatter of
-    # all
-    within = scores - means[labels]
-    covariance = within.T @ within + (num_classes + 1) * scores.T @ scores / len(x)
-    slopes = torch.linalg.lstsq(
-        covariance / (len(x) + num_classes + 1), means.T
-    ).solution.T  # (num_classes, d)
+    # few volumes say little of how well the classes separate: shrink towards the scatter of all
+    within, prior = scores - means[labels], num_classes + 1
+    covariance = (within.T @ within + prior * scores.T @ scores / len(x)) / (len(x) + prior)
+    slopes = torch.linalg.lstsq(covariance, means.T).solution.T  # (num_classes, d)
     bias = -(slopes * means).sum(dim=1) / 2
     if is_ordinal:  # equal slopes; the borders between neighbours stay in the middle
         slopes = ordinal(slopes)
-        bias = -F.pad(
-            (slopes.diff(dim=0) * (means[1:] + means[:-1]) / 2).cumsum(dim=0)[:, 0], (1, 0)
-        )
+        steps = slopes.diff(dim=0) * (means[1:] + means[:-1]) / 2  # (num_classes - 1, 1)
+        bias = -F.pad(steps.cumsum(dim=0)[:, 0], (1, 0))
     weight = slopes @ coefficients.T @ axes.T  # (num_classes, C)
     return weight.float(), (bias - weight @ centre).float()
 
 
-# --------------------------------------------------------------------------------------------------
-# ----- optimizer
+# ------------------------------------------------------------------------------------ optimizer
 
 
 class Optimizer:
@@ -391,111 +346,7 @@ def per_head(values, parameter):
 # without training
 
 
-class KNN(nn.Module):
-    """Features (B, C) -> log of the k nearest training volumes' votes (G, B, num_classes), for each
-    of G values of k.
-
-    Nearest by cosine between standardised features; a vote weighs exp(cosine / 0.07), as in DINO's
-    kNN (Caron et al. 2021, from Wu et al. 2018), times its class's weight. num_rows: number of
-    training volumes that it keeps.
-    """
-
-    def __init__(self, dim, num_classes, num_rows, num_heads):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-        self.register_buffer("features", torch.zeros(num_rows, dim))  # standardised, of length 1
-        self.register_buffer("votes", torch.zeros(num_rows, num_classes))
-        self.register_buffer("k", torch.ones(num_heads, dtype=torch.int64))
-
-    def forward(self, x):
-        near, which = (F.normalize((x - self.mean) / self.std) @ self.features.T).topk(
-            self.k.max().item()
-        )  # (B, k)
-        votes = (near / 0.07).exp()[..., None] * self.votes[which]  # (B, k, num_classes)
-        votes = torch.stack(
-            [votes[:, :k].sum(dim=1) for k in self.k.tolist()]
-        )  # (G, B, num_classes)
-        return (votes + torch.finfo(votes.dtype).tiny).log()
-
-    def one(self, g):
-        return self.state_dict() | {"k": self.k[g : g + 1].clone()}
-
-
-def fit_references(cfg, train, num_classes):
-    """kNN for every k, or scikit-learn's logistic regression for every C, on training's Features;
-    every view is a row."""
-    rows = train.views.flatten(0, 1)  # (volumes * views, C)
-    labels = train.labels.repeat_interleave(train.views.shape[1])
-    mean, std = rows.mean(dim=0), (rows.var(dim=0, unbiased=False) + 1e-6).sqrt()
-    weights = losses.class_weights(
-        list(train.participants.values()), num_classes, cfg.train.class_weights
-    )
-    if cfg.model.head.kind == "knn":
-        settings = [{"k": k} for k in NEIGHBOURS if k <= len(rows)]
-        bank = KNN(rows.shape[1], num_classes, len(rows), len(settings))
-        bank.features.copy_(F.normalize((rows - mean) / std))
-        bank.votes.copy_(F.one_hot(labels, num_classes) * weights)
-        bank.k.copy_(torch.tensor([h["k"] for h in settings]))
-        bank.settings = settings
-    else:
-        bank = new_heads(cfg, num_classes, [{"C": float(C)} for C in STRENGTHS])
-        fit_logistic_regressions(bank, (rows - mean) / std, labels, weights)
-    bank.mean.copy_(mean)
-    bank.std.copy_(std)
-    return bank
-
-
-@torch.no_grad()
-def fit_logistic_regressions(bank, x, labels, weights):
-    """Make head g of the bank scikit-learn's logistic regression (L2 penalty 1 / (2 C)) of its C on
-    x (n, C), labels (n,).
-
-    settings["converged"] says whether it did. ValueError when a class is missing from labels.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from tqdm import tqdm
-
-    if labels.unique().numel() < len(weights):
-        raise ValueError(
-            f"model.head.kind=logistic_regression needs every one of {len(weights)} classes in "
-            "training; "
-            f"found {labels.unique().tolist()}"
-        )
-    class_weight = dict(enumerate(weights.tolist()))
-    bar = tqdm(
-        bank.settings,
-        "logistic_regression",
-        leave=False,
-        mininterval=0.5,
-        disable=device.rank() > 0,
-    )
-    for g, setting in enumerate(bar):
-        fitted = LogisticRegression(
-            C=setting["C"], class_weight=class_weight, max_iter=1000, tol=1e-6
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the setting says it instead
-            fitted.fit(x.double().numpy(), labels.numpy())
-        bank.weight[g] = torch.from_numpy(fitted.coef_)
-        bank.bias[g] = torch.from_numpy(fitted.intercept_)
-        setting["converged"] = bool(fitted.n_iter_.max() < fitted.max_iter)
-
-
-def load(state, cfg):
-    """A bank of one head, with the state that a checkpoint holds. RuntimeError when it does not fit
-    the config."""
-    if cfg.model.head.kind == "knn":
-        bank = KNN(cfg.model.emb_dim, state["votes"].shape[1], len(state["votes"]), 1)
-    else:
-        bank = new_heads(cfg, state["log_prior"].shape[1])
-    bank.load_state_dict(state, strict=True)
-    return bank
-
-
-# --------------------------------------------------------------------------------------------------
-# --- predictions
+# ---------------------------------------------------------------------------------- predictions
 
 
 @dataclass

@@ -153,6 +153,7 @@ def scores(y_true, probabilities, weights):
 
 
 def counts(classes, num_classes):
+    """How often each class occurs -> list (num_classes,)."""
     return np.bincount(classes, minlength=num_classes).tolist()
 
 
@@ -441,7 +442,9 @@ def alarms(result):
         "class {} predicted, but never rightly (F1 = 0)": [
             k for k in present if result["f1_per_class"][k] == 0 and k not in never
         ],
-        "class {} has no participant in this split": set(range(len(true))).difference(present),
+        "class {} has no participant in this split": [
+            k for k, count in enumerate(true) if count == 0
+        ],
     }
     found = [text.format(", ".join(map(str, k))) for text, k in of_classes.items() if k]
     for k, hits in enumerate(np.diag(result["confusion_matrix"])):

@@ -327,10 +327,11 @@ def choroid_waves(eye, scan):
 
 
 def find_spots(eye, scan):
-    """Foci and cysts in pixels -> list of (first, last, middle, sigma, sigma_row, height, gain).
+    """Foci and cysts in pixels -> list of (box, middle, sigma, sigma_row, height, gain).
 
-    First pixel, last pixel + 1, middle and sigma are (2,) along frames and columns; sigma_row is
-    along rows. Sigma is half a pixel at least, or a coarse scan would miss the small ones.
+    box: first frame and column that the spot touches, last frame + 1 and last column + 1. middle,
+    sigma: (2,) along frames and columns; sigma_row: along rows. Sigma is half a pixel at least, or
+    a coarse scan would miss the small ones.
     """
     x, y, height, lateral, axial, gain = eye["spots"].T
     offset_x = (x - scan.centre[0] - scan.fixation[0]) * scan.side
@@ -340,24 +341,25 @@ def find_spots(eye, scan):
     first = np.ceil(middle - 3 * sigma).clip(0, scan.size).astype(int)
     last = (np.floor(middle + 3 * sigma) + 1).clip(0, scan.size).astype(int)
     sigma_row = np.maximum(axial / scan.row_um, 0.5)
-    spots = zip(first.T, last.T, middle.T, sigma.T, sigma_row, height, gain)
-    return [spot for spot in spots if (spot[0] < spot[1]).all()]
+    box = np.concatenate([first, last]).T.tolist()
+    spots = zip(box, middle.T, sigma.T, sigma_row, height, gain)
+    return [spot for spot, seen in zip(spots, (first < last).all(0)) if seen]
 
 
-def add_spot(image, part, surface, z, first, last, middle, sigma, sigma_row, height, gain):
+def add_spot(image, part, surface, z, box, middle, sigma, sigma_row, height, gain):
     """Brighten or darken the B-scans `part` by what lies of one spot in them, in place."""
-    begin, end = max(part.start, first[0]), min(part.stop, last[0])
+    left, right = box[1], box[3]
+    begin, end = max(part.start, box[0]), min(part.stop, box[2])
     if begin >= end:
         return
-    f, c = np.ogrid[begin:end, first[1] : last[1]]
-    depth = (1 - height) * surface[INL, f, c] + height * surface[
-        ONL, f, c
-    ]  # (frames, columns), in rows
+    f, c = np.arange(begin, end)[:, None], np.arange(left, right)
+    upper, lower = surface[INL, begin:end, left:right], surface[ONL, begin:end, left:right]
+    depth = (1 - height) * upper + height * lower  # (frames, columns), in rows
     reach = 3 * sigma_row
     rows = slice(max(0, int(depth.min() - reach)), int(depth.max() + reach) + 1)
     d2 = ((f - middle[0]) / sigma[0]) ** 2 + ((c - middle[1]) / sigma[1]) ** 2
     d2 = d2[:, None] + ((z[:, rows] - depth[:, None]) / sigma_row) ** 2  # (frames, rows, columns)
-    touched = image[begin - part.start : end - part.start, rows, first[1] : last[1]]
+    touched = image[begin - part.start : end - part.start, rows, left:right]
     touched *= 1 + gain * np.exp(-d2 / 2).astype(np.float32)
 
 

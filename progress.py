@@ -1,11 +1,9 @@
-"""How far training is: for every head its best epoch and its patience, and what an epoch is logged
-as.
+"""Where training stands: best epoch and patience of every head, and the record of an epoch.
 
     progress = Progress(cfg, num_heads, steps_per_epoch)
-    for epoch in progress.epochs(50, "training"): ...      # from where it stands, until patience
-    ends improved = progress.update(epoch)                      # after each Epoch: the heads that
-    are better than ever record = epoch_record(train, epoch, g, settings)       # what metrics.jsonl
-    holds of an Epoch, for head g
+    for epoch in progress.epochs(...): ...             # until the last, or until patience ends
+    improved = progress.update(this)                   # after each Epoch: heads better than ever
+    record = epoch_record(train, this, g, settings)    # of head g: a line of metrics.jsonl
 
 Validation chooses, by balanced accuracy and, where that is the same, by log-loss.
 """

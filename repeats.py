@@ -1,10 +1,8 @@
-"""Heads fitted again on the same features: seeds, folds, floors; and what a run saves that does not
-save as it goes.
+"""Heads fitted again on the same features: a sweep, seeds, folds, floors, kNN, logistic regression.
 
-    run(fit, cfg, run_, train, val, random)   # fit(cfg, seed, train, val) -> Fitted: train.fit, or train.fit_references
+    fit_all(fit, cfg, run, train, val, floor)   # fit(cfg, seed, train, val) -> Fitted: train.fit
 
-What is cheap on a frozen encoder's features: a sweep, train.seeds, data.cv, eval.floors, kNN and
-logistic regression.
+All of it is cheap on the features of a frozen encoder, and is saved when it is finished.
 """
 
 import dataclasses
@@ -20,6 +18,8 @@ import ledger
 import metrics
 import runs
 from progress import epoch_lines
+
+HELD_OUT = "held_out_balanced_accuracy"  # column of cv.csv
 
 
 @dataclasses.dataclass
@@ -43,68 +43,45 @@ class Fitted:
         return self.history[self.best["best_epoch"] - 1]
 
 
-def run(fit, cfg, run_, train, val, random):
+def fit_all(fit, cfg, run, train, val, floor):
     """Fit all that the config asks for and save the head that validation chooses. Every replica
-    does the same.
-
-    train, val: Features; random: theirs of a random encoder, for eval.floors, else None.
-    """
-    seeds = cfg.train.seeds or [cfg.seed]
-    number = {"knn": len(heads.NEIGHBOURS), "logistic_regression": len(heads.STRENGTHS)}.get(
-        cfg.model.head.kind
-    )
-    print(
-        f"{number or len(heads.settings_of(cfg))} heads ({cfg.model.head.kind}) on "
-        f"{len(train.samples)} volumes"
-        f"{f', {len(seeds)} seeds' if len(seeds) > 1 else ''}{f', {cfg.data.cv} folds beside' if cfg.data.cv else ''}; "
-        "validation chooses"
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # many small operations: on a busy machine, more threads mostly wait for each other
-    fits = [fit(cfg, seed, train, val) for seed in seeds]
+    does the same. train, val: Features; floor: theirs by a random encoder, for eval.floors."""
+    seeds, threads = cfg.train.seeds or [cfg.seed], torch.get_num_threads()
+    # many small operations: on a busy machine, more threads mostly wait for each other
+    torch.set_num_threads(1)
+    fits = {seed: fit(cfg, seed, train, val) for seed in seeds}
     folds = cross_validate(fit, cfg, seeds, train, val) if cfg.data.cv else []
     floors = {}
     if cfg.eval.floors:
         shuffled = [part.labelled(shuffle_labels(part.samples, cfg.seed)) for part in (train, val)]
-        for name, parts in (("random encoder", random), ("shuffled labels", shuffled)):
+        for name, parts in (("random encoder", floor), ("shuffled labels", shuffled)):
             floors[name] = fit(cfg, seeds[0], *parts).head.state_dict()
     torch.set_num_threads(threads)
-    save(cfg, run_, seeds, fits, folds, floors)
-    describe(cfg, run_, seeds, fits, folds)
+    save(cfg, run, fits, folds, floors)
+    describe(cfg, run, fits, folds, len(train.samples))
 
 
-def save(cfg, run_, seeds, fits, folds, floors):
-    first = fits[0]
-    run_.prepare()
-    content = {
-        "head": first.head.state_dict(),
-        "sweep": first.best,
-        "repeats": [
-            {"seed": seed, "head": fitted.head.state_dict()} for seed, fitted in zip(seeds, fits)
-        ],
-        **({"floors": floors} if floors else {}),
-    }
-    record = first.best_record
-    if cfg.model.head.kind == "knn":
-        record = record | {
-            "train/balanced_accuracy": None
-        }  # everybody is their own nearest neighbour there
-    run_.save_best(record, first.predictions, content)
-    run_.write_history(first.history)
-    run_.write(
-        "sweep.csv",
-        table([{"seed": seed, **row} for seed, fitted in zip(seeds, fits) for row in fitted.rows]),
-    )
+def save(cfg, run, fits, folds, floors):
+    """fits: {seed: Fitted}; the first is the run's."""
+    run.prepare()
+    (seed, first), record = next(iter(fits.items())), next(iter(fits.values())).best_record
+    if cfg.model.head.kind == "knn":  # everybody is their own nearest neighbour in training
+        record = record | {"train/balanced_accuracy": None}
+    repeated = [{"seed": seed, "head": fitted.head.state_dict()} for seed, fitted in fits.items()]
+    content = {"head": first.head.state_dict(), "sweep": first.best, "repeats": repeated}
+    content |= {"floors": floors} if floors else {}
+    run.save_best(record, first.predictions, content)
+    run.write_history(first.history)
+    rows = [{"seed": seed, **row} for seed, fitted in fits.items() for row in fitted.rows]
+    run.write("sweep.csv", table(rows))
     if folds:
-        run_.write("cv.csv", table([fold.row for fold in folds]))
-        run_.write("predictions_cv.csv", runs.predictions_csv(held_out(folds, seeds[0])))
-    for record in first.history:
-        run_.wandb.log(record)
-    # the same as last.pt, which says that the run is finished
-    best = {"epoch": record["epoch"], **content, **runs.scores_of(record, first.predictions)}
-    run_.save(runs.LAST, best | {"wandb": run_.wandb.id})
+        run.write("cv.csv", table([fold.row for fold in folds]))
+        run.write("predictions_cv.csv", runs.predictions_csv(held_out(folds, seed)))
+    for epoch in first.history:
+        run.wandb.log(epoch)
+    # last.pt, by which a finished run is known
+    content |= {"epoch": record["epoch"], "wandb": run.wandb.id}
+    run.save(runs.LAST, content | runs.scores_of(record, first.predictions))
 
 
 def table(rows):
@@ -112,22 +89,21 @@ def table(rows):
     return files.csv_text([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
-def describe(cfg, run_, seeds, fits, folds):
+def describe(cfg, run, fits, folds, number):
     """Tell what was found: the best heads, the chosen one's epoch, seeds, folds."""
-    first, is_network = fits[0], cfg.model.head.kind == "network"
+    first, is_network = next(iter(fits.values())), cfg.model.head.kind == "network"
+    seeds = f", {len(fits)} seeds" if len(fits) > 1 else ""
+    print(f"{len(first.rows)} heads ({cfg.model.head.kind}) on {number} volumes{seeds}")
     scores = ("best_epoch", "val_balanced_accuracy", "val_loss", "chosen")
-    swept = [
-        name
-        for name in first.best
-        if name not in scores and len({str(row[name]) for row in first.rows}) > 1
-    ]
+    swept = [name for name in first.best if len({str(row[name]) for row in first.rows}) > 1]
 
     def described(row):
-        values = [
-            f"{name} {row[name]:.3g}" if type(row[name]) is float else f"{name} {row[name]}"
-            for name in swept
-        ]
-        return ", ".join([f"epoch {row['best_epoch']}"] * is_network + values)
+        values = [f"epoch {row['best_epoch']}"] if is_network else []
+        for name in swept:
+            if name not in scores:
+                value = row[name]
+                values.append(f"{name} {value:.3g}" if type(value) is float else f"{name} {value}")
+        return ", ".join(values)
 
     for row in first.rows[:5]:
         print(
@@ -138,27 +114,26 @@ def describe(cfg, run_, seeds, fits, folds):
         print(epoch_lines(first.best_record, cfg.train.epochs))
     print(
         f"best of {len(first.rows)}: {described(first.best)}; val balanced accuracy "
-        f"{first.best['val_balanced_accuracy']:.3f}; saved as "
-        f"{os.path.join(run_.folder, runs.BEST)}"
+        f"{first.best['val_balanced_accuracy']:.3f}; "
+        f"saved as {os.path.join(run.folder, runs.BEST)}"
     )
-    if len(seeds) > 1:
-        spread = mean_and_sd([fitted.best["val_balanced_accuracy"] for fitted in fits])
-        print(f"over {len(seeds)} seeds: val balanced accuracy {spread}")
-    for seed in seeds if folds else ():
+    if seeds:
+        spread = mean_and_sd([fitted.best["val_balanced_accuracy"] for fitted in fits.values()])
+        print(f"over {len(fits)} seeds: val balanced accuracy {spread}")
+    for seed in fits if folds else ():
         held = held_out(folds, seed)
-        spread = mean_and_sd(
-            [f.row["held_out_balanced_accuracy"] for f in folds if f.row["seed"] == seed]
-        )
+        spread = mean_and_sd([f.row[HELD_OUT] for f in folds if f.row["seed"] == seed])
+        score = metrics.score(held.y_true, held.p, held.p.shape[1])["balanced_accuracy"]
         print(
-            f"{cfg.data.cv}-fold cross-validation{f', seed {seed}' if len(seeds) > 1 else ''}: "
-            "balanced accuracy "
-            f"{metrics.score(held.y_true, held.p, held.p.shape[1])['balanced_accuracy']:.3f} "
-            f"on {len(held.ids)} participants, each held out once; folds {spread}"
+            f"{cfg.data.cv}-fold cross-validation{f', seed {seed}' if seeds else ''}: balanced "
+            f"accuracy {score:.3f} on {len(held.ids)} participants, each held out once; "
+            f"folds {spread}"
         )
 
 
 def mean_and_sd(values):
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({', '.join(f'{v:.3f}' for v in values)})"
+    each = ", ".join(f"{v:.3f}" for v in values)
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({each})"
 
 
 def shuffle_labels(samples, seed):
@@ -207,10 +182,7 @@ def cross_validate(fit, cfg, seeds, train, val):
             score = metrics.score(held.y_true, held.p, num_classes)
             row = {"seed": seed, "fold": fold, "participants": len(held.ids), **fitted.best}
             del row["chosen"]
-            row["held_out_balanced_accuracy"], row["held_out_loss"] = (
-                score["balanced_accuracy"],
-                score["log_loss"],
-            )
+            row |= {HELD_OUT: score["balanced_accuracy"], "held_out_loss": score["log_loss"]}
             found.append(Fold(row, held))
     return found
 

@@ -1,15 +1,13 @@
-"""A run's folder: what a run is known by, how it is saved, resumed and opened again; and its W&B
-run.
+"""A run's folder: what a run is known by, how it is saved, resumed and opened again.
 
-    check_folder(cfg)                              # before anything is computed: may results go
-    there? run = start(cfg, book, encoder, train, val)    # W&B; with train.resume=auto, what an
-    earlier run left run.prepare()                                  # remove an earlier run's
-    results, write provenance, config, ledger run.save_best(...); run.save_last(...)         # whole
-    or not at all run.finish()                                   # W&B's summary opened =
-    open_checkpoint("runs/cls_demo")      # -> its content, configuration, path, folder
+    check_folder(cfg)                            # may results go there? before anything is computed
+    run = start(cfg, book, encoder, ...)         # with train.resume=auto: what an earlier run left
+    run.prepare()                                # provenance, config, ledger; an earlier run goes
+    run.begin(...); run.save_epoch(...)          # a run with a single head is saved as it goes
+    run.finish()                                 # what was left out, and W&B's summary
+    opened = open_checkpoint("runs/cls_demo")    # its content, configuration, path, folder
 
-Rank 0 alone writes; on other ranks these functions write nothing. docs/run_folder.md lists the
-files.
+Rank 0 alone writes. docs/run_folder.md lists the files.
 """
 
 import importlib.metadata
@@ -35,56 +33,37 @@ import tracking
 from progress import epoch_lines, epoch_record
 
 BEST, LAST = "best_checkpoint_during_training.pt", "last.pt"
-# where a run cannot be resumed
+# what else to do where a run cannot be resumed
 INSTEAD = "set train.resume=never to replace the run, or paths.run_dir to another one"
-# Keys whose change does not change what a run computes: they may differ when it is resumed.
-HARMLESS = (
-    *(
-        "paths.",
-        "log.",
-        "device.",
-        "demo.",
-        "project_name",
-        "train.resume",
-        "train.save_every",
-        "train.micro_batch",
-    ),
-    *(
-        "train.activation_checkpointing",
-        "data.num_workers",
-        "data.prefetch",
-        "data.cache_gb",
-        "data.fetch_deadline",
-    ),
-    "data.max_missing",
-)
-# Keys of data: that may differ when it is scored.
-CHANGEABLE = ("max_missing", "num_workers", "prefetch", "cache_gb", "fetch_deadline")
+# what a run is known by
+IDENTITY = "config", "encoder_sha256", "labels_sha256", "manifest_sha256", "train_participants"
+# the beginnings of keys that do not change what a run computes: they may differ when it is resumed
+HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
+HARMLESS += ("train.save_every", "train.micro_batch", "train.activation_checkpointing")
+HARMLESS += ("data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline")
+HARMLESS += ("data.max_missing",)
+# those that may differ when it is scored
+CHANGEABLE = ("paths.*", "device.*", "data.max_missing", "data.num_workers", "data.prefetch")
+CHANGEABLE += ("data.cache_gb", "data.fetch_deadline")
 
 
 def check_folder(cfg):
-    """The run's folder. ValueError when results must not or cannot go there."""
+    """ValueError when results must not or cannot go to paths.run_dir."""
     folder = files.local_folder(cfg.paths.run_dir, "paths.run_dir")
-    inside = set(os.listdir(folder)) - {"wandb"} if os.path.isdir(folder) else set()
-    if (
-        os.path.exists(folder)
-        and not os.path.isdir(folder)
-        or inside
-        and "provenance.json" not in inside
-    ):
+    is_file = os.path.exists(folder) and not os.path.isdir(folder)
+    inside = set() if is_file or not os.path.exists(folder) else {*os.listdir(folder)} - {"wandb"}
+    if is_file or inside and "provenance.json" not in inside:
         raise ValueError(
-            f"paths.run_dir={folder} is not a run's folder and not empty; set paths.run_dir to "
-            "another one"
+            f"paths.run_dir={folder} is not a run's folder and not empty; "
+            "set paths.run_dir to another one"
         )
-    checkpoint = os.path.realpath(os.path.expanduser(cfg.paths.checkpoint_path))
-    if not b2.is_remote(cfg.paths.checkpoint_path) and checkpoint.startswith(
-        os.path.realpath(folder) + os.sep
-    ):
+    encoder = cfg.paths.checkpoint_path
+    path = os.path.realpath(os.path.expanduser(encoder))
+    if not b2.is_remote(encoder) and path.startswith(os.path.realpath(folder) + os.sep):
         raise ValueError(
-            f"paths.checkpoint_path={cfg.paths.checkpoint_path} lies in paths.run_dir={folder}, "
-            "where an earlier run is replaced; set paths.run_dir to another one"
+            f"paths.checkpoint_path={encoder} lies in paths.run_dir={folder}, where an earlier run "
+            "is replaced; set paths.run_dir to another one"
         )
-    return folder
 
 
 @dataclass
@@ -236,8 +215,19 @@ class Run:
             )
             raise SystemExit(128 + signal.SIGTERM)
 
+    def end(self):
+        """Say what training came to."""
+        progress = self.progress
+        if progress.epoch < progress.last:
+            print(f"stopped early: {progress.epochs_without[0]} epochs without improvement on val")
+        print(
+            f"best: epoch {progress.best_epoch[0]}, val balanced accuracy "
+            f"{progress.best[0][0]:.3f}; "
+            f"saved as {os.path.join(self.folder, BEST)}"
+        )
+
     def finish(self):
-        """What ends every run: what was left out, what is best, and W&B's summary."""
+        """What ends every run: what was left out, and W&B's summary."""
         if self.book.unreadable:
             print(
                 f"{len(self.book.unreadable)} volumes could not be read and were left out "
@@ -253,15 +243,10 @@ class Run:
 def start(cfg, book, encoder, train, val, dev, needed):
     """The Run, nothing written yet. ValueError where train.resume=auto finds a run that this one
     would not go on with, or that lacks what is `needed`."""
-    folder = check_folder(cfg)
-    identity = {
-        "config": config.to_dict(cfg),
-        "encoder_sha256": encoder.sha256,
-        "labels_sha256": book.sha256[ledger.LABELS],
-        "manifest_sha256": book.sha256[ledger.MANIFEST],
-        "train_participants": list(train.participants),
-        "volumes": [len(train.samples), len(val.samples)],
-    }
+    tables = (book.sha256[name] for name in (ledger.LABELS, ledger.MANIFEST))
+    values = config.to_dict(cfg), encoder.sha256, *tables, list(train.participants)
+    identity = dict(zip(IDENTITY, values)) | {"volumes": [len(train.samples), len(val.samples)]}
+    folder = os.path.expanduser(cfg.paths.run_dir)
     earlier = resumable(folder, identity, needed) if cfg.train.resume == "auto" else None
     wandb_run = tracking.start(cfg, folder, earlier and earlier["wandb"])
     return Run(folder, cfg, book, identity, dev, wandb_run, earlier)
@@ -278,15 +263,12 @@ def resumable(folder, identity, needed):
     except ValueError as error:
         raise ValueError(f"{error}; {INSTEAD}") from error
     changed = changed_settings(earlier["config"], identity["config"])
-    changed += [
-        f"{what} is another"
-        for what in identity
-        if what != "config" and earlier[what] != identity[what]
-    ]
+    others = {name for name in identity if earlier[name] != identity[name]} - {"config"}
+    changed += [f"{name} is another" for name in sorted(others)]
     if changed:
         raise ValueError(
-            f"{folder} holds a run whose result this would change: {'; '.join(changed)}; set that "
-            f"back, or {INSTEAD}"
+            f"{folder} holds a run whose result this would change: {'; '.join(changed)}; "
+            f"set that back, or {INSTEAD}"
         )
     return earlier
 
@@ -333,24 +315,19 @@ def provenance_of(run):
     def git(*args):
         if not shutil.which("git"):
             return None
-        folder = os.path.dirname(os.path.abspath(__file__))
-        answer = subprocess.run(["git", *args], capture_output=True, text=True, cwd=folder)
+        here = os.path.dirname(os.path.abspath(__file__))
+        answer = subprocess.run(["git", *args], capture_output=True, text=True, cwd=here)
         return answer.stdout.strip() if answer.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
-    packages = ("torch", "torch_xla", "numpy", "scikit-learn", "pydicom")
-    packages = [p for p in packages if any(importlib.metadata.distributions(name=p))]
+    commit, versions = git("rev-parse", "HEAD"), {"python": sys.version.split()[0]}
+    for package in ("torch", "torch_xla", "numpy", "scikit-learn", "pydicom"):
+        if any(importlib.metadata.distributions(name=package)):
+            versions[package] = importlib.metadata.version(package)
     return {
         "git_commit": commit,
         "git_changes": None if commit is None else bool(git("status", "--porcelain")),
-        "versions": {
-            "python": sys.version.split()[0],
-            **{p: importlib.metadata.version(p) for p in packages},
-        },
-        **{
-            name: run.identity[name]
-            for name in ("encoder_sha256", "labels_sha256", "manifest_sha256")
-        },
+        "versions": versions,
+        **{name: run.identity[name] for name in IDENTITY[1:4]},
         "data": run.book.description,
         "seed": run.cfg.seed,
         **where_it_runs(run.dev),
@@ -375,8 +352,7 @@ def remove_evaluations(folder):
     remove(os.path.join(folder, "last"), [*names, "predictions_val.csv", "ledger.csv"])
 
 
-# ------------------------------------------------------------------------------------------------
-# opening a run again
+# -------------------------------------------------------------------------- opening a run again
 
 
 @dataclass
@@ -393,34 +369,21 @@ class Opened:
 def open_checkpoint(ckpt, overrides=()):
     """A run's checkpoint, by the run's folder or the .pt file -> Opened. ValueError for what cannot
     be scored."""
-    allowed = ("paths.", "device.", *(f"data.{key}=" for key in CHANGEABLE))
-    fixed = [override for override in overrides if not override.startswith(allowed)]
-    if fixed:
-        raise ValueError(
-            f"{fixed[0]} would score something else than what was trained; only paths.*, device.* "
-            "and "
-            f"{', '.join('data.' + key for key in CHANGEABLE)} can change now"
-        )
+    for override in overrides:
+        if not override.startswith(tuple(name.rstrip("*") for name in CHANGEABLE)):
+            raise ValueError(
+                f"{override} would score something else than what was trained; "
+                f"only {', '.join(CHANGEABLE)} can change now"
+            )
     path = os.path.join(ckpt, BEST) if os.path.isdir(ckpt) else ckpt
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"--ckpt {ckpt}: {path} is not there; train first, or name a run folder or its {BEST}"
         )
-    folder = os.path.dirname(os.path.abspath(path))
-    if (
-        os.path.basename(path) != BEST
-    ):  # last.pt, say: its results must not pass for those of the best checkpoint
-        folder = os.path.join(folder, os.path.splitext(os.path.basename(path))[0])
-    needed = {
-        "config",
-        "encoder_sha256",
-        "train_participants",
-        "labels_sha256",
-        "manifest_sha256",
-        "head",
-        "epoch",
-    }
-    saved = read_saved(path, needed)
+    folder, name = os.path.split(os.path.abspath(path))
+    if name != BEST:  # last.pt, say: its results must not pass for those of the best checkpoint
+        folder = os.path.join(folder, os.path.splitext(name)[0])
+    saved = read_saved(path, {*IDENTITY, "head", "epoch"})
     return Opened(saved, config.resolve(saved["config"], overrides, path), path, folder)
 
 
@@ -437,9 +400,7 @@ def read_saved(path, keys):
             raise KeyError(", ".join(missing))
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # torch, zip and pickle raise a dozen types for a file that is none of ours
+    except Exception as error:  # torch, zip and pickle raise a dozen types for other files
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} is not a checkpoint of this train.py: {reason}") from error
     return saved

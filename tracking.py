@@ -1,8 +1,8 @@
 """Weights & Biases: the run that is logged there, and what it is told at the end.
 
     run = start(cfg, folder, earlier_id)
-    run.log(record)                               # once an epoch
-    finish(run, saved, ledger_rows)               # what the run came to on validation
+    run.log(record)                     # once an epoch
+    finish(run, saved, ledger_rows)     # what the run came to on validation
 
 With log.wandb=disabled, and on ranks above 0, start gives a run that ignores everything.
 """

@@ -1,28 +1,23 @@
-"""Train a head on a pretrained OCT encoder, and the encoder too if asked. Copy this file and hack
-on it.
+"""Train a head on a pretrained OCT encoder, and the encoder too if asked. Copy it and hack on it.
 
-    python train.py --config configs/demo.yaml                                  # laptop, synthetic
-    data, two minutes python train.py --config configs/single_domain_01.yaml                      #
-    GPU or CPU, whichever is there python train.py --config configs/single_domain_01.yaml
-    train.epochs=10 train.lr_head=3e-4 python train.py --config configs/single_domain_01.yaml
-    --config configs/finetune.yaml   # the encoder trains too python train.py --config
-    configs/single_domain_01.yaml device.processes=4   # four GPUs, or four CPU processes python
-    train.py --config configs/single_domain_01.yaml train.resume=auto    # go on after an
-    interruption .venv-xla/bin/python train.py --config configs/single_domain_01.yaml        # on
-    every host of a TPU pod
+    python train.py --config configs/demo.yaml                   # laptop, synthetic data, 2 minutes
+    python train.py --config configs/single_domain_01.yaml       # GPU or CPU, whichever is there
+    python train.py --config FILE train.epochs=10 train.lr_head=3e-4
+    python train.py --config FILE --config configs/finetune.yaml   # the encoder trains too
+    python train.py --config FILE device.processes=4             # four GPUs, or four CPU processes
+    python train.py --config FILE train.resume=auto              # go on after an interruption
+    .venv-xla/bin/python train.py --config FILE                  # on every host of a TPU pod
 
-then `python eval.py --ckpt RUN_DIR --split test`. `main` is the job, `fit` the loop with the
-optimisation step. What to change where: the loss in losses.py, the head in heads.py (Heads), the
-label in ledger.py, the learning rate's schedule in lr_at below. docs/run_folder.md says what a run
-leaves behind.
+then `python eval.py --ckpt RUN_DIR --split test`. `main` is the job, from data to saved checkpoint;
+`fit` is the training loop, with the optimisation step in view. To change the loss, see losses.py;
+the head, heads.Heads; the label, ledger.py; the learning rate's schedule, lr_at below.
+docs/run_folder.md says what a run leaves behind.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import math
-import os
 import random
 import sys
 
@@ -39,6 +34,7 @@ import ledger
 import losses
 import model
 import phantom
+import references
 import repeats
 import runs
 from progress import Epoch, Progress, epoch_record
@@ -56,9 +52,8 @@ def lr_at(step, total_steps, warmup_steps):
 def main(rank, cfg):
     """The job, from data to saved checkpoint, in every replica; rank 0 alone writes and prints."""
     dev = device.get(cfg.device.backend)
-    device.seed(
-        cfg.seed, dev
-    )  # for what you add: all that is random here draws from generators of its own
+    # for what you add: all that is random here draws from generators of its own
+    device.seed(cfg.seed, dev)
     runs.check_folder(cfg)
     print(
         f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: "
@@ -70,15 +65,15 @@ def main(rank, cfg):
     print(f"{book.description}\n{ledger.table(book)}")
     ledger.check(book, cfg.data.max_missing)
     check_classes(cfg, book)
-    for note in doubts(cfg, len(book.of("train"))):
+    for note in config.doubts(cfg, len(book.of("train"))):
         print(f"note: {note}")
 
     # features of the pretrained encoder: while it is frozen, every volume is encoded once, and the
-    # heads train on these
+    # heads train on its features
     encoder = features.open_encoder(cfg)
-    train, val = encode(cfg, book, encoder, dev)
+    train, val = features.encode_for_training(cfg, book, encoder, dev)
 
-    if trains_one_head(cfg):
+    if config.trains_one_head(cfg):
         needed = {"head", "wandb", "optimizer", "progress"}
         run = runs.start(cfg, book, encoder, train, val, dev, needed)
         fit(cfg, cfg.seed, train, val, dev, encoder, run)
@@ -87,40 +82,18 @@ def main(rank, cfg):
         if run.earlier:
             print(f"{run.folder} holds this run, finished")
             return
-        random_parts = None
-        if cfg.eval.floors:
+        floor = None
+        if cfg.eval.floors:  # the same features by a random encoder
             other = features.random_encoder(encoder, cfg.seed)
-            random_parts = [
-                features.encode(cfg, book, part.samples, other, dev, again=True)
-                for part in (train, val)
-            ]
+            parts = (part.samples for part in (train, val))
+            floor = [features.encode(cfg, book, s, other, dev, again=True) for s in parts]
         fit_again = fit if cfg.model.head.kind == "network" else fit_references
         fit_again = functools.partial(fit_again, dev=torch.device("cpu"))
         # on the CPU, where many small heads cost seconds; every replica does the same work itself,
         # and so all choose the same head
         with device.alone():
-            repeats.run(fit_again, cfg, run, train, val, random_parts)
-    print(f"saved as {os.path.join(run.folder, runs.BEST)}")
+            repeats.fit_all(fit_again, cfg, run, train, val, floor)
     run.finish()
-
-
-def encode(cfg, book, encoder, dev):
-    """The Features of train and of val. Train's have views where data.augment asks for them; for
-    data.cv, val's too."""
-    found = features.encode(cfg, book, book.of("train") + book.of("val"), encoder, dev)
-    split = [
-        [i for i, s in enumerate(found.samples) if s.split == name] for name in ("train", "val")
-    ]
-    augmented = found if cfg.data.cv else found.rows(split[0])
-    asked = data.strengths(cfg) and first_epoch_of_encoder(cfg) > 1
-    views = [
-        features.encode(cfg, book, augmented.samples, encoder, dev, view, again=True).x
-        for view in range(1, 1 + cfg.data.augment_views if asked else 1)
-    ]
-    augmented = dataclasses.replace(augmented, views=torch.stack([augmented.x, *views], dim=1))
-    if cfg.data.cv:
-        return [augmented.rows(part) for part in split]
-    return augmented, found.rows(split[1])
 
 
 def fit(cfg, seed, train, val, dev, encoder=None, run=None):
@@ -129,7 +102,7 @@ def fit(cfg, seed, train, val, dev, encoder=None, run=None):
     Validation chooses head and epoch. Without a run, the result is returned, as repeats.Fitted; a
     run saves and prints as it goes.
     """
-    epochs, unfreeze = cfg.train.epochs, first_epoch_of_encoder(cfg)
+    epochs, unfreeze = cfg.train.epochs, config.first_epoch_of_encoder(cfg)
     bank = heads.start(cfg, seed, train, len(ledger.CLASSES)).to(dev)
     module = prepare_encoder(cfg, encoder, dev) if unfreeze <= epochs else None
     optimizer = heads.Optimizer(cfg, bank, module)
@@ -203,18 +176,19 @@ def fit(cfg, seed, train, val, dev, encoder=None, run=None):
         if run:
             run.save_epoch(this, train)
 
-    if not run:
-        bank.load_state_dict(best, strict=False)
-        return chosen(cfg, bank, progress, log, train)
+    if run:
+        run.end()
+        return None
+    bank.load_state_dict(best, strict=False)
+    return chosen(cfg, bank, progress, log, train)
 
 
 def fit_references(cfg, seed, train, val, dev):
     """As fit, of scikit-learn's logistic regression or of kNN, for every C or k; training them has
     one epoch."""
-    bank, labels = heads.fit_references(cfg, train, len(ledger.CLASSES)), train.labels
-    weights = losses.class_weights(
-        list(train.participants.values()), len(ledger.CLASSES), cfg.train.class_weights
-    )
+    bank, labels = references.fit(cfg, train, len(ledger.CLASSES)), train.labels
+    people, scheme = list(train.participants.values()), cfg.train.class_weights
+    weights = losses.class_weights(people, len(ledger.CLASSES), scheme)
     p = torch.from_numpy(heads.predict(bank, train.x))  # (G, volumes, num_classes)
     row_losses = -p.clamp(min=torch.finfo(p.dtype).eps).log()[:, torch.arange(len(labels)), labels]
     loss = (row_losses * weights[labels]).sum(dim=1) / weights[labels].sum()  # (G,)
@@ -230,17 +204,14 @@ def chosen(cfg, bank, progress, log, train):
     """The bank at every head's best, and the Epochs of all -> repeats.Fitted, of the head that
     validation chooses."""
     g = progress.chosen()
-    history = [
-        epoch_record(train, epoch, g, bank.settings[g])
-        for epoch in log[: int(min(progress.last_epoch[g], len(log)))]
-    ]
+    epochs = log[: int(min(progress.last_epoch[g], len(log)))]
+    history = [epoch_record(train, epoch, g, bank.settings[g]) for epoch in epochs]
     predictions = log[progress.best_epoch[g] - 1].predictions.of_head(g)
-    return repeats.Fitted(
-        heads.load(bank.one(g), cfg), history, predictions, progress.rows(bank.settings)
-    )
+    head, rows = references.load(bank.one(g), cfg), progress.rows(bank.settings)
+    return repeats.Fitted(head, history, predictions, rows)
 
 
-# ------------------------------------------------------------------------- around the loop
+# ---------------------------------------------------------------------- the parts of fit
 
 
 def prepare_encoder(cfg, encoder, dev):
@@ -249,10 +220,6 @@ def prepare_encoder(cfg, encoder, dev):
     module.drop_path = cfg.model.drop_path
     module.checkpoint = device.checkpointing(dev) if cfg.train.activation_checkpointing else None
     return module
-
-
-# ------------------------------------------------------------------------------------------------
-# the parts of a step
 
 
 def rate_at(cfg, first_epoch, epoch, step, steps_per_epoch):
@@ -272,12 +239,10 @@ def noise_key(seed, epoch, step):
 def view_of_epoch(views, seed, epoch):
     """Features (volumes, views, ...) -> of every volume the view that the epoch sees (volumes,
     ...)."""
-    generator = torch.Generator().manual_seed(
-        random.Random(f"{seed} {epoch} views").getrandbits(62)
-    )
-    return views[
-        torch.arange(len(views)), torch.randint(views.shape[1], (len(views),), generator=generator)
-    ]
+    key = random.Random(f"{seed} {epoch} views").getrandbits(62)
+    generator, number = torch.Generator().manual_seed(key), len(views)
+    which = torch.randint(views.shape[1], (number,), generator=generator)
+    return views[torch.arange(number), which]
 
 
 def micro_batches(batch, batch_size, size):
@@ -301,33 +266,11 @@ def volumes_of(cfg, samples, parts, encoder, epoch):
     augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
     padding = torch.zeros(1, *encoder.size, dtype=torch.float16)
     with contextlib.closing(data.stream(volumes, None, wanted, cfg, augment)) as arriving:
-        bar = iter(
-            tqdm(
-                arriving,
-                f"epoch {epoch}",
-                len(wanted),
-                leave=False,
-                unit="volume",
-                disable=device.rank() > 0,
-            )
-        )
+        name, hidden = f"epoch {epoch}", device.rank() > 0
+        bar = tqdm(arriving, name, len(wanted), leave=False, unit="volume", disable=hidden)
+        arriving = iter(bar)
         for rows in micro:
-            yield torch.stack([next(bar)[2] if row >= 0 else padding for row in rows])
-
-
-def first_epoch_of_encoder(cfg):
-    """The epoch, counted from 1, from which on the encoder trains; infinity: never."""
-    if not cfg.model.freeze_encoder:
-        return 1
-    return cfg.model.unfreeze_at_epoch + 1 if cfg.model.unfreeze_at_epoch >= 0 else math.inf
-
-
-def trains_one_head(cfg):
-    """Is there a single head to train, by fit, which saves as it goes?"""
-    several = (
-        any(vars(cfg.train.sweep).values()) or cfg.train.seeds or cfg.data.cv or cfg.eval.floors
-    )
-    return cfg.model.head.kind == "network" and not several
+            yield torch.stack([next(arriving)[2] if row >= 0 else padding for row in rows])
 
 
 def check_classes(cfg, book):
@@ -338,38 +281,6 @@ def check_classes(cfg, book):
     for scheme in cfg.train.sweep.class_weights or [cfg.train.class_weights]:
         if scheme in ("auto", "effective"):
             ledger.check_classes(book, f"train.class_weights={scheme}")
-
-
-def doubts(cfg, num_volumes):
-    """Settings that are allowed and seldom meant."""
-    for part, first in (("head", 1), ("encoder", first_epoch_of_encoder(cfg))):
-        if first <= cfg.train.epochs <= cfg.train.warmup_epochs + first - 1:
-            yield f"train.warmup_epochs={cfg.train.warmup_epochs} lasts all {cfg.train.epochs - first + 1} epochs of the {part}"
-    corrections = {
-        "data.sampler=stratified": cfg.data.sampler == "stratified",
-        f"train.class_weights={cfg.train.class_weights}": cfg.train.class_weights != "none",
-        f"train.loss={cfg.train.loss}": cfg.train.loss in ("logit_adjustment", "balanced_softmax"),
-    }
-    used = [name for name, is_used in corrections.items() if is_used]
-    if len(used) > 1:
-        yield (
-            f"{' and '.join(used)} correct the imbalance "
-            f"{'twice' if len(used) == 2 else 'three times'}; "
-            "keep one, and set the others to data.sampler=shuffle, train.class_weights=none, "
-            "train.loss=ce"
-        )
-    steps = math.ceil(num_volumes / cfg.data.batch_size) * cfg.train.epochs
-    starts_random = cfg.model.head.hidden or cfg.model.pool_method == "attentive"
-    if cfg.model.head.kind == "network" and starts_random and steps < 500:
-        yield (
-            f"data.batch_size={cfg.data.batch_size} makes {steps} steps in all, few for a head "
-            "that starts knowing nothing; "
-            "lower it"
-        )
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 if __name__ == "__main__":

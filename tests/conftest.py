@@ -1,17 +1,18 @@
+"""Fixtures of all tests: synthetic data, configurations, a store of our own, commands.
+
+Plain functions and names that test files share are in helpers.py.
+"""
+
 import contextlib
-import os
 import runpy
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from b2_server import B2Server
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = os.path.join(ROOT, "tests", "fixtures", "vjepa3d_tiny.pt")  # encoder of 16x64x64 volumes, 128 wide
-sys.path.insert(0, ROOT)
+from helpers import DEMO, PREFIX, ROOT, TINY, settings
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,8 @@ def written(tmp_path_factory):
     import phantom
 
     root = tmp_path_factory.mktemp("phantom") / "data"
-    phantom.write_dataset(root, participants=40, seed=0, scale=(1 / 16, 1 / 16, 1 / 16), processes=1)
+    sixteenth = (1 / 16, 1 / 16, 1 / 16)
+    phantom.write_dataset(root, participants=40, seed=0, scale=sixteenth, processes=1)
     return root
 
 
@@ -32,53 +34,68 @@ def dataset(written, tmp_path):
 
 @pytest.fixture()
 def configure(tmp_path):
-    """configure(root, "key=value", ...) -> checked configuration of a quick probe on root with the tiny encoder."""
+    """configure(root, "key=value", ...) -> checked configuration of a quick probe on root with the
+    tiny encoder."""
     import config
 
-    def make(root, *overrides):
-        return config.load(os.path.join(ROOT, "configs", "demo.yaml"), [*settings(root, tmp_path), *overrides])
-    return make
+    return lambda root, *more: config.load(DEMO, [*settings(root, tmp_path), *more])
 
 
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch):
-    """No test reaches a real store with the developer's own key; an empty variable also wins over a file .env."""
+    """No test reaches a real store with the developer's own key; an empty variable also wins over a
+    file .env."""
     for name in ("B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"):
         monkeypatch.setenv(name, "")
 
 
 @pytest.fixture()
 def store(monkeypatch):
-    """with store({name: content}) as server: a B2 of our own on loopback, and the environment that b2.py needs for it."""
+    """with store({name: content}) as server: a B2 of our own on loopback, and the environment that
+    b2.py needs for it."""
     import b2
 
     @contextlib.contextmanager
     def make(files=(), **options):
         b2.renew()  # no client of an earlier server
         with B2Server(files, **options) as server:
-            for name, value in (("B2_APPLICATION_KEY_ID", server.key_id), ("B2_APPLICATION_KEY", server.key), ("B2_REALM", server.url)):
-                monkeypatch.setenv(name, value)
+            monkeypatch.setenv("B2_APPLICATION_KEY_ID", server.key_id)
+            monkeypatch.setenv("B2_APPLICATION_KEY", server.key)
+            monkeypatch.setenv("B2_REALM", server.url)
             yield server
         b2.renew()
 
     monkeypatch.setattr(b2, "ENV_FILE", "/none")
-    monkeypatch.setattr(b2, "READ_TIMEOUT", 2)  # enough for a busy machine, and short enough to wait for
+    # enough for a busy machine, and short enough to wait for
+    monkeypatch.setattr(b2, "READ_TIMEOUT", 2)
     return make
 
 
-def settings(root, tmp_path):
-    return [f"paths.data={root}", f"paths.checkpoint_path={TINY}", f"paths.cache_dir={tmp_path}/cache", f"paths.run_dir={tmp_path}/run",
-            "train.epochs=6", "train.warmup_epochs=1", "data.image_size=[16,64,64]", "data.num_workers=0", "train.sweep=null"]
+@pytest.fixture()
+def bucket(store):
+    """with bucket(root) as server: the data set of folder root, and the tiny encoder, where
+    helpers.remote looks for them."""
+
+    def make(root, **options):
+        files = [path for path in Path(root).rglob("*") if path.is_file()]
+        objects = {f"{PREFIX}{path.relative_to(root)}": path.read_bytes() for path in files}
+        return store({**objects, "encoders/tiny.pt": Path(TINY).read_bytes()}, **options)
+
+    return make
 
 
 @pytest.fixture()
 def command(tmp_path, capsys, monkeypatch):
-    """command("train.py", "--config", ..., root=...) -> returncode, stdout, stderr; with root, the overrides of a quick probe on it.
+    """command("train.py", "--config", ..., root=...) -> returncode, stdout, stderr; with root, the
+    overrides of a quick probe on it.
 
-    Runs the script's own __main__ in this process, which saves the seconds that importing torch costs.
+    Runs the script's own __main__ in this process, which saves the seconds that importing torch
+    costs.
     """
+
     def run(script, *args, root=None):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args), *(settings(root, tmp_path) if root else [])])
+        more = settings(root, tmp_path) if root else []
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args), *more])
         monkeypatch.chdir(ROOT)
         capsys.readouterr()
         code = 0
@@ -88,27 +105,8 @@ def command(tmp_path, capsys, monkeypatch):
             code = exit_.code
         output = capsys.readouterr()
         text = f"{code}\n" if isinstance(code, str) else ""
-        return SimpleNamespace(returncode=1 if text else code or 0, stdout=output.out, stderr=output.err + text)
+        return SimpleNamespace(
+            returncode=1 if text else code or 0, stdout=output.out, stderr=output.err + text
+        )
+
     return run
-
-
-def assert_scores_are_scikit_learns(result, y, p):
-    """The scores of metrics.evaluate, from labels y (n,) and probabilities p (n, 4), computed by scikit-learn."""
-    pred = p.argmax(1)
-    assert result["n"] == len(y)
-    assert result["accuracy"] == pytest.approx(accuracy_score(y, pred))
-    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, pred))
-    assert result["macro_f1"] == pytest.approx(f1_score(y, pred, average="macro"))
-    assert result["f1_per_class"] == pytest.approx(f1_score(y, pred, average=None))
-    assert result["auroc_macro_ovr"] == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
-    assert result["log_loss"] == pytest.approx(log_loss(y, p))
-
-
-def edit(path, change):
-    """Rewrite a text file by change(text)."""
-    with open(path, encoding="utf-8", newline="") as f:
-        text = f.read()
-    changed = change(text)
-    assert changed != text
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        f.write(changed)

@@ -1,0 +1,187 @@
+"""What several test files share: paths, quick settings, commands in processes, what a run left.
+
+Fixtures are in conftest.py. No test file imports from another one.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    log_loss,
+    roc_auc_score,
+)
+
+import runs
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FIXTURES = os.path.join(ROOT, "tests", "fixtures")
+# encoder of 16x64x64 volumes, 128 wide
+TINY = os.path.join(FIXTURES, "vjepa3d_tiny.pt")
+DEMO = os.path.join(ROOT, "configs", "demo.yaml")
+PROBE = os.path.join(ROOT, "configs", "probe.yaml")
+
+# ------------------------------------------------------------------------- settings and commands
+
+
+def settings(root, tmp_path):
+    """Overrides of a quick probe on the data set of folder root, with the tiny encoder."""
+    return [
+        f"paths.data={root}",
+        f"paths.checkpoint_path={TINY}",
+        f"paths.cache_dir={tmp_path}/cache",
+        f"paths.run_dir={tmp_path}/run",
+        "train.epochs=6",
+        "train.warmup_epochs=1",
+        "data.image_size=[16,64,64]",
+        "data.num_workers=0",
+        "train.sweep=null",
+    ]
+
+
+def start(script, *args, **options):
+    """python script args in the project's folder -> Popen with both outputs piped, as text."""
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def children_of(pid):
+    """Process ids of the children of a process."""
+    children = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        children += [int(child) for child in content(f"/proc/{pid}/task/{task}/children").split()]
+    return children
+
+
+# "train.py", killed at the moment when it moves its n-th file of the run folder to its name:
+# python -c KILLED_IN_SAVE n --config ...
+KILLED_IN_SAVE = """
+import os, runpy, signal, sys
+calls, move, last = 0, os.replace, int(sys.argv[1])
+def replace(source, target):
+    global calls
+    calls += f"{os.sep}run{os.sep}" in str(target)
+    if calls == last:
+        os.kill(os.getpid(), signal.SIGKILL)  # all is written, under its temporary name
+    move(source, target)
+os.replace = replace
+del sys.argv[0]
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+# ------------------------------------------------------------------------------ data in a bucket
+
+PREFIX = "ai-readi/dataset/"
+ROOT_URL, ENCODER_URL = "b2://bucket/ai-readi/dataset", "b2://bucket/encoders/tiny.pt"
+
+
+def remote(tmp_path, name="remote"):
+    """Overrides of a quick probe on what the fixture `bucket` serves."""
+    return [
+        *settings(ROOT_URL, tmp_path),
+        f"paths.checkpoint_path={ENCODER_URL}",
+        f"paths.cache_dir={tmp_path}/{name}-cache",
+        f"paths.run_dir={tmp_path}/{name}-run",
+    ]
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def content(path):
+    """The text of a file."""
+    with open(path) as f:
+        return f.read()
+
+
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write_bytes(path, data):
+    with open(path, "wb") as f:
+        f.write(data)
+
+
+def edit(path, change):
+    """Rewrite a text file by change(text)."""
+    with open(path, encoding="utf-8", newline="") as f:
+        text = f.read()
+    changed = change(text)
+    assert changed != text
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        f.write(changed)
+
+
+# ------------------------------------------------------------------------------ what a run left
+
+
+def read_run(cfg):
+    """-> history (list of dicts, one an epoch), the best checkpoint, the last checkpoint."""
+    with open(f"{cfg.paths.run_dir}/metrics.jsonl") as f:
+        history = [json.loads(line) for line in f]
+    load = lambda name: torch.load(f"{cfg.paths.run_dir}/{name}", weights_only=True)
+    return history, load(runs.BEST), load(runs.LAST)
+
+
+def read_predictions(path):
+    """predictions_*.csv -> ids (list), y_true (n,), probabilities (n, 4)."""
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    ids, y = [r["participant_id"] for r in rows], np.array([int(r["y_true"]) for r in rows])
+    return ids, y, np.array([[float(r[f"p{k}"]) for k in range(4)] for r in rows])
+
+
+def predictions(folder, split="val"):
+    """The numbers of folder/run's predictions (n, columns), ids included."""
+    path = f"{folder}/run/predictions_{split}.csv"
+    return np.genfromtxt(path, delimiter=",", skip_header=1)
+
+
+def same_run(a, b):
+    """Assert that folders a and b hold the same run, bit for bit: tables, and all that the
+    checkpoints hold but the paths."""
+
+    def equal(x, y):
+        if isinstance(x, torch.Tensor):
+            return torch.equal(x, y)
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x if k != "paths")
+        if isinstance(x, (list, tuple)):
+            return len(x) == len(y) and all(map(equal, x, y))
+        return x == y
+
+    for name in ("predictions_val.csv", "metrics.jsonl"):
+        assert content(f"{a}/run/{name}") == content(f"{b}/run/{name}")
+    for name in (runs.LAST, runs.BEST):
+        mine, other = (torch.load(f"{folder}/run/{name}", weights_only=True) for folder in (a, b))
+        assert equal(mine, other), name
+
+
+def assert_scores_are_scikit_learns(result, y, p):
+    """The scores of metrics.evaluate, from labels y (n,) and probabilities p (n, 4), computed by
+    scikit-learn."""
+    pred = p.argmax(1)
+    assert result["n"] == len(y)
+    assert result["accuracy"] == pytest.approx(accuracy_score(y, pred))
+    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, pred))
+    assert result["macro_f1"] == pytest.approx(f1_score(y, pred, average="macro"))
+    assert result["f1_per_class"] == pytest.approx(f1_score(y, pred, average=None))
+    assert result["auroc_macro_ovr"] == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
+    assert result["log_loss"] == pytest.approx(log_loss(y, p))
