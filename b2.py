@@ -16,8 +16,6 @@ Any number of threads and processes of a host may call these functions at once, 
 import base64
 import contextlib
 import errno
-import hashlib
-import itertools
 import os
 import posixpath
 import random
@@ -29,7 +27,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from files import Stopped, checksum, local_folder, locked
+from files import Stopped, checksum, hashed, local_folder, locked
 
 ENV_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 20  # seconds without an answer
@@ -110,16 +108,18 @@ os.register_at_fork(after_in_child=renew)
 
 
 def client(name, make):
-    """The client of that name, made on first use."""
+    """The client of that name, made on first use, when the environment has what ENV_FILE adds."""
+    import dotenv
+
     with clients_lock:
         if name not in clients:
+            dotenv.load_dotenv(ENV_FILE)  # does not overwrite the environment
             clients[name] = make()
         return clients[name]
 
 
 def b2_api():
     """The authorized B2Api. It sends each request once: `patiently` does all retrying."""
-    import dotenv
     from b2sdk import v3
     from b2sdk.v3.exception import Unauthorized
 
@@ -128,21 +128,9 @@ def b2_api():
         # listings wait for COPY, HEAD for UPLOAD
         TIMEOUT = TIMEOUT_FOR_COPY = TIMEOUT_FOR_UPLOAD = READ_TIMEOUT
 
-        def __init__(self, config):
-            super().__init__(config)
-            for adapter in self.session.adapters.values():
-                adapter.init_poolmanager(1, CONNECTIONS)
-
         def request(self, method, url, headers, data=None, try_count=1, params=None, **kwargs):
             return super().request(method, url, headers, data, 1, params, **kwargs)
 
-    class Session(v3.B2Session):
-        B2HTTP_CLASS = Http
-
-    class Api(v3.B2Api):
-        SESSION_CLASS = Session
-
-    dotenv.load_dotenv(ENV_FILE)  # does not overwrite the environment
     names = ("B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY")
     key = [os.environ.get(name, "").strip() for name in names]
     missing = [name for name, value in zip(names, key) if not value]
@@ -157,7 +145,11 @@ def b2_api():
             f"B2_REALM={realm} is no endpoint; write its URL with https://, or unset it"
         )
     no_hook = v3.B2HttpApiConfig(install_clock_skew_hook=False)
-    api = Api(v3.InMemoryAccountInfo(), api_config=no_hook)
+    http = Http(no_hook)
+    for adapter in http.session.adapters.values():
+        adapter.init_poolmanager(1, CONNECTIONS)
+    api = v3.B2Api(v3.InMemoryAccountInfo())
+    api.session.raw_api.b2_http = http  # in place of the SDK's, which waits and retries by itself
     try:
         api.authorize_account(*key, realm=realm)
     except Unauthorized:
@@ -174,10 +166,8 @@ def b2_bucket(name):
 
 
 def gs_files():
-    import dotenv
     import fsspec
 
-    dotenv.load_dotenv(ENV_FILE)
     try:
         return fsspec.filesystem("gs")
     except ImportError:
@@ -200,7 +190,7 @@ def find(path, deadline=300):
         if path.startswith("gs://"):
             return gs_object(client("gs", gs_files).info(f"{bucket}/{key}"))
         version = b2_bucket(bucket).get_file_info_by_name(key)
-        return b2_object(bucket, key, version.content_length, version)
+        return b2_object(path, version.content_length, version)
 
     return patiently(ask, path, deadline)
 
@@ -210,28 +200,27 @@ def find_all(paths, deadline=300):
     listed once, below their common folder."""
     if not paths or not is_remote(paths[0]):
         return {path: Object(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)}
-    bucket = split(paths[0])[0]
     # not commonpath: it would remove double slashes, and these are part of a key
-    prefix = os.path.commonprefix([split(path)[1] for path in paths])
-    prefix = prefix[: prefix.rfind("/") + 1]
+    folder = os.path.commonprefix(paths)
+    folder = folder[: folder.rfind("/") + 1]
+    bucket, prefix = split(folder)
 
     def ask(_):
-        if paths[0].startswith("gs://"):
+        if folder.startswith("gs://"):
             listing = client("gs", gs_files).find(f"{bucket}/{prefix}", detail=True)
             return [gs_object(info) for info in listing.values()]
         return [
-            b2_object(bucket, version.file_name, version.size, version)
+            b2_object(f"b2://{bucket}/{version.file_name}", version.size, version)
             for version, _ in b2_bucket(bucket).ls(prefix, recursive=True)
         ]
 
-    listed = patiently(ask, f"{paths[0].split('://')[0]}://{bucket}/{prefix}", deadline)
-    found = {source.path: source for source in listed}
+    found = {source.path: source for source in patiently(ask, folder, deadline)}
     return {path: found[path] for path in paths if path in found}
 
 
-def b2_object(bucket, key, size, version):
+def b2_object(url, size, version):
     sha1 = version.get_content_sha1()
-    return Object(f"b2://{bucket}/{key}", size, f"sha1:{sha1}" if sha1 else "", version.id_)
+    return Object(url, size, f"sha1:{sha1}" if sha1 else "", version.id_)
 
 
 def gs_object(info):
@@ -320,23 +309,27 @@ def diagnose(error, what):
     if isinstance(error, (FileNotFoundError, b2.FileNotPresent)):
         raise Absent(f"{what} is not there") from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason = f"no space left on the disk for {what}; make room, or set paths.cache_dir to "
-        raise OSError(error.errno, reason + "another disk") from error
+        raise OSError(
+            error.errno,
+            f"no space left on the disk for {what}; make room, or set paths.cache_dir to another "
+            "disk",
+        ) from error
     text = " ".join(str(error).split())
     if isinstance(error, b2.B2Error):
         return diagnose_b2(error, text, what)
     package = type(error).__module__.split(".")[0]  # by name: gcsfs is optional and not imported
-    is_refused = type(error) is OSError and "Forbidden" in text  # how gcsfs reports a 403
-    if package in ("aiohttp", "gcsfs", "google"):
-        is_final = package == "google" and not getattr(error, "retryable", False)
-        is_refused = is_final or getattr(error, "code", None) in (401, 403)
-        if not is_refused:
-            return 0
+    is_refused = (
+        (type(error) is OSError and "Forbidden" in text)  # how gcsfs reports a 403
+        or getattr(error, "code", None) in (401, 403)
+        or (package == "google" and not getattr(error, "retryable", False))
+    )
     if is_refused:
         raise PermissionError(
             f"{what}: Google Cloud does not allow this ({text}); run gcloud auth "
             "application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
         ) from error
+    if package in ("aiohttp", "gcsfs", "google"):
+        return 0
     raise error
 
 
@@ -363,11 +356,7 @@ def diagnose_b2(error, text, what):
         ) from error
     # UnknownError: for example an answer that was cut off
     if isinstance(error, b2.UnknownError) or error.should_retry_http():
-        try:
-            wait = float(getattr(error, "retry_after_seconds", None) or 0)
-        except ValueError:  # a date, or nonsense
-            wait = 0
-        return wait if 0 <= wait < float("inf") else 0
+        return error.retry_after_seconds or 0  # None also where the store gives a date
     raise ConnectionError(f"{what}: {type(error).__name__} {text}") from error
 
 
@@ -393,93 +382,83 @@ def fetch(source, folder, deadline=300, stop=None, bar=False):
     """
     identity = source.checksum or f"{source.path} {source.id}"
     name = re.sub(r"[^\w.-]", "_", posixpath.basename(source.path), flags=re.ASCII)[-100:]
-    path = os.path.join(folder, f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-{name}")
-    if is_whole(path, source):
+    path = os.path.join(folder, f"{hashed(identity)[:32]}-{name}")
+    if os.path.exists(path) and is_whole(path, source):
         return path
     with locked(path + ".part", stop) as part:
-        if is_whole(path, source):  # another one was faster
-            os.remove(part.name)
-            return path
         if os.path.exists(path):
+            if is_whole(path, source):  # another one was faster
+                os.remove(part.name)
+                return path
             tqdm.write(f"{path} is damaged; fetching it again", file=sys.stderr)
         try:
             download(source, part, deadline, stop, bar)
-        except (Stopped, TimeoutError, KeyboardInterrupt):
+        except (Stopped, TimeoutError):
             raise  # and leave the part: the next run resumes it
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(part.name)
+        except Exception:
+            os.remove(part.name)
             raise
         os.replace(part.name, path)
     return path
 
 
 def download(source, part, deadline, stop, bar):
-    """Append to the open file `part` until it holds all of source, with the right checksum."""
-    name, hexdigest = source.checksum.split(":") if source.checksum else ("sha1", None)
-    downloads = itertools.count(1)
-    part.seek(0)
-    digest = hashlib.file_digest(part, name)  # of what an earlier run left
+    """Append to the open file `part` until it holds all of source. Corrupt when its content is
+    wrong in all of DOWNLOADS downloads."""
     progress = tqdm(
         total=source.size,
-        initial=part.tell(),
+        initial=part.tell(),  # what an earlier run left
         desc=posixpath.basename(source.path),
         unit="B",
         unit_scale=True,
         disable=not bar,
     )
 
-    def attempt(patience):
-        nonlocal digest
-
-        def receive(data):
-            left = memoryview(data)
-            while left:
-                left = left[part.write(left) :]
-            digest.update(data)
-            progress.update(len(data))
-            patience.received(len(data))
-
-        if part.tell() < source.size:
-            read(source, part.tell(), receive)
-        if part.tell() == source.size and hexdigest in (None, digest.hexdigest()):
+    def receive_rest(patience):
+        if part.tell() >= source.size:
             return
+        with contextlib.closing(read(source, part.tell())) as pieces:
+            for data in pieces:
+                unwritten = memoryview(data)
+                while unwritten:
+                    unwritten = unwritten[part.write(unwritten) :]
+                progress.update(len(data))
+                patience.received(len(data))
         if part.tell() < source.size:
             raise ConnectionError(f"{part.tell()} of {source.size} bytes came")
-        progress.reset()
-        part.seek(0)
-        part.truncate()
-        digest = hashlib.new(name)
-        if next(downloads) == DOWNLOADS:
-            raise Corrupt(
-                f"{source.path}: its content is not that of its {name.upper()}, in {DOWNLOADS} "
-                "downloads; it was damaged before or during its upload"
-            )
-        raise ConnectionError(f"the content that came is not that of its {name.upper()}")
 
     with progress:
-        patiently(attempt, source.path, deadline, stop)
+        for _ in range(DOWNLOADS):
+            patiently(receive_rest, source.path, deadline, stop)
+            if is_whole(part.name, source):
+                return
+            progress.reset()
+            part.seek(0)
+            part.truncate()
+    name = source.checksum.split(":")[0].upper() or "size"
+    raise Corrupt(
+        f"{source.path}: its content is not that of its {name}, in {DOWNLOADS} downloads; it was "
+        "damaged before or during its upload"
+    )
 
 
-def read(source, start, receive):
-    """Hand the bytes of a remote Object from start on to receive(bytes), in one stream."""
+def read(source, start):
+    """Yield the bytes of a remote Object from start on, in one stream."""
     if source.path.startswith("gs://"):
         path = source.path.removeprefix("gs://")
         with client("gs", gs_files).open(path, "rb", cache_type="none") as f:
             f.seek(start)
-            for data in iter(lambda: f.read(1 << 22), b""):
-                receive(data)
+            yield from iter(lambda: f.read(1 << 22), b"")
     else:
         api = client("b2", b2_api)
         response = api.download_file_by_id(source.id, range_=(start, source.size - 1)).response
         # not the SDK's save: it waits until 256 KB have come before it hands any on
         with contextlib.closing(response):
-            for data in iter(lambda: response.raw.read1(1 << 18), b""):
-                receive(data)
+            yield from iter(lambda: response.raw.read1(1 << 18), b"")
 
 
 def is_whole(path, source):
-    """Is path there, with the size and the checksum of source?"""
-    if not os.path.isfile(path) or os.path.getsize(path) != source.size:
+    """Has the file the size and the checksum of source?"""
+    if os.path.getsize(path) != source.size:
         return False
     return not source.checksum or checksum(path, source.checksum.split(":")[0]) == source.checksum

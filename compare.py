@@ -20,23 +20,18 @@ from report import leaderboard_page, number, span, text_table
 from runs import BEST
 
 
-@dataclass(eq=False)
+@dataclass
 class Results:
     """What eval.py wrote of a run on a split."""
 
     name: str
-    folder: str
     result: dict  # eval_SPLIT.json
-    ids: list  # participants
-    y_true: np.ndarray  # (n,)
-    p: np.ndarray  # (n, K)
+    label_of: dict  # {participant: class}
+    p_of: dict  # {participant: probabilities (K,)}
 
 
-def open_results(folder, split, name=None):
-    """Read what eval.py wrote -> Results. ValueError when the files do not belong together.
-
-    name: what the run is called; its path where that is None.
-    """
+def open_results(name, folder, split):
+    """Read what eval.py wrote -> Results. ValueError when the files do not belong together."""
     again = f"run eval.py --ckpt {folder} --split {split}"
     path = pathlib.Path(folder, f"eval_{split}.json")
     table, checkpoint = path.with_name(f"predictions_{split}.csv"), path.with_name(BEST)
@@ -52,11 +47,14 @@ def open_results(folder, split, name=None):
         raise ValueError(f"{table} is not what {path} was computed from; {again}")
     if checkpoint.is_file() and files.sha256(checkpoint) != result.get("checkpoint_sha256"):
         raise ValueError(f"{checkpoint} is not the checkpoint that {path} is about; {again}")
-    rows = files.read_csv(table)
-    ids = [row["participant_id"] for row in rows]
-    y_true = np.array([int(row["y_true"]) for row in rows])
-    p = np.array([[float(row[f"p{k}"]) for k in range(len(CLASS_NAMES))] for row in rows])
-    return Results(name or str(folder), str(folder), result, ids, y_true, p)
+    row_of = {row["participant_id"]: row for row in files.read_csv(table)}
+    columns = [f"p{k}" for k in range(len(CLASS_NAMES))]
+    return Results(
+        name,
+        result,
+        label_of={i: int(row["y_true"]) for i, row in row_of.items()},
+        p_of={i: [float(row[column]) for column in columns] for i, row in row_of.items()},
+    )
 
 
 def open_all(folders, split):
@@ -64,28 +62,29 @@ def open_all(folders, split):
     folders share that."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return [
-        open_results(folder, split, name if names.count(name) == 1 else folder)
+        open_results(name if names.count(name) == 1 else str(folder), folder, split)
         for name, folder in zip(names, folders)
     ]
 
 
 def reason_not_comparable(a, b):
     """How the participants or labels of two Results differ, in words. None where they do not."""
-    label_a, label_b = dict(zip(a.ids, a.y_true)), dict(zip(b.ids, b.y_true))
-    only_in = {a.name: sorted(set(a.ids) - set(b.ids)), b.name: sorted(set(b.ids) - set(a.ids))}
     differences = [
-        f"{len(ids)} only in {name} ({files.first_few(ids, 3)})"
-        for name, ids in only_in.items()
+        f"{len(ids)} only in {name} ({files.first_few(sorted(ids), 3)})"
+        for name, ids in (
+            (a.name, a.label_of.keys() - b.label_of.keys()),
+            (b.name, b.label_of.keys() - a.label_of.keys()),
+        )
         if ids
     ]
     if differences:
         return f"other participants: {'; '.join(differences)}"
-    relabelled = sorted(i for i in label_a if label_a[i] != label_b[i])
+    relabelled = sorted(i for i in a.label_of if a.label_of[i] != b.label_of[i])
     if relabelled:
         first = relabelled[0]
         return (
-            f"other labels: participant {first} is of class {label_a[first]} in {a.name} "
-            f"and {label_b[first]} in {b.name} ({len(relabelled)} such)"
+            f"other labels: participant {first} is of class {a.label_of[first]} in {a.name} "
+            f"and {b.label_of[first]} in {b.name} ({len(relabelled)} such)"
         )
     hash_a, hash_b = a.result["labels_sha256"], b.result["labels_sha256"]
     if hash_a != hash_b:
@@ -98,12 +97,9 @@ def reason_not_comparable(a, b):
 
 def compare_pairs(runs):
     """metrics.compare_all of Results that can be compared, in the first one's order."""
-    ids = runs[0].ids
-    probabilities = {}
-    for run in runs:
-        row_of = {participant: row for row, participant in enumerate(run.ids)}
-        probabilities[run.name] = run.p[[row_of[participant] for participant in ids]]
-    return metrics.compare_all(runs[0].y_true, probabilities, ids)
+    ids = list(runs[0].label_of)
+    probabilities = {run.name: np.array([run.p_of[i] for i in ids]) for run in runs}
+    return metrics.compare_all(list(runs[0].label_of.values()), probabilities, ids)
 
 
 def compare(folders, split):
@@ -132,8 +128,10 @@ def compare(folders, split):
         ]
         for run in runs
     ]
-    lines = [f"{split}, {len(first.ids)} participants, {first.result['data']}", ""]
-    lines += [*text_table(header, rows), ""]
+    lines = [
+        f"{split}, {len(first.label_of)} participants, {first.result['data']}\n",
+        f"{text_table(header, rows)}\n",
+    ]
     volumes = {f"{run.result['scanner']}, {run.result['anatomic_region']}" for run in runs}
     if len(volumes) > 1:
         what = "these runs saw other volumes of the same participants"
@@ -162,21 +160,23 @@ def leaderboard(folders, split):
     if not scored:
         again = f"run eval.py --ckpt RUN --split {split} first"
         raise ValueError(f"--leaderboard: no folder holds an eval_{split}.json; {again}")
-    compared, not_compared = rank(open_all(scored, split))
-    runs = [*compared, *not_compared]
+    runs, reasons = rank(open_all(scored, split))
+    compared = [run for run in runs if not reasons[run.name]]
+    runs = [*compared, *(run for run in runs if reasons[run.name])]
     pairs = compare_pairs(compared) if len(compared) > 1 else []
-    best = compared[0].name
-    p_holm = {pair["b"]: pair["p_holm"] for pair in pairs if pair["a"] == best}
+    best = compared[0]
+    p_holm = {pair["b"]: pair["p_holm"] for pair in pairs if pair["a"] == best.name}
 
-    header, rows = leaderboard_table(runs, not_compared, p_holm)
+    header, rows = leaderboard_table(runs, reasons, p_holm)
     data = ", ".join(dict.fromkeys(run.result["data"] for run in runs))
-    score = f"balanced accuracy {number(compared[0].result['balanced_accuracy'])} on {split}"
     about = [
-        verdict(best, score, p_holm, len(pairs)),
+        verdict(best, split, p_holm, len(pairs)),
         f"{data}. Tied: the difference from the best is not significant at 5 % (paired bootstrap "
         "over the same participants, Holm-corrected over all pairs).",
     ]
-    notes = [f"{run.name}: not compared, for it has {why}" for run, why in not_compared.items()]
+    notes = [
+        f"{run.name}: not compared, for it has {reasons[run.name]}" for run in runs[len(compared) :]
+    ]
     notes += [f"{run.name}: ALARM: {alarm}" for run in runs for alarm in run.result["alarms"]]
     notes += [f"not scored on {split}: {folder}" for folder in folders if folder not in scored]
 
@@ -193,42 +193,36 @@ def leaderboard(folders, split):
 
 
 def rank(runs):
-    """Results -> those that can be compared, best first, and {Results: reason} of the others.
+    """Results -> Results, best first, and {name: why a run is not compared, or None}.
 
     One run of other participants must not end the comparison of all others: the largest group of
     runs that can be compared with each other is.
     """
-    key = lambda run: (-run.result["balanced_accuracy"], run.result["log_loss"])
-    runs = sorted(runs, key=key)
-    reasons = max(
-        ([reason_not_comparable(first, run) for run in runs] for first in runs),
-        key=lambda reasons: reasons.count(None),
-    )
-    compared = [run for run, reason in zip(runs, reasons) if not reason]
-    return compared, {run: reason for run, reason in zip(runs, reasons) if reason}
+    runs = sorted(runs, key=lambda r: (-r.result["balanced_accuracy"], r.result["log_loss"]))
+    candidates = [{run.name: reason_not_comparable(first, run) for run in runs} for first in runs]
+    return runs, max(candidates, key=lambda reasons: list(reasons.values()).count(None))
 
 
-def leaderboard_table(runs, not_compared, p_holm):
-    """Header and rows. p_holm {name: p-value of the difference from the best run}."""
-    floors = [
-        name
-        for name in ("random encoder", "shuffled labels")
-        if any(name in run.result.get("floors", {}) for run in runs)
-    ]
+def leaderboard_table(runs, reasons, p_holm):
+    """Header and rows. reasons {name: why a run is not compared, or None}; p_holm {name: p-value of
+    the difference from the best run}."""
+    floors = list(dict.fromkeys(name for run in runs for name in run.result.get("floors", {})))
     header = ["run", "balanced accuracy", "95 % interval", "place", "p (Holm)"]
     header += ["majority class, random answers", "chance band", *floors]
     header += ["log-loss", "participants", "alarms", "encoder"]
     score = lambda scores: number(scores.get("balanced_accuracy"))
+    first_place = "tied for best" if names_of_tied(p_holm) else "best"
     rows = []
     for run in runs:
-        r = run.result
+        r, p = run.result, p_holm.get(run.name)
+        place = "worse" if p is not None and p < 0.05 else first_place
         rows.append(
             [
                 run.name,
                 score(r),
                 span(r["ci95"]["balanced_accuracy"]),
-                "not compared" if run in not_compared else place(run.name, p_holm),
-                f"{p_holm[run.name]:.4f}" if run.name in p_holm else "-",
+                "not compared" if reasons[run.name] else place,
+                "-" if p is None else f"{p:.4f}",
                 f"{score(r['majority'])}, {score(r['random'])}",
                 span(r["chance_band"]),
                 *(score(r.get("floors", {}).get(name, {})) for name in floors),
@@ -241,20 +235,19 @@ def leaderboard_table(runs, not_compared, p_holm):
     return header, rows
 
 
-def place(name, p_holm):
-    if p_holm.get(name, 1) < 0.05:
-        return "worse"
-    return "tied for best" if max(p_holm.values(), default=0) >= 0.05 else "best"
+def names_of_tied(p_holm):
+    return [name for name, p in p_holm.items() if p >= 0.05]
 
 
-def verdict(best, score, p_holm, num_pairs):
-    """The leaderboard in one sentence. score: that of the best run, in words."""
-    tied = [name for name, p in p_holm.items() if p >= 0.05]
+def verdict(best, split, p_holm, num_pairs):
+    """The leaderboard in one sentence. best: Results."""
+    name, tied = best.name, names_of_tied(p_holm)
+    score = f"balanced accuracy {number(best.result['balanced_accuracy'])} on {split}"
     if not p_holm:
-        return f"{best}: {score}; there is no other run to compare it with."
+        return f"{name}: {score}; there is no other run to compare it with."
     if tied:
-        return f"{best} leads with {score}, but is not shown to be better than {', '.join(tied)}."
+        return f"{name} leads with {score}, but is not shown to be better than {', '.join(tied)}."
     return (
-        f"{best} is the best of {len(p_holm) + 1} runs: {score}, better than every other "
+        f"{name} is the best of {len(p_holm) + 1} runs: {score}, better than every other "
         f"(p at most {max(p_holm.values()):.4f}, Holm over {num_pairs} pairs)."
     )

@@ -1,18 +1,16 @@
 """Samples -> preprocessed volumes: cached, in the order of the epoch, augmented.
 
     python data.py --config configs/single_domain_01.yaml      # the ledger: who is missing, and why
-    python data.py --config configs/demo.yaml --config configs/finetune.yaml --preview views.png
 
     volumes = Volumes(book.of("train"), (64, 384, 384), "cache")
     for i, key, volume in stream(volumes, book, order, cfg): ...    # volume (1, D, H, W) float16
 
-The second command draws augmented volumes next to the originals. read_dicom and preprocess are
-those of volumes.py.
+read_dicom and preprocess are those of volumes.py. scripts/preview.py draws what augmentation does.
 """
 
 import argparse
 import contextlib
-import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -22,11 +20,11 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import b2
 import files
@@ -49,15 +47,15 @@ class Volumes:
 
     def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300):
         self.samples, self.size = list(samples), tuple(size)
-        self.cache_dir = files.local_folder(cache_dir, "paths.cache_dir")
-        self.folder = os.path.join(self.cache_dir, "volumes")
+        self.cache_dir = Path(files.local_folder(cache_dir, "paths.cache_dir"))
+        self.folder = self.cache_dir / "volumes"
         self.limit, self.deadline = cache_gb * 1e9, deadline
         self.stop = threading.Event()  # set: what is being fetched is given up
 
     def key(self, i):
         """Key of volume i in the cache; None for a local file whose content is not known yet."""
         content = self.content(i)
-        return content and hashed(f"{content} {self.size} {PREPROCESSING}")
+        return content and files.hashed(f"{content} {self.size} {PREPROCESSING}")
 
     def content(self, i):
         """What identifies the content of volume i: the store's checksum; of a local file the
@@ -65,20 +63,17 @@ class Volumes:
         source = self.samples[i].source
         if b2.is_remote(source.path):
             return source.checksum or f"{source.path} {source.id}"
-        note = self.note(i)
-        if not os.path.exists(note):
+        try:
+            return self.note(i).read_text(encoding="utf-8") or None  # a power cut can empty it
+        except FileNotFoundError:
             return None
-        with open(note, encoding="utf-8") as f:
-            content = f.read()
-        # a power cut can leave it empty
-        return content if len(content) == len("sha1:") + 40 else None
 
     def note(self, i):
         """File that remembers a local file's checksum, as long as nothing touches that file."""
         path = os.path.abspath(self.samples[i].path)
         stat = os.stat(path)
         identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-        return os.path.join(self.cache_dir, "checksums", hashed(identity))
+        return self.cache_dir / "checksums" / files.hashed(identity)
 
     def load(self, i, decode=decode_volume):
         """-> key, (1, D, H, W) float16. Unreadable for a volume that cannot be read; other errors
@@ -93,11 +88,11 @@ class Volumes:
         except FileNotFoundError:
             raise Unreadable(f"{source.path} is not there any more") from None
         key = self.key(i)
-        kept = os.path.join(self.folder, key + ".npy")
+        kept = self.folder / f"{key}.npy"
         volume = files.load_array(kept, np.float16, self.size)
         if volume is None:
             # not named by the key: another size needs the same file fetched
-            lock = os.path.join(self.cache_dir, "locks", hashed(self.content(i)))
+            lock = self.cache_dir / "locks" / files.hashed(self.content(i))
             with files.locked(lock, self.stop):
                 try:
                     # another process may have made it in the meantime
@@ -106,7 +101,7 @@ class Volumes:
                         volume = self.make(source, decode)
                         self.admit(kept, volume)
                 finally:
-                    os.remove(lock)
+                    lock.unlink()
         return key, torch.from_numpy(volume)[None]  # (D, H, W) -> (1, D, H, W)
 
     def make(self, source, decode):
@@ -114,8 +109,7 @@ class Volumes:
         path = source.path
         try:
             if b2.is_remote(path):
-                raw = os.path.join(self.cache_dir, "raw")
-                path = b2.fetch(source, raw, self.deadline, self.stop)
+                path = b2.fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
             return decode(path, self.size)
         except (b2.Absent, b2.Corrupt, Unreadable) as error:
             raise Unreadable(str(error).replace(path, source.path)) from error
@@ -125,20 +119,15 @@ class Volumes:
 
     def admit(self, path, volume):
         """Keep a volume, if there is room."""
-        os.makedirs(self.folder, exist_ok=True)
-        with files.locked(os.path.join(self.cache_dir, "locks", "admission"), self.stop):
+        with files.locked(self.cache_dir / "locks" / "admission", self.stop):
             files.remove_abandoned(self.folder, 0)  # nobody else writes here now
             used = 0
-            for entry in os.scandir(self.folder):
+            for kept in self.folder.glob("*"):
                 # not found: a damaged one, that another process removes
                 with contextlib.suppress(FileNotFoundError):
-                    used += entry.stat().st_size
+                    used += kept.stat().st_size
             if used + volume.nbytes <= self.limit:
                 files.save_array(path, volume)
-
-
-def hashed(text):
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------- volumes ahead
@@ -162,22 +151,13 @@ def stream(volumes, book, order, cfg, transform=None):
             key, volume = volumes.load(i, decode)
             return key, transform(key, volume) if transform else volume
 
-        todo, ahead = iter(order), deque()
-
-        def fill():
-            struck = {s.path for s, _ in book.unreadable} if book else ()
-            for i in todo:
-                if volumes.samples[i].path not in struck:
-                    ahead.append((i, fetchers.submit(load, i)))
-                if len(ahead) >= cfg.data.prefetch:
-                    return
-
-        fill()
+        submitted = ((i, fetchers.submit(load, i)) for i in order)
+        ahead = deque(itertools.islice(submitted, cfg.data.prefetch))
         while ahead:
             i, future = ahead.popleft()
             sample = volumes.samples[i]
             try:
-                key, volume = result_of(future, sample.participant_id)
+                arrived = result_of(future, sample.participant_id)
             except Unreadable as error:
                 if book is None:
                     raise ValueError(
@@ -186,10 +166,10 @@ def stream(volumes, book, order, cfg, transform=None):
                     ) from error
                 book.strike(sample, str(error))
                 ledger.check(book, cfg.data.max_missing)
-                fill()
-                continue
-            fill()
-            yield i, key, volume
+                arrived = None
+            ahead.extend(itertools.islice(submitted, 1))
+            if arrived:
+                yield i, *arrived
 
 
 @contextlib.contextmanager
@@ -213,7 +193,6 @@ def executors(volumes, cfg):
         volumes.stop.set()
         decoder.shutdown(wait=False, cancel_futures=True)  # first: fetchers wait for it
         fetchers.shutdown(cancel_futures=True)
-        decoder.shutdown()
 
 
 def result_of(future, participant_id):
@@ -330,52 +309,6 @@ def epoch_order(labels, sampler, seed, epoch):
 # ------------------------------------------------------------------------------------- the command
 
 
-def preview(path, cfg, book, size, views=5):
-    """PNG: of one training volume of each class the middle B-scan (rows, columns) and, below it,
-    the lateral plane (frames, columns; mean over rows), as it is and as a training encoder sees it
-    in `views` epochs."""
-    from matplotlib.figure import Figure
-
-    samples = list({s.label: s for s in reversed(book.of("train"))}.values())
-    volumes = Volumes(
-        samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
-    )
-    figure = Figure((1.8 * (1 + views), 3.4 * len(samples)), layout="constrained")
-    no_ticks = {"xticks": [], "yticks": []}
-    axes = figure.subplots(2 * len(samples), 1 + views, squeeze=False, subplot_kw=no_ticks)
-    arriving = stream(volumes, book, range(len(samples)), cfg)
-    for i, key, volume in tqdm(arriving, total=len(samples), desc="preview", unit="volume"):
-        for column, (scan, lateral) in enumerate(axes[2 * i : 2 * i + 2].T):
-            view = augment(volume, strengths(cfg) if column else {}, f"{cfg.seed} {column} {key}")
-            frames = view[0].float()  # (D, H, W)
-            middle = frames[len(frames) // 2]
-            if not column:
-                # one grey scale for all views of a scan; the faint lateral planes have their own
-                low, high = middle.aminmax()
-            scan.imshow(middle, "gray", vmin=low, vmax=high, aspect="auto")
-            lateral.imshow(frames.mean(dim=1), "gray", aspect="auto")
-        axes[2 * i, 0].set_ylabel(CLASS_NAMES[samples[i].label])
-    for column, axis in enumerate(axes[0]):
-        axis.set_title(f"view {column}" if column else "original")
-    files.write(path, lambda file: figure.savefig(file, format="png", dpi=90))
-
-
-def encoder_size(cfg):
-    """Size (D, H, W) of the encoder's volumes. ValueError when neither config nor file says it."""
-    import model
-
-    if cfg.data.image_size:
-        return cfg.data.image_size
-    url = cfg.paths.checkpoint_path
-    path = b2.local(url, cfg.paths.cache_dir, cfg.data.fetch_deadline)
-    size = model.load_encoder(path, cfg.model.encoder).image_size
-    if size is None:
-        raise ValueError(
-            f"{url} does not say its image_size; set data.image_size=[depth, height, width]"
-        )
-    return size
-
-
 def main():
     import config
     import phantom
@@ -389,9 +322,6 @@ def main():
         action="append",
         help="configuration file; a second one lies over the first",
     )
-    parser.add_argument(
-        "--preview", metavar="FILE.png", help="draw augmented volumes next to the originals"
-    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
@@ -400,14 +330,6 @@ def main():
     print(f"{book.description}: {cfg.data.scanner}, {cfg.data.anatomic_region}")
     print(ledger.table(book))
     ledger.check(book, cfg.data.max_missing)
-    if args.preview:
-        if not strengths(cfg):
-            raise ValueError(
-                "--preview has nothing to show: every switch of data.augment is off; set "
-                "data.augment.flip=true, say"
-            )
-        preview(args.preview, cfg, book, encoder_size(cfg))
-        print(f"preview: {args.preview}")
 
 
 if __name__ == "__main__":

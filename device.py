@@ -18,7 +18,6 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -30,6 +29,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -64,21 +64,18 @@ def launch(main, cfg):
     """
     backend, processes = choose(cfg.device.backend), cfg.device.processes
     if backend == "xla":
-        import torch_xla.distributed.xla_multiprocessing as xmp
-
         if processes != 1:
             raise ValueError(
                 "device.processes is for CPU and CUDA; on XLA there is a replica for every core: "
                 "set device.processes=1"
             )
+        # torch_xla compiles the scalars 0, 1 and -1 into a program. One that becomes 1 in the
+        # course of training, as AdamW's bias correction does, would compile it once more.
+        os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
+        import torch_xla.distributed.xla_multiprocessing as xmp
+
         threading.Thread(target=watch_replicas, daemon=True).start()
-        signal.signal(
-            signal.SIGTERM,
-            lambda *_: (
-                [process.terminate() for process in multiprocessing.active_children()]
-                or sys.exit(128 + signal.SIGTERM)
-            ),
-        )
+        pass_on_sigterm()
         try:
             xmp.spawn(ReplicaXla(main, cfg))
         except BrokenProcessPool:
@@ -94,24 +91,30 @@ def launch(main, cfg):
         spawn(main, cfg, backend, processes)
 
 
+def pass_on_sigterm():
+    """SIGTERM ends the replicas, and this process after them, or at once where there are none."""
+
+    def handler(*_):
+        replicas = multiprocessing.active_children()
+        for process in replicas:
+            process.terminate()
+        if not replicas:
+            sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, handler)
+
+
 def spawn(main, cfg, backend, world):
     context = multiprocessing.get_context("spawn")
     # replicas end by os._exit; no warning about the semaphores that they leave is for the user
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    failures = context.SimpleQueue()  # the first is the cause, the others lost the connection to it
     with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/meeting"
-        pipes = [context.Pipe(duplex=False) for _ in range(world)]
-        replicas = [
-            context.Process(
-                target=replica, args=(rank, world, main, cfg, backend, meeting, pipes[rank][1])
-            )
-            for rank in range(world)
-        ]
+        args = world, main, cfg, backend, f"file://{folder}/meeting", failures
+        replicas = [context.Process(target=replica, args=(rank, *args)) for rank in range(world)]
         for process in replicas:
             process.start()
-        earlier = signal.signal(
-            signal.SIGTERM, lambda *_: [process.terminate() for process in replicas]
-        )
+        pass_on_sigterm()
         try:
             running = {process.sentinel: process for process in replicas}
             while running:
@@ -119,29 +122,26 @@ def spawn(main, cfg, backend, world):
                     process = running.pop(sentinel)
                     process.join()
                     if process.exitcode:
-                        # the first to fail may be slow to end: the others' reports are awaited too
-                        time.sleep(0.5)
-                        sys.exit(first_failure(replicas, pipes))
+                        time.sleep(0.5)  # one that was killed may end after those that noticed it
+                        sys.exit(first_failure(replicas, failures))
         finally:
-            signal.signal(signal.SIGTERM, earlier)
             for process in replicas:
                 process.kill()
                 process.join()
 
 
-def first_failure(replicas, pipes):
+def first_failure(replicas, failures):
     """The error of the replica that failed first, for the screen, or else its exit status."""
     for rank, process in enumerate(replicas):
         if (process.exitcode or 0) < 0:  # the others merely lost the connection to it
             name = signal.Signals(-process.exitcode).name
             hint = ", out of memory perhaps; lower device.processes" if name == "SIGKILL" else ""
             return f"error: replica {rank} of {len(replicas)} was ended by {name}{hint}"
-    failures = [pipe.recv() for pipe, _ in pipes if pipe.poll()]
     # a replica that has sent nothing failed before main, and its traceback is on the screen
-    return min(failures)[1] if failures else 1
+    return 1 if failures.empty() else failures.get()
 
 
-def replica(rank, world, main, cfg, backend, meeting, pipe):
+def replica(rank, world, main, cfg, backend, meeting, failures):
     """A process of `spawn`."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
@@ -163,10 +163,10 @@ def replica(rank, world, main, cfg, backend, meeting, pipe):
         dist.destroy_process_group()
     except SystemExit as exit_:
         failure = exit_.code
-    except BaseException as error:
+    except Exception as error:
         failure = explain(error)
     if failure:
-        pipe.send((time.time(), failure))
+        failures.put(failure)
     sys.stdout.flush()
     sys.stderr.flush()
     # at once: threads may still fetch, and a peer may wait
@@ -178,14 +178,15 @@ def end_with_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+@dataclass
 class ReplicaXla:
     """What xmp.spawn calls, in a thread of a child process.
 
     Its index counts the replicas of the host; rank() counts those of all hosts.
     """
 
-    def __init__(self, main, cfg):
-        self.main, self.cfg = main, cfg
+    main: object
+    cfg: object
 
     def __setstate__(self, state):
         # unpickled by the child's main thread, the only one that may say what SIGTERM does
@@ -199,9 +200,7 @@ class ReplicaXla:
     def __call__(self, index):
         try:
             quietly(self.main, rank(), self.cfg)
-        except SystemExit:
-            raise
-        except BaseException as error:
+        except Exception as error:
             if world() == 1:
                 raise
             print(explain(error), file=sys.stderr, flush=True)
@@ -274,28 +273,25 @@ def alone():
         IS_ALONE = False
 
 
-def rank():
-    """Number of this replica, of all hosts'."""
+def rank_and_world():
+    """Number of this replica, of all hosts', and how many there are."""
     if dist.is_initialized():
-        return dist.get_rank()
+        return dist.get_rank(), dist.get_world_size()
     if "torch_xla" in sys.modules:
         import torch_xla.runtime
 
-        return torch_xla.runtime.global_ordinal()
-    return 0
+        return torch_xla.runtime.global_ordinal(), torch_xla.runtime.world_size()
+    return 0, 1
+
+
+def rank():
+    """Number of this replica, of all hosts'."""
+    return rank_and_world()[0]
 
 
 def world():
     """Number of replicas, on all hosts."""
-    if IS_ALONE:
-        return 1
-    if dist.is_initialized():
-        return dist.get_world_size()
-    if "torch_xla" in sys.modules:
-        import torch_xla.runtime
-
-        return torch_xla.runtime.world_size()
-    return 1
+    return 1 if IS_ALONE else rank_and_world()[1]
 
 
 # ---- devices
@@ -392,9 +388,8 @@ def attention_bfloat16(q, k, v, chunk=128):
         # softmax cancels what all keys share, and a smaller score loses less to rounding
         k = (k.float() - k.float().mean(dim=0)).to(k.dtype).T.contiguous()  # (d, N)
         q, v, out = q * q.shape[-1] ** -0.5, v.contiguous(), torch.empty(v.shape, dtype=v.dtype)
-        scores = torch.empty(
-            chunk, len(v), dtype=v.dtype
-        )  # allocated once, small enough for the cache
+        # allocated once, small enough for the cache
+        scores = torch.empty(chunk, len(v), dtype=v.dtype)
         for part, result in zip(q.split(chunk), out.split(chunk)):
             s = torch.mm(part, k, out=scores[: len(part)])
             torch.mm(torch.softmax(s, dim=-1, out=s), v, out=result)
@@ -468,19 +463,16 @@ def all_sum_gradients(parameters):
 
 
 def gather(value, dev):
-    """[value of replica 0, of replica 1, ...] in every replica; any value that JSON can hold."""
+    """[value of replica 0, of replica 1, ...] in every replica; plain numbers, texts and lists."""
     if world() == 1:
         return [value]
+    if dist.is_initialized():
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+        return values
+    import torch_xla.core.xla_model as xm
 
-    def all_rows(row, width):
-        table = torch.zeros(world(), width, dtype=torch.int32)
-        table[rank(), : len(row)] = torch.tensor(row)
-        return all_sum(table.to(dev)).cpu().tolist()
-
-    text = list(json.dumps(value).encode())
-    lengths = [length for [length] in all_rows([len(text)], 1)]
-    rows = all_rows(text, max(lengths))
-    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
+    return xm.mesh_reduce("gather", value, list)
 
 
 def any_replica(value, dev):

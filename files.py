@@ -16,11 +16,13 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import os
 import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -63,19 +65,17 @@ def write(path, data):
             )
         raise OSError(error.errno, f"not written: {reason}", path) from error
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def remove_abandoned(folder, age):
     """Remove the temporary files that killed writers left in a folder: those that nobody has
     touched for `age` seconds."""
-    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-        if entry.name.endswith(".part"):
-            # not found: its writer has just finished, or another process removed it first
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - entry.stat().st_mtime >= age:
-                    os.remove(entry.path)
+    for path in Path(folder).glob("*.part"):
+        # not found: its writer has just finished, or another process removed it first
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def local_folder(path, key):
@@ -107,28 +107,22 @@ def locked(path, stop=None):
     The holder may remove or rename the file. The lock of a process that is killed is free.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    began, told = time.monotonic(), False
-    while True:
+    stop = stop or threading.Event()
+    for tries in itertools.count(1):
         # unbuffered: on a full disk, closing would fail too
         with open(path, "a+b", buffering=0) as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if (stop or threading.Event()).wait(0.05):
-                        raise Stopped from None
-                    if time.monotonic() - began > 30 and not told:
-                        told = True
-                        message = f"waiting for another thread or process that holds {path}"
-                        tqdm.write(message, file=sys.stderr)
             try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except FileNotFoundError:
-                is_ours = False
-            if is_ours:  # else the last holder removed or renamed it: lock the new file
+            except (BlockingIOError, FileNotFoundError):
+                is_ours = False  # another holds it, or its last holder removed or renamed it
+            if is_ours:
                 yield file
                 return
+        if tries == 600:  # after 30 s
+            tqdm.write(f"waiting for another thread or process that holds {path}", file=sys.stderr)
+        if stop.wait(0.05):
+            raise Stopped
 
 
 def checksum(path, name):
@@ -140,6 +134,11 @@ def checksum(path, name):
 def sha256(path):
     """SHA-256 of a file's content, in hex."""
     return checksum(path, "sha256").split(":")[1]
+
+
+def hashed(text):
+    """SHA-256 of a text, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------- tables and arrays
@@ -215,10 +214,9 @@ def load_array(path, dtype, shape):
     except FileNotFoundError:
         return None
     if hashlib.sha1(memoryview(content)[:-20]).digest() == content[-20:]:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
+        array = np.load(io.BytesIO(content))
         if array.dtype == dtype and array.shape == tuple(shape):
             return array
     tqdm.write(f"cache file {path} is damaged; making it anew", file=sys.stderr)
-    with contextlib.suppress(FileNotFoundError):  # another process noticed too
-        os.remove(path)
+    Path(path).unlink(missing_ok=True)  # missing: another process noticed too
     return None

@@ -13,6 +13,7 @@ so that nobody is dropped without a word.
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 import b2
 from files import checksum, first_few, read_tsv, sha256
@@ -25,6 +26,7 @@ CLASSES = (  # study_group of participants.tsv; its position is the label
 )
 CLASS_NAMES = ("healthy", "pre-diabetes", "oral medication", "insulin")
 SPLITS = ("train", "val", "test")
+FLAGS = ("TRUE", "FALSE")
 LABELS, MANIFEST = "participants.tsv", "retinal_oct/manifest.tsv"
 PARTICIPANT = ("participant_id", "person_id")  # accepted names of the column that joins the tables
 
@@ -75,7 +77,7 @@ class Ledger:
 
     def strike(self, sample, reason):
         """Take out a volume that cannot be read. A second call for the same volume does nothing."""
-        if sample.path in {s.path for s, _ in self.unreadable}:
+        if sample not in self.samples:
             return
         self.unreadable.append((sample, reason))
         self.samples.remove(sample)
@@ -96,9 +98,8 @@ def read(cfg):
     """
     root, notes, tables = cfg.paths.data, [], {}
     for name in (LABELS, MANIFEST):
-        url = b2.join(root, name)
         try:
-            tables[name] = b2.local(url, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+            tables[name] = local_copy(cfg, name)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"paths.data={root}: {name} is not there; set paths.data to the folder that holds "
@@ -106,14 +107,12 @@ def read(cfg):
             ) from None
     people = read_labels(tables[LABELS], b2.join(root, LABELS))
     samples, has_rows = read_manifest(tables[MANIFEST], people, cfg, notes, b2.join(root, MANIFEST))
-    sources, problems = find_volumes(samples, cfg, notes)
-    samples_of = defaultdict(list)
-    for sample in samples.values():
-        samples_of[sample.participant_id].append(sample)
+    problems = find_volumes(samples, cfg, notes)
+    samples_of = grouped(samples.values(), lambda sample: sample.participant_id)
 
     used = []
     for pid, person in people.items():
-        samples = samples_of[pid]
+        samples = samples_of.get(pid, [])
         if person.status == "no_oct":
             if samples:
                 notes.append(
@@ -121,24 +120,20 @@ def read(cfg):
                     "volumes; not used"
                 )
             continue
-        paths_of = defaultdict(list)  # by problem
-        for sample in samples:
-            if sample.path in sources:
-                sample.source = sources[sample.path]
-                used.append(sample)
-                person.volumes += 1
-            elif sample.path in problems:
-                paths_of[problems[sample.path]].append(sample.path)
+        usable = [sample for sample in samples if sample.source]
+        used += usable
+        person.volumes = len(usable)
+        unusable = [sample.path for sample in samples if sample.path in problems]
         reasons = [
             f"{len(paths)} of {len(samples)} files {problem}: {shown(paths, cfg)}"
-            for problem, paths in paths_of.items()
+            for problem, paths in grouped(unusable, problems.get).items()
         ]
         if pid not in has_rows:
             reasons.append("no row in the manifest")
         elif not samples:
             reasons.append(f"no volume of {cfg.data.scanner}, {cfg.data.anatomic_region}")
         person.reason = "; ".join(reasons)
-        if not person.volumes:
+        if not usable:
             person.status = "missing"
         elif reasons:
             notes.append(f"participant {pid}: {person.reason}")
@@ -146,25 +141,31 @@ def read(cfg):
     return Ledger(list(people.values()), used, notes, describe(cfg), hashes)
 
 
+def local_copy(cfg, name):
+    """Path of a local file with the content of the data folder's file `name`."""
+    url = b2.join(cfg.paths.data, name)
+    return b2.local(url, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+
+
 def read_labels(path, name):
     """participants.tsv -> {participant_id: Row}, in the file's order. ValueError on whatever would
     make a label doubtful. name: what messages call the file."""
     people = {}
-    columns = [PARTICIPANT, "clinical_site", "study_group", "recommended_split", "retinal_oct"]
-    for row in read_tsv(path, columns, name):
-        pid, site, group, split, oct_ = (row[k] for k in (PARTICIPANT[0], *columns[1:]))
+    allowed = {"study_group": CLASSES, "recommended_split": SPLITS, "retinal_oct": FLAGS}
+    for row in read_tsv(path, [PARTICIPANT, "clinical_site", *allowed], name):
+        pid, split = row["participant_id"], row["recommended_split"]
         who = f"{name}: participant {pid}"
         if not pid:
             raise ValueError(f"{name}: a row without participant_id: {row}")
-        for column, known in (("study_group", CLASSES), ("recommended_split", SPLITS)):
-            if row[column] not in known:
+        row["retinal_oct"] = row["retinal_oct"].upper()
+        for column, values in allowed.items():
+            if row[column] not in values:
                 raise ValueError(
-                    f"{who} has unknown {column} '{row[column]}'; known are {', '.join(known)}"
+                    f"{who} has unknown {column} '{row[column]}'; known are {', '.join(values)}"
                 )
-        if oct_.upper() not in ("TRUE", "FALSE"):
-            raise ValueError(f"{who} has retinal_oct '{oct_}', neither TRUE nor FALSE")
-        person = Row(pid, split, CLASSES.index(group), site, row.get("age", ""))
-        if oct_.upper() == "FALSE":
+        label = CLASSES.index(row["study_group"])
+        person = Row(pid, split, label, row["clinical_site"], row.get("age", ""))
+        if row["retinal_oct"] == "FALSE":
             person.status, person.reason = "no_oct", "retinal_oct is FALSE"
         earlier = people.setdefault(pid, person)
         if earlier.split != split:
@@ -190,8 +191,8 @@ def read_manifest(path, people, cfg, notes, name):
         if pid not in people:
             unlabelled.add(pid or "(no id)")
             continue
-        parts = location.split("/")  # .../retinal_oct/structural_oct/<scanner>/<participant>/<file>
-        kind = (parts[-3] if len(parts) >= 3 else "", row["anatomic_region"])
+        # .../retinal_oct/structural_oct/<scanner>/<participant>/<file>
+        kind = (PurePath(location).parent.parent.name, row["anatomic_region"])
         kinds[kind] += 1
         has_rows.add(pid)
         if kind != wanted:
@@ -223,12 +224,13 @@ def read_manifest(path, people, cfg, notes, name):
 
 
 def find_volumes(samples, cfg, notes):
-    """Look the paths of {path: Sample} up in the store -> ({path: b2.Object} of what can be used,
-    {path: problem}). A second copy of a participant's volume is in neither."""
+    """Look the paths of {path: Sample} up in the store, and give every sample that can be used its
+    source -> {path: problem}. A second copy of a participant's volume gets neither."""
     found = b2.find_all(list(samples), cfg.data.fetch_deadline)
-    problems = {path: "absent" for path in samples if path not in found}
-    problems |= {path: "empty" for path, source in found.items() if not source.size}
     usable = {path: source for path, source in found.items() if source.size}
+    problems = {
+        path: "empty" if path in found else "absent" for path in samples if path not in usable
+    }
     for paths in same_content(usable):
         participants = sorted({samples[path].participant_id for path in paths})
         if len(participants) == 1:
@@ -248,7 +250,9 @@ def find_volumes(samples, cfg, notes):
             f"{len(unverified)} volumes have no checksum in the store and are verified by their "
             f"size alone, and not compared with each other: {shown(unverified, cfg)}"
         )
-    return usable, problems
+    for path, source in usable.items():
+        samples[path].source = source
+    return problems
 
 
 def shown(paths, cfg):
@@ -264,29 +268,33 @@ def same_content(sources):
         with open(path, "rb") as f:
             return f.read(4096)
 
-    def alike(paths, trait, *further):
-        groups = defaultdict(list)
-        for path in paths:
-            groups[trait(path)].append(path)
-        found = [group for group in groups.values() if len(group) > 1]
-        return [part for group in found for part in alike(group, *further)] if further else found
-
-    size = lambda path: sources[path].size
     if any(b2.is_remote(path) for path in sources):
-        return alike(sources, size, lambda path: sources[path].checksum or path)
-    return alike(sources, size, first_bytes, lambda path: checksum(path, "sha1"))
+        traits = [lambda path: sources[path].checksum or path]
+    else:
+        traits = [lambda path: sources[path].size, first_bytes, lambda path: checksum(path, "sha1")]
+    groups = [list(sources)]
+    for trait in traits:
+        parts = [part for group in groups for part in grouped(group, trait).values()]
+        groups = [part for part in parts if len(part) > 1]
+    return groups
+
+
+def grouped(items, key):
+    """{key(item): [the items of that key]}, in the order of the items."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(groups)
 
 
 def describe(cfg):
     """What data this is, for headings: synthetic data must never pass for real."""
-    root = cfg.paths.data
-    mark = b2.join(root, "phantom.json")
     try:
-        mark = b2.local(mark, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+        path = local_copy(cfg, "phantom.json")
     except FileNotFoundError:
-        return f"data {root}"
-    with open(mark, encoding="utf-8") as f:
-        return f"SYNTHETIC data {root} ({json.load(f).get('effect', 'unknown')} class effect)"
+        return f"data {cfg.paths.data}"
+    with open(path, encoding="utf-8") as f:
+        return f"SYNTHETIC data {cfg.paths.data} ({json.load(f)['effect']} class effect)"
 
 
 # ----------------------------------------------------------------------------------------- checking

@@ -276,10 +276,7 @@ def load_encoder(path, encoder="context"):
         model = empty_vit(prefix, state)
         copy_weights(prefix, state, model)
         set_image_size(model, checkpoint.get("config"))
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # torch's own: sparse or nested tensors, for example
+    except (ValueError, RuntimeError) as error:  # torch's own: sparse or nested tensors, say
         raise ValueError(f"{path}: {encoder} encoder not loaded: {error}") from error
     return model.eval()
 
@@ -302,12 +299,16 @@ def weights_under(prefix, state_dict):
 
 def empty_vit(prefix, state):
     """A ViT3D of the sizes that the weights tell, without memory for its own weights."""
-    dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 5, "blocks.0.mlp.fc1.weight": 2}
-    shapes = [tuple(getattr(state.get(prefix + k), "shape", ())) for k in dimensions]
-    wrong = [prefix + k for k, shape in zip(dimensions, shapes) if len(shape) != dimensions[k]]
-    if wrong:
-        raise ValueError(f"missing or of the wrong shape: {wrong}")
-    (_, num_tokens, _), (dim, _, *patch_size), (hidden, _) = shapes
+
+    def shape_of(name, dimensions):
+        shape = getattr(state.get(prefix + name), "shape", ())
+        if len(shape) != dimensions:
+            raise ValueError(f"missing or of the wrong shape: {prefix}{name}")
+        return shape
+
+    _, num_tokens, _ = shape_of("pos_embed", 3)
+    dim, _, *patch_size = shape_of("patch_embed.proj.weight", 5)
+    hidden, _ = shape_of("blocks.0.mlp.fc1.weight", 2)
     if dim == 0 or dim % HEAD_DIM:
         raise ValueError(
             f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, "

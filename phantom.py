@@ -21,10 +21,10 @@ participants and the tables (write_dataset). scripts/phantom_picture.py shows so
 """
 
 import argparse
-import csv
-import datetime
 import functools
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -34,103 +34,26 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import yaml
 from scipy.interpolate import PchipInterpolator
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 import files
 
-# fmt: off
-GROUPS = ("healthy", "pre_diabetes_lifestyle_controlled",  # study_group of class 0 to 3
-          "oral_medication_and_or_non_insulin_injectable_medication_controlled",
-          "insulin_dependent")
-# participants of each class with OCT in AI-READI v2
-SPLITS = {"train": (290, 162, 233, 58), "val": (39, 40, 47, 33), "test": (40, 40, 41, 38)}
-SITES = (("UW", 1001), ("UCSD", 4001), ("UAB", 7001))  # site, first id
-PARTICIPANT_COLUMNS = ("participant_id", "clinical_site", "study_group", "age", "study_visit_date",
-                       "recommended_split", "cardiac_ecg", "clinical_data", "environment",
-                       "retinal_flio", "retinal_oct", "retinal_octa", "retinal_photography",
-                       "wearable_activity_monitor", "wearable_blood_glucose")
-MANIFEST_COLUMNS = ("participant_id", "manufacturer", "manufacturers_model_name",
-                    "anatomic_region", "imaging", "laterality", "height", "width",
-                    "number_of_frames", "pixel_spacing", "slice_thickness", "sop_instance_uid",
-                    "filepath", "reference_instance_uid", "reference_filepath")
-SYNTAXES = ("ExplicitVRLittleEndian", "DeflatedExplicitVRLittleEndian", "JPEG2000Lossless",
-            "JPEGLSLossless", "RLELossless")
-
-# The scanners and their protocols, in the real geometry of AI-READI:
-#   shape    frames, rows, columns            axial    um per row
-#   extent   mm covered by frames, columns    looks    frames averaged against speckle
-#   reach    depth below the retina at which the light has fallen to 1/e, in um
-#   rolloff  loss of signal at the last row, in dB (a swept source loses less and sees deeper)
-#   every    written for one eye of every n-th participant; 1, the main protocol: for both eyes of
-#            everybody
-PROTOCOL = ("maker", "model", "region", "stem",
-            "shape", "axial", "extent", "looks", "reach", "rolloff", "every")
-PROTOCOLS = [dict(zip(PROTOCOL, row)) for row in (
-    ("Topcon", "Triton", "Macula, 6 x 6", "triton_macula_6x6_oct",
-     (320, 992, 320), 2.6, (6, 6), 3, 260, 2, 1),
-    ("Heidelberg", "Spectralis", "Macula", "spectralis_ppol_mac_hr_oct",
-     (61, 496, 768), 3.87, (7.2, 8.7), 9, 130, 6, 4),
-    ("Topcon", "Maestro2", "Macula, 6 x 6", "maestro2_macula_6x6_oct",
-     (360, 885, 360), 2.6, (6, 6), 3, 100, 6, 5),
-    ("Topcon", "Triton", "Macula, 12 x 12", "triton_macula_12x12_oct",
-     (512, 992, 512), 2.6, (12, 12), 3, 260, 2, 10),
-    ("Topcon", "Triton", "Optic Disc", "triton_3d_radial_oct",
-     (256, 992, 512), 2.6, (6, 6), 3, 260, 2, 8),
-    ("Zeiss", "Cirrus", "Macula", "cirrus_mac_oct_oct",
-     (200, 1024, 200), 1.95, (6, 6), 2, 110, 6, 6))]
-
-# Thickness in um at KNOTS, in mm from the fovea. It is taken from Spectralis controls in the
-# literature: the mean of the central 1-mm disc stands at the second knot (half of that disc's area
-# lies within 0.35 mm), those of the 3-mm and 6-mm rings at the third and fourth. Outside the fovea,
-# RNFL, GCL and IPL fill up the inner retina (252 and 219 um). This gives 278 um in the centre and a
-# rim of about 325 um. The first knot, those beyond 3 mm and the reflectivity (linear, RNFL = 1) are
-# drawn by hand.
-KNOTS = (0, 0.35, 1.1, 2.25, 4.5, 9)
-LAYERS = {  # thickness at the knots                  SD and change per year (shares), reflectivity
-    "RNFL":    ((4, 12.6, 22, 38, 55, 40),            0.10, -0.002, 1.0),
-    "GCL":     ((4, 17.6, 49, 35, 22, 14),            0.064, -0.0018, 0.26),
-    "IPL":     ((10, 22, 40, 29.5, 23, 18),           0.064, -0.0018, 0.40),
-    "INL":     ((8, 18.5, 40.5, 34.3, 30, 26),        0.10, 0, 0.09),
-    "OPL":     ((16, 25.4, 35.3, 28, 25, 22),         0.14, 0, 0.26),
-    "ONL":     ((105, 86.4, 65.5, 54.2, 48, 42),      0.13, 0, 0.035),
-    "myoid":   ((22, 20, 16, 15, 14, 13),             0.05, 0, 0.06),   # inner segments, dark part
-    "EZ":      ((20, 19, 18, 17, 16, 15),             0.05, 0, 0.9),    # ellipsoid zone
-    "OS":      ((45, 39, 26, 24, 22, 20),             0.05, 0, 0.2),    # outer segments
-    "RPE":     ((18, 17.6, 16, 15, 14, 14),           0.11, 0, 1.4),
-    "choroid": ((302, 302, 285, 250, 200, 150),       0.27, -0.005, 0.35),
-    "sclera":  ((2000,) * 6,                          0, 0, 0.16)}
-
-# The only place where the label matters, a row for each class: share by which RNFL, GCL + IPL,
-# INL + OPL and photoreceptors change, then the number of bright foci and of dark cysts in INL and
-# OPL of the central 6 x 6 mm. Literature: diabetes without retinopathy has GCIPL -1.7, RNFL -0.7
-# and photoreceptors -0.9 um (class 2; class 1 has half of it). A share MODERATE (our guess) of
-# class 3 has moderate retinopathy with GCIPL -11 to -15 % and INL + OPL +8 to +18 %, the others
-# are as class 2.
-EFFECTS = {
-    "literature": ((0, 0, 0, 0, 0, 0),
-                   (-0.014, -0.01, 0, -0.006, 0, 0),
-                   (-0.028, -0.02, 0, -0.012, 0, 0),
-                   (-0.028, -0.02, 0, -0.012, 0, 0)),
-    "boosted": ((0, 0, 0, 0, 0, 0),
-                (-0.15, -0.20, 0.30, -0.08, 80, 30),
-                (-0.30, -0.40, 0.60, -0.16, 180, 70),
-                (-0.45, -0.60, 0.90, -0.24, 300, 120))}
-MODERATE = 0.4
-
-# Dark vessels of the choroid: two patterns, each a sum of waves. Amplitude, radians per mm along x
-# and y
-SPONGE = (((2.2, 3.1, 2.3), (1.6, -5.3, 4.7), (1, 11, 5)),
-          ((2.2, 3.7, -1.9), (1.6, 6.1, 4.1), (1, 9, -7)))
-# fmt: on
+# The tables of numbers, with what they mean and where they come from, stand in phantom.yaml.
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+GROUPS, SPLITS, SITES = TABLES["groups"], TABLES["splits"], TABLES["sites"]
+PARTICIPANT_COLUMNS, MANIFEST_COLUMNS = TABLES["participant_columns"], TABLES["manifest_columns"]
+PROTOCOLS = [row | {"shape": tuple(row["shape"])} for row in TABLES["protocols"]]
+SYNTAXES, EFFECTS, DISC = TABLES["syntaxes"], TABLES["effects"], TABLES["disc"]
+KNOTS, LAYERS = TABLES["knots"], TABLES["layers"]
 
 NAMES = list(LAYERS)
 RNFL, GCL, IPL, INL, OPL, ONL, MYOID, EZ, OS, RPE, CHOROID, SCLERA = range(len(NAMES))
 THICKNESS, SD, AGEING, REFLECTIVITY = (np.array(column) for column in zip(*LAYERS.values()))
 # radius in mm -> (layers, ...) in um; mirrored at 0, so that the bottom of the pit is round
 PROFILE = PchipInterpolator((-KNOTS[1], *KNOTS), THICKNESS[:, [1, *range(len(KNOTS))]], axis=1)
-DISC = (4.4, 0.6)  # centre of the optic disc, mm nasal and above the fovea
 
 
 # ------------------------------------------------------------------------------- anatomy of an eye
@@ -146,26 +69,23 @@ def draw_eye(seed, index, laterality, age, label, effect):
     person = np.random.default_rng([seed, index, 0])
     eye = np.random.default_rng([seed, index, 1 + (laterality == "L")])
 
-    def correlated(size):
-        # the eyes of a person correlate by 0.73 to 0.95 in the literature; 0.85 here
-        shared, own = person.standard_normal(size), eye.standard_normal(size)
-        return (np.sqrt(0.85) * shared + np.sqrt(0.15) * own).clip(-2.5, 2.5)
-
-    z = correlated(len(LAYERS))
+    # Of the thickness of each layer, and of the pit's width. The eyes of a person correlate by 0.73
+    # to 0.95 in the literature; 0.85 here.
+    shared, own = (rng.standard_normal(len(LAYERS) + 1) for rng in (person, eye))
+    *z, z_pit = (np.sqrt(0.85) * shared + np.sqrt(0.15) * own).clip(-2.5, 2.5)
     z[IPL] = z[GCL]  # the SD in the literature is that of their sum
     factor = (1 + SD * z) * (1 + AGEING * (age - 60))
-    pit = 1 + 0.04 * correlated(1)  # diameter 2.2 to 2.45 mm
 
     *changes, foci, cysts = EFFECTS[effect][label]
     luck, severity = person.random(2)
-    if effect == "literature" and label == 3 and luck < MODERATE:
+    if effect == "literature" and label == 3 and luck < TABLES["moderate_share"]:
         changes[1:3] = -0.11 - 0.04 * severity, 0.08 + 0.10 * severity
     for change, first, end in zip(changes, (RNFL, GCL, INL, MYOID), (GCL, INL, ONL, RPE)):
         factor[first:end] *= 1 + change
     return {
         "laterality": laterality,
         "factor": factor,
-        "pit": pit,
+        "pit": 1 + 0.04 * z_pit,  # diameter 2.2 to 2.45 mm
         "spots": draw_spots(eye, foci, cysts),
         "vessels": draw_vessels(eye),
         "phases": eye.uniform(0, 2 * np.pi, (2, 3)),
@@ -178,28 +98,27 @@ def draw_spots(rng, foci, cysts):
 
     As many as the strongest effect shows are drawn for every label.
     """
-
-    def spots(drawn, shown, lateral, axial, gain):
+    spots = []
+    for shown, (drawn, lateral, axial, gain) in zip((foci, cysts), TABLES["spots"].values()):
         x, y = rng.uniform(-3, 3, (2, drawn))
         size, height = rng.uniform(0.7, 1.3, drawn), rng.uniform(0.2, 0.8, drawn)
         columns = [x, y, height, lateral * size, axial * size, np.full(drawn, gain)]
-        return np.stack(columns, 1)[:shown]
-
-    return np.concatenate([spots(300, foci, 50, 15, 20.0), spots(120, cysts, 140, 28, -0.9)])
+        spots.append(np.stack(columns, 1)[:shown])
+    return np.concatenate(spots)
 
 
 def draw_vessels(rng):
     """Retinal vessels -> (points, 3): x, y and width in mm, in small steps along every vessel."""
-    t, curves = np.linspace(0, 1, 400), []
+    (disc_x, disc_y), t, curves = DISC, np.linspace(0, 1, 400), []
 
     def wobble():
         wave = np.sin(2 * np.pi * (rng.uniform(1, 3) * t + rng.random()))
         return 0.08 * wave * np.minimum(1, 5 * t)
 
     # two pairs of arcades from the disc around the macula
-    for up, far in ((1, 2.3), (1, 3.1), (-1, 2.3), (-1, 3.1)):
+    for up, far in itertools.product((1, -1), (2.3, 3.1)):
         height = up * (far + rng.uniform(-0.3, 0.3))
-        arcade = DISC[0] - 9 * t, DISC[1] * (1 - t) + height * (1 - (1 - t) ** 4) + wobble()
+        arcade = disc_x - 9 * t, disc_y * (1 - t) + height * (1 - (1 - t) ** 4) + wobble()
         curves.append((*arcade, 0.15 - 0.06 * t))
         # their branches towards the centre, which itself is free of vessels
         for begin in rng.integers(40, 330, 5):
@@ -209,7 +128,7 @@ def draw_vessels(rng):
             curves.append((*branch, rng.uniform(0.07, 0.1) - 0.02 * t))
     # a few on the nasal side of the disc
     for angle in rng.uniform(-1.4, 1.4, 4):
-        x, y = DISC[0] + 4 * t * np.cos(angle), DISC[1] + 4 * t * np.sin(angle) + wobble()
+        x, y = disc_x + 4 * t * np.cos(angle), disc_y + 4 * t * np.sin(angle) + wobble()
         curves.append((x, y, 0.12 - 0.05 * t))
     return np.concatenate(curves, 1).T
 
@@ -227,16 +146,18 @@ class Scan:
         self.pitch = np.array(protocol["extent"])[:, None] / self.size  # (2, 1) mm per pixel
         self.row_um = protocol["axial"] * protocol["shape"][1] / self.rows
         # where the scan aims, and by how much the eye looks beside it
-        self.centre = centre = DISC if protocol["region"] == "Optic Disc" else (0, 0)
-        self.fixation = fixation = rng.normal(0, 0.1, 2)
+        aim = DISC if protocol["region"] == "Optic Disc" else (0, 0)
+        self.centre = aim + rng.normal(0, 0.1, 2)
         drift = rng.normal(0, 0.01, (frames, 1))
-        # from the middle of the image; nasal is on the right of a right eye's image
-        self.image_x = (np.arange(columns) - (columns - 1) / 2) * self.pitch[1]
-        self.image_y = (np.arange(frames)[:, None] - (frames - 1) / 2) * self.pitch[0]
+        # mm from the middle of the image, (frames, 1) and (1, columns)
+        frame, column = np.ogrid[:frames, :columns]
+        self.image_y = (frame - (frames - 1) / 2) * self.pitch[0]
+        self.image_x = (column - (columns - 1) / 2) * self.pitch[1]
+        # nasal is on the right of a right eye's image
         self.side = 1 if eye["laterality"] == "R" else -1
         # where the A-scans hit the retina: (frames, columns) and (frames, 1)
-        self.x = self.side * self.image_x + centre[0] + fixation[0] + drift
-        self.y = self.image_y + centre[1] + fixation[1]
+        self.x = self.side * self.image_x + self.centre[0] + drift
+        self.y = self.image_y + self.centre[1]
 
 
 def synthesize(eye, protocol, shape, rng):
@@ -255,21 +176,22 @@ def synthesize(eye, protocol, shape, rng):
     buffer = np.empty((len(LAYERS), slab, rows, columns), np.float32)
     for start in range(0, frames, slab):
         part = slice(start, min(start + slab, frames))
-        below = buffer[:, : part.stop - start]  # share of each pixel that lies below surface k
-        np.subtract(z, surface[:, part, None] - 0.5, out=below)
+        top, vessel = surface[:, part, None], vessels[part, None]
+        # share of each pixel that lies below each surface, (layers, frames, rows, columns)
+        below = np.subtract(z, top - 0.5, out=buffer[:, : part.stop - start])
         below.clip(0, 1, out=below)
         image = np.full(below[0].shape, 0.0004, np.float32)
         for step, share in zip(steps, below):
             image += step * share
         # light is lost below the retina; the choroid is a sponge of dark vessels
-        depth_um = np.maximum(z - surface[CHOROID, part, None], 0) * scan.row_um
+        depth_um = np.maximum(z - top[CHOROID], 0) * scan.row_um
         image *= np.exp(depth_um * (-1 / protocol["reach"]))
         sponge = np.sin(waves[0, part, None] + depth_um * 0.038)
         sponge *= np.sin(waves[1, part, None] - depth_um * 0.027)
         image *= 1 + 0.7 * sponge * (below[CHOROID] - below[SCLERA])
         # blood scatters within the inner layers and takes the light from everything below
-        image += 0.5 * vessels[part, None] * (below[RNFL] - below[IPL])
-        image *= 1 - 0.85 * vessels[part, None] * below[IPL]
+        image += 0.5 * vessel * (below[RNFL] - below[IPL])
+        image *= 1 - 0.85 * vessel * below[IPL]
         for spot in spots:
             add_spot(image, part, surface, z, *spot)
         volume[part] = detect(image, protocol, scan.pitch[1, 0], z, rng)
@@ -299,8 +221,8 @@ def layer_surfaces(eye, scan, rng):
     motion = 6 * rng.standard_normal((frames, 1))
     time = np.linspace(0, rng.uniform(4, 12), frames)[:, None]
     motion += 10 * np.sin(time + rng.uniform(0, 6))
-    image_x, image_y = scan.image_x, scan.image_y
-    slope = tilt[0] * image_x + tilt[1] * image_y - bow * (image_x**2 + image_y**2)
+    x, y = scan.image_x, scan.image_y
+    slope = tilt[0] * x + tilt[1] * y - bow * (x**2 + y**2)
     bruch = level * scan.rows * scan.row_um + motion + 1000 * slope + cup + inside * 60
     top = -thickness[:CHOROID].sum(0, keepdims=True)
     surface = bruch + np.cumsum(np.concatenate([top, thickness[:-1]]), 0)
@@ -321,43 +243,41 @@ def choroid_waves(eye, scan):
     """Phases of the two patterns of the choroid's vessels -> float32 (2, frames, columns)."""
     patterns = [
         sum(a * np.sin(u * scan.x + v * scan.y + phase) for (a, u, v), phase in zip(waves, phases))
-        for waves, phases in zip(SPONGE, eye["phases"])
+        for waves, phases in zip(TABLES["choroid_waves"], eye["phases"])
     ]
     return np.array(patterns, np.float32)
 
 
 def find_spots(eye, scan):
-    """Foci and cysts in pixels -> list of (box, middle, sigma, sigma_row, height, gain).
+    """Foci and cysts in pixels -> list of (first, last, middle, sigma, sigma_row, height, gain).
 
-    box: first frame and column that the spot touches, last frame + 1 and last column + 1. middle,
-    sigma: (2,) along frames and columns; sigma_row: along rows. Sigma is half a pixel at least, or
-    a coarse scan would miss the small ones.
+    first, last: the first frame and column that the spot touches, and the last of each + 1.
+    middle, sigma: (2,) along frames and columns; sigma_row: along rows. Sigma is half a pixel at
+    least, or a coarse scan would miss the small ones.
     """
     x, y, height, lateral, axial, gain = eye["spots"].T
-    offset_x = (x - scan.centre[0] - scan.fixation[0]) * scan.side
-    offset_y = y - scan.centre[1] - scan.fixation[1]
-    middle = np.stack([offset_y, offset_x]) / scan.pitch + (scan.size - 1) / 2
+    centre_x, centre_y = scan.centre
+    offset = np.stack([y - centre_y, (x - centre_x) * scan.side])  # mm from the image's middle
+    middle = offset / scan.pitch + (scan.size - 1) / 2
     sigma = np.maximum(lateral / 1000 / scan.pitch, 0.5)
     first = np.ceil(middle - 3 * sigma).clip(0, scan.size).astype(int)
     last = (np.floor(middle + 3 * sigma) + 1).clip(0, scan.size).astype(int)
     sigma_row = np.maximum(axial / scan.row_um, 0.5)
-    box = np.concatenate([first, last]).T.tolist()
-    spots = zip(box, middle.T, sigma.T, sigma_row, height, gain)
-    return [spot for spot, seen in zip(spots, (first < last).all(0)) if seen]
+    return list(zip(first.T.tolist(), last.T.tolist(), middle.T, sigma.T, sigma_row, height, gain))
 
 
-def add_spot(image, part, surface, z, box, middle, sigma, sigma_row, height, gain):
+def add_spot(image, part, surface, z, first, last, middle, sigma, sigma_row, height, gain):
     """Brighten or darken the B-scans `part` by what lies of one spot in them, in place."""
-    left, right = box[1], box[3]
-    begin, end = max(part.start, box[0]), min(part.stop, box[2])
-    if begin >= end:
+    (begin, left), (end, right) = first, last
+    begin, end = max(part.start, begin), min(part.stop, end)
+    if begin >= end or left >= right:
         return
-    f, c = np.arange(begin, end)[:, None], np.arange(left, right)
+    frame, column = np.arange(begin, end)[:, None], np.arange(left, right)
     upper, lower = surface[INL, begin:end, left:right], surface[ONL, begin:end, left:right]
     depth = (1 - height) * upper + height * lower  # (frames, columns), in rows
     reach = 3 * sigma_row
     rows = slice(max(0, int(depth.min() - reach)), int(depth.max() + reach) + 1)
-    d2 = ((f - middle[0]) / sigma[0]) ** 2 + ((c - middle[1]) / sigma[1]) ** 2
+    d2 = ((frame - middle[0]) / sigma[0]) ** 2 + ((column - middle[1]) / sigma[1]) ** 2
     d2 = d2[:, None] + ((z[:, rows] - depth[:, None]) / sigma_row) ** 2  # (frames, rows, columns)
     touched = image[begin - part.start : end - part.start, rows, left:right]
     touched *= 1 + gain * np.exp(-d2 / 2).astype(np.float32)
@@ -387,29 +307,24 @@ def write_dicom(path, volume, spacing, syntax, participant, protocol, laterality
 
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
-    plain = uid.ExplicitVRLittleEndian if syntax.is_encapsulated else syntax
-    ds.file_meta.TransferSyntaxUID = plain
-    ds.SOPClassUID = uid.OphthalmicTomographyImageStorage
+    compressed = syntax.is_encapsulated
+    ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian if compressed else syntax
     ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID = uids
-    ds.Modality = "OPT"
+    for name, value in TABLES["dicom"].items():
+        setattr(ds, name, value)
     ds.Manufacturer, ds.ManufacturerModelName = protocol["maker"], protocol["model"]
     ds.SeriesDescription = "synthetic phantom, " + protocol["region"]
     ds.PatientID = ds.PatientName = participant
-    ds.PatientBirthDate = ds.PatientSex = ds.AccessionNumber = ""
-    ds.StudyTime = ds.ReferringPhysicianName = ""
-    ds.StudyDate, ds.StudyID, ds.SeriesNumber, ds.InstanceNumber = date.replace("-", ""), "1", 1, 1
+    ds.StudyDate = date.replace("-", "")
     ds.Laterality = ds.ImageLaterality = laterality
-    ds.ImageType = ["ORIGINAL", "PRIMARY"]
     ds.NumberOfFrames, ds.Rows, ds.Columns = volume.shape
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
     measures, shared = Dataset(), Dataset()
     measures.SliceThickness, measures.PixelSpacing = spacing[0], list(spacing[1:])
     shared.PixelMeasuresSequence = [measures]
     ds.SharedFunctionalGroupsSequence = [shared]
     ds.PixelData = volume.tobytes() + b"\0" * (volume.size % 2)
     ds["PixelData"].VR = "OB"
-    if syntax.is_encapsulated:
+    if compressed:
         if syntax == uid.JPEG2000Lossless and min(volume.shape[1:]) < 32:
             syntax = uid.JPEGLSLossless  # openjpeg's six resolutions need 32 pixels
         ds.compress(syntax, generate_instance_uid=False)  # a new uid would be random
@@ -421,9 +336,9 @@ def scans_of(index):
     scans = []
     for k, protocol in enumerate(PROTOCOLS):
         every = protocol["every"]
-        sides = "LR"[index // every % 2] if index % every == k % every else ""
-        if every == 1:  # both eyes, and a repeat of one for every fifth participant
-            sides = "LR" + ("LR"[index // 5 % 2] if index % 5 == 0 else "")
+        sides = "" if k else "LR"  # the first is the main protocol
+        if index % every == k % every:
+            sides += "LR"[index // every % 2]
         scans += [(protocol, laterality) for laterality in sides]
     return scans
 
@@ -446,8 +361,8 @@ def write_participant(person, root, seed, effect, scale):
             uid.generate_uid(entropy_srcs=[*source, what])
             for what in ("study", f"series {scan}", f"instance {scan}")
         ]
-        scanner = f"{protocol['maker']}_{protocol['model']}".lower()
-        folder = f"/retinal_oct/structural_oct/{scanner}/{participant}"
+        maker, model, region = (protocol[key] for key in ("maker", "model", "region"))
+        folder = f"/retinal_oct/structural_oct/{maker}_{model}/{participant}".lower()
         path = f"{folder}/{participant}_{protocol['stem']}_{laterality.lower()}_{uids[2]}.dcm"
         os.makedirs(f"{root}{folder}", exist_ok=True)
         syntax = getattr(uid, SYNTAXES[(index + scan) % len(SYNTAXES)])
@@ -455,9 +370,10 @@ def write_participant(person, root, seed, effect, scale):
         write_dicom(
             f"{root}{path}", volume, spacing, syntax, participant, protocol, laterality, date, uids
         )
-        row = [participant, protocol["maker"], protocol["model"], protocol["region"], "OCT"]
-        row += [laterality, shape[1], shape[2], shape[0], str(spacing[1:]), spacing[0]]
-        rows.append([*row, uids[2], path, "", ""])
+        geometry = shape[1], shape[2], shape[0], spacing[1:], spacing[0]
+        rows.append(
+            [participant, maker, model, region, "OCT", laterality, *geometry, uids[2], path, "", ""]
+        )
     return rows
 
 
@@ -495,19 +411,26 @@ def draw_participants(participants, seed):
         split, label, has_oct = cells[i]
         site, first_id = SITES[i % 3]  # in turn: each split and class has all three
         age = int(np.clip(rng.normal(60, 11), 40, 85))
-        visit = datetime.date(2000, 1, 1) + datetime.timedelta(int(rng.integers(365)))
+        visit = np.datetime64("2000-01-01") + rng.integers(365)
         number = first_id + sum(row["clinical_site"] == site for row in rows)
-        values = str(number), site, GROUPS[label], age, str(visit), split
-        row = dict.fromkeys(PARTICIPANT_COLUMNS, "TRUE") | dict(zip(PARTICIPANT_COLUMNS, values))
-        rows.append(row | {"retinal_oct": str(has_oct).upper(), "label": label})
+        drawn = {
+            "participant_id": str(number),
+            "clinical_site": site,
+            "study_group": GROUPS[label],
+            "age": age,
+            "study_visit_date": str(visit),
+            "recommended_split": split,
+            "retinal_oct": str(has_oct).upper(),
+            "label": label,
+        }
+        rows.append(dict.fromkeys(PARTICIPANT_COLUMNS, "TRUE") | drawn)
     rows.sort(key=lambda row: row["participant_id"])
     return [row | {"index": i} for i, row in enumerate(rows)]
 
 
-def write_table(path, columns, rows):
-    """Write rows, lists in the order of columns, as a TSV file."""
-    with open(path, "w", newline="") as file:
-        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([columns, *rows])
+def write_table(path, rows):
+    """Write rows, lists of values of which the first is the header, as a TSV file."""
+    files.write(path, "".join("\t".join(map(str, row)) + "\n" for row in rows))
 
 
 def write_dataset(
@@ -522,7 +445,7 @@ def write_dataset(
     processes     default: one per core; the files do not depend on it
     """
     root = Path(root).resolve()
-    scale = tuple(float(s) for s in scale)
+    scale = tuple(map(float, scale))
     if effect not in EFFECTS:
         raise ValueError(f"effect={effect!r} is unknown, it is one of {sorted(EFFECTS)}")
     if len(scale) != 3 or not all(0 < s <= 1 for s in scale):
@@ -543,13 +466,12 @@ def write_dataset(
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
     facts = {"effect": effect, "participants": participants, "seed": seed, "scale": scale}
     try:
-        (part / "retinal_oct").mkdir(parents=True)
         with_oct = [person for person in people if person["retinal_oct"] == "TRUE"]
         done = tqdm(pool.map(job, with_oct), "phantom", len(with_oct), unit=" participants")
         manifest = [row for rows in done for row in rows]
-        write_table(part / "retinal_oct/manifest.tsv", MANIFEST_COLUMNS, manifest)
+        write_table(part / "retinal_oct/manifest.tsv", [MANIFEST_COLUMNS, *manifest])
         table = [[person[name] for name in PARTICIPANT_COLUMNS] for person in people]
-        write_table(part / "participants.tsv", PARTICIPANT_COLUMNS, table)
+        write_table(part / "participants.tsv", [PARTICIPANT_COLUMNS, *table])
         files.write(part / "phantom.json", json.dumps(facts) + "\n")
         os.replace(part, root)
     except OSError as error:
@@ -569,14 +491,17 @@ def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0, optim
     double the file.
     """
     import torch
+    from torch import nn
 
     import model
 
     torch.manual_seed(seed)
-    num_tokens = (image_size[0] // 4) * (image_size[1] // 16) * (image_size[2] // 16)
+    patch_size = [4, 16, 16]
+    num_tokens = math.prod(size // patch for size, patch in zip(image_size, patch_size))
     context, target = (model.ViT3D(dim, depth, num_tokens) for _ in range(2))
-    layers = torch.nn.Linear(dim, dim), torch.nn.BatchNorm1d(dim), torch.nn.ReLU()
-    predictor = torch.nn.Sequential(*layers, torch.nn.Linear(dim, dim))
+    predictor = nn.Sequential(
+        nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, dim)
+    )
     state = {
         **context.state_dict(prefix="context_encoder."),
         **target.state_dict(prefix="target_encoder.encoder."),
@@ -589,15 +514,20 @@ def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0, optim
         sum(p.sum() for p in trained).backward()
         adam.step()
         moments = adam.state_dict()
-    checkpoint = {"epoch": 0, "step": 0, "model_state_dict": state}
-    checkpoint |= {
+    checkpoint = {
+        "epoch": 0,
+        "step": 0,
+        "model_state_dict": state,
         "optimizer_state_dict": moments,
         "scheduler_state_dict": {},
         "loss": float("nan"),
+        "config": {
+            "experiment_name": "random_demo_encoder",
+            "seed": seed,
+            "image_size": list(image_size),
+            "patch_size": patch_size,
+        },
     }
-    config = {"experiment_name": "random_demo_encoder", "seed": seed}
-    config |= {"image_size": list(image_size), "patch_size": [4, 16, 16]}
-    checkpoint["config"] = config
     files.write(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -615,14 +545,15 @@ def prepare(cfg):
     if below(encoder) and not os.path.exists(encoder):
         print(f"demo: writing a small random encoder to {encoder}")
         write_encoder(encoder)
-    if below(data) and not (os.path.isdir(data) and os.listdir(data)):
+    description = Path(data, "phantom.json")
+    if below(data) and not description.exists():
         print(
             f"demo: writing synthetic OCT volumes of {participants} participants "
             f"({effect} class effect) to {data}"
         )
         write_dataset(data, participants, 0, effect)
     elif below(data):
-        facts = json.loads(Path(data, "phantom.json").read_text())
+        facts = json.loads(description.read_text())
         if (facts["effect"], facts["participants"]) != (effect, participants):
             raise ValueError(
                 f"{data} holds {facts['participants']} participants with {facts['effect']} effect, "

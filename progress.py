@@ -46,9 +46,9 @@ class Progress:
         self.best_epoch, self.epochs_without = [0] * num_heads, [0] * num_heads
         self.last_epoch = [math.inf] * num_heads  # with which a head stopped; infinity: it goes on
 
-    def epochs(self, desc, is_silent):
+    def epochs(self, desc, show_bar):
         """Yield the epochs from where training stands, to the last or until every head stopped."""
-        hidden = is_silent or device.rank() > 0
+        hidden = not show_bar or device.rank() > 0
         with tqdm(desc=desc, total=self.last, unit="epoch", leave=False, disable=hidden) as bar:
             while self.epoch < self.last or self.step < self.steps_per_epoch:
                 if self.step == self.steps_per_epoch:
@@ -58,12 +58,10 @@ class Progress:
                 yield self.epoch
                 bar.update()
 
-    def update(self, epoch, restart=False):
-        """Take in an Epoch -> indices of the heads that are better than ever on validation, in
-        epoch.improved too.
+    def update(self, epoch, reset_patience=False):
+        """Take in an Epoch -> indices of the heads that are better than ever on validation.
 
-        A head whose numbers are not finite stops with the epoch before. restart: patience begins
-        anew.
+        A head whose numbers are not finite stops with the epoch before.
         """
         found, finite = epoch.predictions, epoch.is_finite()
         for g, now in enumerate(zip(*metrics.quick_scores(found.y_true, found.p))):
@@ -75,7 +73,7 @@ class Progress:
                 self.best[g], self.best_epoch[g] = now, epoch.number
                 epoch.improved.append(g)
             if (
-                restart
+                reset_patience
                 or self.reference[g] is None
                 or better(now, self.reference[g], self.min_delta)
             ):
@@ -124,32 +122,46 @@ class Progress:
 class Epoch:
     """What an epoch leaves behind, for each of G heads.
 
-    drawn (volumes,): indices of train's volumes, in order. seen (G, volumes, 1 + num_classes): for
-    each volume, its losses and probabilities added up. losses (G,): of the steps, each times the
-    size of its batch; norms (G,): of their gradients. rates: shares of the head's and the encoder's
-    learning rates. predictions: of validation. improved: the heads that are better than ever.
+    drawn (volumes,): the indices of the training volumes in the order in which they were drawn.
+    seen (G, volumes, 1 + num_classes): each volume's losses and probabilities in training, added
+    up. losses (G,): of the steps, each times the size of its batch; norms (G,): of their gradients.
+    predictions: of validation. improved: the heads that are better than ever.
     """
 
-    def __init__(self, number, drawn, num_heads, num_classes, steps=1, dev=None):
-        self.number, self.drawn, self.steps, self.rates = number, drawn, steps, [0.0, 0.0]
-        self.seen = torch.zeros(num_heads, len(drawn), 1 + num_classes, device=dev)
-        self.losses, self.norms = (torch.zeros(num_heads, device=dev) for _ in range(2))
-        self.predictions, self.improved = None, []
+    def __init__(self, number, drawn, bank, steps=1):
+        num_heads, num_classes = bank.log_prior.shape
+        self.log_prior = bank.log_prior  # (G, num_classes), which answers go without
+        self.number, self.drawn, self.steps, self.improved = number, drawn, steps, []
+        zeros = self.log_prior.new_zeros
+        self.seen = zeros(num_heads, len(drawn), 1 + num_classes)
+        self.losses, self.norms = zeros(num_heads), zeros(num_heads)
 
     @torch.no_grad()
-    def see(self, rows, row_losses, logits, loss):
-        """Add what a step saw of the volumes `rows` (b,), -1: padding; row_losses (G, b), logits
-        (G, b, num_classes), loss (G,)."""
-        row_seen = torch.cat([row_losses[..., None], logits.softmax(dim=2)], dim=2)
-        row_seen = row_seen * (rows >= 0)[:, None]
-        self.seen.index_add_(1, rows.clamp(min=0), row_seen.to(self.seen.dtype))
+    def add(self, indices, losses, logits, loss):
+        """Add what a step saw of the volumes `indices` (b,), -1: padding; losses (G, b), logits (G,
+        b, num_classes), loss (G,)."""
+        p = (logits - self.log_prior[:, None]).softmax(dim=2)
+        seen = torch.cat([losses[..., None], p], dim=2) * (indices >= 0)[:, None]
+        self.seen.index_add_(1, indices.clamp(min=0), seen)
         self.losses += loss
 
     def summed(self):
-        """What all replicas saw, on the host."""
+        """What the steps of all replicas saw, on the host."""
         return {
             name: device.all_sum(vars(self)[name]).cpu() for name in ("seen", "losses", "norms")
         }
+
+    def restore(self, earlier):
+        """Go on from a last.pt that was saved within this epoch."""
+        if device.rank() == 0:  # it holds the sums over all replicas, which are added up again
+            so_far = {name: v.to(self.seen.device) for name, v in earlier["so_far"].items()}
+            vars(self).update(so_far)
+
+    def finish(self, predictions, head_factor=0.0, lr_encoder=0.0):
+        """All steps are done. predictions: of validation; head_factor: of the head's learning rate
+        in the last step; lr_encoder: the learning rate of the encoder."""
+        vars(self).update(self.summed())
+        self.predictions, self.head_factor, self.lr_encoder = predictions, head_factor, lr_encoder
 
     def is_finite(self):
         """(G,): are the numbers of each head finite?"""
@@ -194,8 +206,8 @@ def epoch_record(train, epoch, g, settings):
         **by_class("val/f1", val["f1_per_class"]),
         **by_class("val/predicted_share", [n / len(y_val) for n in val["predicted_counts"]]),
         "gap/balanced_accuracy": train_accuracy - val["balanced_accuracy"],
-        "train/lr_head": settings.get("lr_head", 0.0) * epoch.rates[0],
-        "train/lr_encoder": epoch.rates[1],
+        "train/lr_head": settings.get("lr_head", 0.0) * epoch.head_factor,
+        "train/lr_encoder": epoch.lr_encoder,
         "train/loss": epoch.losses[g].item() / len(labels),
         "train/grad_norm": epoch.norms[g].item() / epoch.steps,
         "best": g in epoch.improved,

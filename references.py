@@ -38,15 +38,15 @@ class KNN(nn.Module):
         self.register_buffer("std", torch.ones(dim))
         self.register_buffer("features", torch.zeros(num_rows, dim))  # standardised, of length 1
         self.register_buffer("votes", torch.zeros(num_rows, num_classes))
+        # for other code that handles a bank: nothing is subtracted
+        self.register_buffer("log_prior", torch.zeros(num_heads, num_classes), persistent=False)
         self.register_buffer("k", torch.ones(num_heads, dtype=torch.int64))
 
     def forward(self, x):
         x = F.normalize((x - self.mean) / self.std)
         near, which = (x @ self.features.T).topk(self.k.max().item())  # (B, k)
         votes = (near / 0.07).exp()[..., None] * self.votes[which]  # (B, k, num_classes)
-        votes = torch.stack(
-            [votes[:, :k].sum(dim=1) for k in self.k.tolist()]
-        )  # (G, B, num_classes)
+        votes = torch.stack([votes[:, :k].sum(dim=1) for k in self.k.tolist()])
         return (votes + torch.finfo(votes.dtype).tiny).log()
 
     def one(self, g):

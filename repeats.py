@@ -6,6 +6,7 @@ All of it is cheap on the features of a frozen encoder, and is saved when it is 
 """
 
 import dataclasses
+import functools
 import os
 
 import numpy as np
@@ -15,10 +16,13 @@ from sklearn.model_selection import StratifiedKFold
 import files
 import heads
 import ledger
+import losses
 import metrics
+import references
 import runs
-from progress import epoch_lines
+from progress import Epoch, Progress, epoch_lines, epoch_record
 
+CPU = torch.device("cpu")
 HELD_OUT = "held_out_balanced_accuracy"  # column of cv.csv
 
 
@@ -47,6 +51,7 @@ def fit_all(fit, cfg, run, train, val, floor):
     """Fit all that the config asks for and save the head that validation chooses. Every replica
     does the same. train, val: Features; floor: theirs by a random encoder, for eval.floors."""
     seeds, threads = cfg.train.seeds or [cfg.seed], torch.get_num_threads()
+    fit = functools.partial(fit if cfg.model.head.kind == "network" else fit_references, dev=CPU)
     # many small operations: on a busy machine, more threads mostly wait for each other
     torch.set_num_threads(1)
     fits = {seed: fit(cfg, seed, train, val) for seed in seeds}
@@ -59,6 +64,36 @@ def fit_all(fit, cfg, run, train, val, floor):
     torch.set_num_threads(threads)
     save(cfg, run, fits, folds, floors)
     describe(cfg, run, fits, folds, len(train.samples))
+
+
+def fit_references(cfg, seed, train, val, dev):
+    """As train.fit, of scikit-learn's logistic regression for every C, or of kNN for every k. There
+    is nothing to train in steps, so it is recorded as a single epoch; seed and dev are not used."""
+    num_classes, labels = len(ledger.CLASSES), train.labels
+    bank = references.fit(cfg, train, num_classes)
+    people = list(train.participants.values())
+    weights = losses.class_weights(people, num_classes, cfg.train.class_weights)[labels]
+    p = torch.from_numpy(heads.predict(bank, train.x)).float()  # (G, volumes, num_classes)
+    logits, order = p.clamp(min=torch.finfo(torch.float64).eps).log(), torch.arange(len(labels))
+    row_losses = -logits[:, order, labels]  # (G, volumes)
+    epoch = Epoch(1, order, bank)
+    loss = (row_losses * weights).sum(dim=1) / weights.sum()  # (G,)
+    epoch.add(order, row_losses, logits, loss * len(labels))
+    epoch.finish(heads.by_participant(val.samples, heads.predict(bank, val.x)))
+    progress = Progress(cfg, len(p), steps_per_epoch=1)
+    progress.update(epoch)
+    return best_head(cfg, bank, progress, [epoch], train)
+
+
+def best_head(cfg, bank, progress, epochs, train):
+    """The Fitted of the head that validation chooses, of a bank that holds every head's best
+    parameters. epochs: all Epochs."""
+    g = progress.chosen()
+    own = epochs[: int(min(progress.last_epoch[g], len(epochs)))]  # until its patience ended
+    history = [epoch_record(train, epoch, g, bank.settings[g]) for epoch in own]
+    predictions = epochs[progress.best_epoch[g] - 1].predictions.of_head(g)
+    head, rows = references.load(bank.one(g), cfg), progress.rows(bank.settings)
+    return Fitted(head, history, predictions, rows)
 
 
 def save(cfg, run, fits, folds, floors):

@@ -82,25 +82,20 @@ def floor_table(result):
     return header, rows
 
 
-def class_table(result, names):
-    """Every class: its participants, how many were predicted, its scores `names` with intervals."""
-    words = {"f1": "F1", "auroc": "AUROC", "auprc": "AUPRC"}
-    header = ["class", "participants", "predicted", *(words.get(name, name) for name in names)]
-    rows = []
-    for k, class_name in enumerate(CLASS_NAMES):
-        keys = [f"{name}_per_class" for name in names]
-        scores = [f"{number(result[key][k])} ({span(result['ci95'][key][k])})" for key in keys]
-        rows.append(
-            [class_name, str(result["true_counts"][k]), str(result["predicted_counts"][k]), *scores]
-        )
-    return header, rows
-
-
-def class_columns(result):
-    """`class_table` with a column for each class: narrow enough for a phone."""
-    header, rows = class_table(result, ("precision", "recall", "f1", "auroc", "auprc"))
-    header, *rows = zip(header, *rows)
-    return header, rows
+def class_table(result):
+    """Every class: its participants, how many were predicted, its F1 with the interval."""
+    columns = zip(
+        CLASS_NAMES,
+        result["true_counts"],
+        result["predicted_counts"],
+        result["f1_per_class"],
+        result["ci95"]["f1_per_class"],
+    )
+    rows = [
+        [name, str(true), str(predicted), f"{number(f1)} ({span(interval)})"]
+        for name, true, predicted, f1, interval in columns
+    ]
+    return ["class", "participants", "predicted", "F1"], rows
 
 
 def group_table(result):
@@ -119,68 +114,14 @@ def group_table(result):
     return ["group", "participants", "balanced accuracy", "95 % interval", "all others"], rows
 
 
-def volume_table(result):
-    """Scores of the single volumes, before they are averaged over a participant."""
-    volumes = result["per_volume"]
-    rows = [
-        [SCORE_NAMES[name], number(volumes[name]), span(volumes["ci95"][name])]
-        for name in ALL_SCORES
-    ]
-    return [f"of {volumes['n']} volumes", "score", "95 % interval"], rows
-
-
-def calibration_table(result):
-    names, calibrated = ("log_loss", "brier", "ece"), result["calibrated"]
-    rows = [[SCORE_NAMES[name], number(result[name]), number(calibrated[name])] for name in names]
-    return ["", "as predicted", "calibrated"], rows
-
-
-def participant_table(ledger):
-    """Rows of ledger.csv -> participants with a volume / labelled participants, by class and split;
-    then the number of volumes of each split."""
-    rows = []
-    for name in (*CLASS_NAMES, "all"):
-        row = [name]
-        for split in SPLITS:
-            labelled = [r for r in ledger if r["split"] == split and r["status"] != "no_oct"]
-            states = [
-                r["status"] for r in labelled if name in ("all", CLASS_NAMES[int(r["label"])])
-            ]
-            row.append(f"{states.count('used')}/{len(states)}")
-        rows.append(row)
-    volumes = [
-        str(sum(int(r["volumes"]) for r in ledger if r["split"] == split)) for split in SPLITS
-    ]
-    return ["", *SPLITS], [*rows, ["volumes", *volumes]]
-
-
-def pair_table(pairs):
-    """What metrics.compare_all says of every pair, the higher of the two first."""
-    rows = []
-    for pair in pairs:
-        higher, lower, sign = ("a", "b", 1) if pair["difference"] >= 0 else ("b", "a", -1)
-        interval = sorted(sign * end for end in pair["ci95"])
-        p_values = [f"{pair[name]:.4f}" for name in ("p_value", "p_holm", "mcnemar_p")]
-        rows.append(
-            [
-                pair[higher],
-                pair[lower],
-                number(sign * pair["difference"]),
-                span(interval),
-                *p_values,
-            ]
-        )
-    return ["higher", "lower", "difference", "95 % interval", "p", "p (Holm)", "McNemar p"], rows
-
-
 def text_table(header, rows):
-    """Lines of a table for the terminal: the first column to the left, the others to the right."""
+    """A table for the terminal: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = []
     for first, *rest in [header, *rows]:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return lines
+    return "\n".join(lines)
 
 
 def sentence(result):
@@ -206,16 +147,13 @@ def seeds_line(result):
 
 
 def print_result(result):
-    tables = [
-        score_table(result, metrics.SCORES),
-        class_table(result, ("f1",)),
-        group_table(result),
-    ]
+    tables = [score_table(result, metrics.SCORES)]
     if "floors" in result:
-        tables.insert(1, floor_table(result))
+        tables.append(floor_table(result))
+    tables += [class_table(result), group_table(result)]
     print(f"\n{sentence(result)}\n")
     for table in tables:
-        print("\n".join(text_table(*table)), end="\n\n")
+        print(text_table(*table), end="\n\n")
     if "seeds" in result:
         print(seeds_line(result))
     for volume in result["unreadable"]:
@@ -224,6 +162,8 @@ def print_result(result):
 
 
 # ----------------------------------------------------------------------------------------- pictures
+
+GUIDE = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}  # lines to compare a curve with
 
 
 def new_figure(width, height, columns=1):
@@ -242,21 +182,19 @@ def png(figure):
 
 
 def draw_confusion(result):
+    from sklearn.metrics import ConfusionMatrixDisplay
+
     counts = np.array(result["confusion_matrix"])  # rows: true
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axis = new_figure(5.2, 4.6)
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), count in np.ndenumerate(counts):
-        color = "white" if shares[i, j] > 0.5 else "black"
-        axis.text(j, i, f"{count}\n{shares[i, j]:.0%}", ha="center", va="center", color=color)
-    axis.set(
-        xlabel="predicted",
-        ylabel="true",
-        title=f"{result['split']}: participants, share of the row",
-    )
-    axis.set_xticks(range(len(counts)), CLASS_NAMES, rotation=20)
-    axis.set_yticks(range(len(counts)), CLASS_NAMES)
-    figure.colorbar(image, fraction=0.046)
+    display = ConfusionMatrixDisplay(shares, display_labels=CLASS_NAMES)
+    # up to the middle of the colours, on which black text is easy to read
+    colours = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 2}, "text_kw": {"color": "black"}}
+    display.plot(ax=axis, xticks_rotation=20, colorbar=False, **colours)
+    for cell, text in np.ndenumerate(display.text_):
+        text.set_text(f"{counts[cell]}\n{shares[cell]:.0%}")
+    title = f"{result['split']}: participants, share of the row"
+    axis.set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
 
@@ -267,8 +205,9 @@ def draw_roc(result, y_true, p):
     for k, name in enumerate(CLASS_NAMES):
         auroc = result["auroc_per_class"][k]
         if auroc is not None:
-            axis.plot(*roc_curve(y_true == k, p[:, k])[:2], label=f"{name}: {auroc:.3f}")
-    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+            false_rate, true_rate, _ = roc_curve(y_true == k, p[:, k])
+            axis.plot(false_rate, true_rate, label=f"{name}: {auroc:.3f}")
+    axis.plot([0, 1], [0, 1], **GUIDE)
     axis.set(
         xlabel="false positives, share of the other classes",
         ylabel="true positives, share of the class",
@@ -279,17 +218,16 @@ def draw_roc(result, y_true, p):
 
 
 def draw_reliability(result):
-    figure, axis = new_figure(4.8, 4.6)
-    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     curves = {"as predicted": result["reliability"]}
     if "calibrated" in result:
         curves[f"temperature {result['temperature']:.2f}"] = result["calibrated"]["reliability"]
-    for color, (label, bins) in zip(("C0", "C1"), curves.items()):
+    figure, axis = new_figure(4.8, 4.6)
+    axis.plot([0, 1], [0, 1], **GUIDE)
+    for label, bins in curves.items():
         points = [[b[name] for b in bins] for name in ("confidence", "accuracy")]
-        axis.plot(*points, color=color, linewidth=1)
-        axis.scatter(
-            *points, s=[8 + 4 * b["count"] for b in bins], color=color, alpha=0.6, label=label
-        )
+        [line] = axis.plot(*points, label=label, linewidth=1)
+        areas = [8 + 4 * b["count"] for b in bins]
+        axis.scatter(*points, s=areas, color=line.get_color(), alpha=0.6)
     axis.set(
         xlim=(0, 1.03),
         ylim=(-0.03, 1.03),
@@ -297,35 +235,30 @@ def draw_reliability(result):
         ylabel="share of right answers",
         title=f"{result['split']}: reliability (area: participants)",
     )
-    for handle in axis.legend(frameon=False, loc="upper left").legend_handles:
-        handle.set_sizes([30])
+    axis.legend(frameon=False, loc="upper left")
     return figure
 
 
-def draw_training(epochs, best_epoch, marker):
+def draw_training(epochs, best_epoch):
     """Loss and balanced accuracy over the epochs, of the records of metrics.jsonl."""
     numbers = [e["epoch"] for e in epochs]
     figure, axes = new_figure(9, 3.4, columns=2)
     for axis, name in zip(axes, ("loss", "balanced_accuracy")):
         for part in ("train", "val"):
-            axis.plot(numbers, [e[f"{part}/{name}"] for e in epochs], label=part, marker=marker)
-        axis.axvline(
-            best_epoch, color="grey", linewidth=0.8, linestyle="--", label="best checkpoint"
-        )
+            axis.plot(numbers, [e[f"{part}/{name}"] for e in epochs], label=part, marker=".")
+        axis.axvline(best_epoch, **GUIDE | {"linestyle": "--"}, label="best checkpoint")
         axis.set(xlabel="epoch", title=name.replace("_", " "))
-    axes[1].axhline(
-        1 / len(CLASS_NAMES), color="grey", linewidth=0.8, linestyle=":", label="one class for all"
-    )
+    axes[1].axhline(1 / len(CLASS_NAMES), **GUIDE, label="one class for all")
     axes[1].legend(frameon=False)
     return figure
 
 
-def draw_shares(epochs, marker):
+def draw_shares(epochs):
     """How often each class is answered on validation over the epochs: a collapse is seen here."""
     figure, axis = new_figure(9, 3)
     for k, name in enumerate(CLASS_NAMES):
         shares = [e[f"val/predicted_share_{k}"] for e in epochs]
-        axis.plot([e["epoch"] for e in epochs], shares, label=name, marker=marker)
+        axis.plot([e["epoch"] for e in epochs], shares, label=name, marker=".")
     title = "validation: share of the participants that each class is answered for"
     axis.set(xlabel="epoch", ylim=(-0.03, 1.03), title=title)
     axis.legend(frameon=False, ncols=len(CLASS_NAMES))
@@ -337,7 +270,7 @@ def draw_leaderboard(results):
     figure, axis = new_figure(7, 1.2 + 0.4 * len(results))
     for n, r in enumerate(results.values()):
         low, high = r["chance_band"]
-        axis.barh(n, high - low, left=low, color="0.88", height=0.8)
+        axis.barh(n, high - low, left=low, color="0.88")
         axis.plot(r["ci95"]["balanced_accuracy"], [n, n], color="C0", linewidth=2)
         axis.plot(r["balanced_accuracy"], n, "o", color="C0")
     axis.set(xlabel="balanced accuracy", xlim=(0, 1))
@@ -358,9 +291,8 @@ def write_plots(folder, result, y_true, p):
     history = folder / "metrics.jsonl"
     if history.exists():
         epochs = [json.loads(line) for line in history.read_bytes().splitlines()]
-        marker = "o" if len(epochs) == 1 else None  # a line of one point would not be seen
-        figures["training"] = draw_training(epochs, result["epoch"], marker)
-        figures["shares"] = draw_shares(epochs, marker)
+        figures["training"] = draw_training(epochs, result["epoch"])
+        figures["shares"] = draw_shares(epochs)
     for name, figure in figures.items():
         files.write(folder / "plots" / f"{name}.png", png(figure))
 
@@ -379,11 +311,9 @@ def render(template, **values):
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    in_base64 = lambda image: base64.b64encode(image).decode()
+    environment.filters |= {"number": number, "span": span, "json": json.dumps, "base64": in_base64}
     return environment.get_template(template).render(values, report=sys.modules[__name__])
-
-
-def in_base64(image):
-    return base64.b64encode(image).decode()
 
 
 def write_report(folder):
@@ -392,21 +322,14 @@ def write_report(folder):
     folder = pathlib.Path(folder)
     results = read_json(folder / "eval_test.json", folder / "eval_val.json")
     # Results of last.pt are in a folder of their own, below the run's.
-    found = read_json(folder / "provenance.json", folder.parent / "provenance.json")
-    provenance = found[0] if found else {}
-    for result in results:
-        for name in ("checkpoint_sha256", "labels_sha256", "predictions_sha256"):
-            provenance[f"{name} of {result['split']}"] = result[name]
+    provenance = read_json(folder / "provenance.json", folder.parent / "provenance.json")
     page = render(
         "report.html",
         title=results[-1]["run"],
         results=results,
-        pictures={p.stem: in_base64(p.read_bytes()) for p in folder.glob("plots/*.png")},
+        pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.png")},
         ledger=files.read_csv(folder / "ledger.csv"),
-        provenance=[
-            (name, value if isinstance(value, str) else json.dumps(value))
-            for name, value in provenance.items()
-        ],
+        provenance=provenance[0] if provenance else {},
     )
     files.write(folder / "report.html", page)
 
@@ -427,7 +350,7 @@ def leaderboard_page(title, about, results, table, notes, pairs):
         title=title,
         about=about,
         runs=table,
-        picture=in_base64(png(draw_leaderboard(results))),
+        picture=png(draw_leaderboard(results)),
         notes=notes,
-        pairs=pair_table(pairs),
+        pairs=pairs,
     )

@@ -167,8 +167,9 @@ class Run:
             is_due = device.any_replica(self.stopping.is_set(), self.dev) or is_due
         return is_due
 
-    def save_within(self, so_far):
-        """Save within an epoch: what Epoch.summed gives."""
+    def save_within_epoch(self, epoch):
+        """Save after a step in the middle of an Epoch."""
+        so_far = epoch.summed()
         self.check_finite(torch.isfinite(so_far["losses"] + so_far["norms"]).all())
         self.save_last({"so_far": so_far})
 
@@ -177,7 +178,6 @@ class Run:
         on the disk. train: its Features."""
         self.check_finite(epoch.is_finite().all())
         record = epoch_record(train, epoch, 0, self.bank.settings[0])
-        record["train/lr_encoder"] *= self.cfg.train.lr_encoder
         self.progress.history.append(record)
         predictions = epoch.predictions.of_head(0)
         if record["best"]:

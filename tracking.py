@@ -64,9 +64,8 @@ def start(cfg, folder, earlier):
 
 
 def has_key(url):
-    logins = os.environ.get(
-        "NETRC", os.path.expanduser("~/.netrc")
-    )  # where `wandb login` puts the key
+    # where `wandb login` puts the key
+    logins = os.environ.get("NETRC", os.path.expanduser("~/.netrc"))
     try:
         return bool(os.environ.get("WANDB_API_KEY")) or (
             os.path.exists(logins)

@@ -1,22 +1,27 @@
-"""Train a head on a pretrained OCT encoder, and the encoder too if asked. Copy it and hack on it.
+"""Train a classification head on a frozen pretrained OCT encoder, or fine-tune both.
 
     python train.py --config configs/demo.yaml                   # laptop, synthetic data, 2 minutes
-    python train.py --config configs/single_domain_01.yaml       # GPU or CPU, whichever is there
+    python train.py --config configs/single_domain_01.yaml       # GPU if there is one, else CPU
     python train.py --config FILE train.epochs=10 train.lr_head=3e-4
-    python train.py --config FILE --config configs/finetune.yaml   # the encoder trains too
-    python train.py --config FILE device.processes=4             # four GPUs, or four CPU processes
-    python train.py --config FILE train.resume=auto              # go on after an interruption
+    python train.py --config FILE --config configs/finetune.yaml   # later files go over earlier
+    python train.py --config FILE device.processes=4             # a process for each of four GPUs
+    python train.py --config FILE train.resume=auto              # resume from the last checkpoint
     .venv-xla/bin/python train.py --config FILE                  # on every host of a TPU pod
 
-then `python eval.py --ckpt RUN_DIR --split test`. `main` is the job, from data to saved checkpoint;
-`fit` is the training loop, with the optimisation step in view. To change the loss, see losses.py;
-the head, heads.Heads; the label, ledger.py; the learning rate's schedule, lr_at below.
-docs/run_folder.md says what a run leaves behind.
+then `python eval.py --ckpt RUN_DIR --split test`. This script is meant to be copied and edited.
+`main` runs everything from data to the saved checkpoint, `fit` is the training loop.
+
+To change                     edit
+the loss                      losses.LOSSES; heads.Heads.row_losses applies it
+the head                      heads.Heads: its parameters have a leading axis of G heads
+the label                     ledger.py: CLASSES and read_labels
+the learning rate's schedule  lr_factor below
+the augmentation              data.augment
+which head and epoch is best  progress.better
 """
 
 import argparse
 import contextlib
-import functools
 import math
 import random
 import sys
@@ -31,28 +36,28 @@ import device
 import features
 import heads
 import ledger
-import losses
 import model
 import phantom
-import references
 import repeats
 import runs
-from progress import Epoch, Progress, epoch_record
+from progress import Epoch, Progress
 
 
-def lr_at(step, total_steps, warmup_steps):
-    """Share of the full learning rate at a step: linear warm-up, then half a cosine to zero."""
+def lr_factor(step, total_steps, warmup_steps):
+    """Multiplier of the learning rate at a step: linear warm-up, then cosine decay to zero."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 * (
-        1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    )
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def main(rank, cfg):
-    """The job, from data to saved checkpoint, in every replica; rank 0 alone writes and prints."""
+    """Everything from data to the saved checkpoint, in every replica.
+
+    device.launch calls it; on ranks above 0 it prints nothing, and rank 0 alone writes.
+    """
     dev = device.get(cfg.device.backend)
-    # for what you add: all that is random here draws from generators of its own
+    # for code that you add: the randomness of this project has generators of its own
     device.seed(cfg.seed, dev)
     runs.check_folder(cfg)
     print(
@@ -60,7 +65,7 @@ def main(rank, cfg):
         f"{cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}"
     )
 
-    # who is there, who is not
+    # the participants of each split, and who has no volume
     book = ledger.read(cfg)
     print(f"{book.description}\n{ledger.table(book)}")
     ledger.check(book, cfg.data.max_missing)
@@ -68,240 +73,225 @@ def main(rank, cfg):
     for note in config.doubts(cfg, len(book.of("train"))):
         print(f"note: {note}")
 
-    # features of the pretrained encoder: while it is frozen, every volume is encoded once, and the
-    # heads train on its features
+    # features of the pretrained encoder, of each volume and of its augmented views, once
     encoder = features.open_encoder(cfg)
-    train, val = features.encode_for_training(cfg, book, encoder, dev)
+    train_set, val_set = features.encode_for_training(cfg, book, encoder, dev)
 
     if config.trains_one_head(cfg):
-        needed = {"head", "wandb", "optimizer", "progress"}
-        run = runs.start(cfg, book, encoder, train, val, dev, needed)
-        fit(cfg, cfg.seed, train, val, dev, encoder, run)
-    else:
-        run = runs.start(cfg, book, encoder, train, val, dev, {"head", "wandb"})
-        if run.earlier:
+        needed = {"head", "wandb", "optimizer", "progress"}  # what last.pt must hold to be resumed
+        run = runs.start(cfg, book, encoder, train_set, val_set, dev, needed)
+        fit(cfg, cfg.seed, train_set, val_set, dev, encoder, run)
+    else:  # several heads, or a reference, on the features of the frozen encoder
+        run = runs.start(cfg, book, encoder, train_set, val_set, dev, {"head", "wandb"})
+        if run.earlier:  # such a run is saved at its end alone
             print(f"{run.folder} holds this run, finished")
             return
-        floor = None
-        if cfg.eval.floors:  # the same features by a random encoder
+        by_random_encoder = None
+        if cfg.eval.floors:
             other = features.random_encoder(encoder, cfg.seed)
-            parts = (part.samples for part in (train, val))
-            floor = [features.encode(cfg, book, s, other, dev, again=True) for s in parts]
-        fit_again = fit if cfg.model.head.kind == "network" else fit_references
-        fit_again = functools.partial(fit_again, dev=torch.device("cpu"))
-        # on the CPU, where many small heads cost seconds; every replica does the same work itself,
-        # and so all choose the same head
+            by_random_encoder = [
+                features.encode(cfg, book, part.samples, other, dev, again=True)
+                for part in (train_set, val_set)
+            ]
+        # Every replica does all of this by itself, on the CPU, where small heads take seconds: so
+        # all choose the same head.
         with device.alone():
-            repeats.fit_all(fit_again, cfg, run, train, val, floor)
+            repeats.fit_all(fit, cfg, run, train_set, val_set, by_random_encoder)
     run.finish()
 
 
-def fit(cfg, seed, train, val, dev, encoder=None, run=None):
-    """Train a bank of heads on Features, and the encoder with one head where the config says so.
+def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
+    """Train G heads in parallel on Features, or one head together with the encoder.
 
-    Validation chooses head and epoch. Without a run, the result is returned, as repeats.Fitted; a
-    run saves and prints as it goes.
+    Each head becomes what it would be alone; validation chooses the best head and epoch. Returns
+    repeats.Fitted, but with a run (a single head), which is saved and printed as it goes, None.
+
+    Shapes: G heads, b volumes of a micro-batch, C channels, N tokens of the encoder, T tokens that
+    an attentive head takes. A plain probe and fine-tuning are G = 1.
     """
-    epochs, unfreeze = cfg.train.epochs, config.first_epoch_of_encoder(cfg)
-    bank = heads.start(cfg, seed, train, len(ledger.CLASSES)).to(dev)
-    module = prepare_encoder(cfg, encoder, dev) if unfreeze <= epochs else None
-    optimizer = heads.Optimizer(cfg, bank, module)
-    labels, x_val = train.labels, val.x.to(dev)  # (volumes,); (volumes, C) or (volumes, T, C)
+    epochs, unfreeze_epoch = cfg.train.epochs, config.first_epoch_of_encoder(cfg)  # infinity: never
+    bank = heads.start(cfg, seed, train_set, len(ledger.CLASSES)).to(dev)
+    network = prepare_encoder(cfg, encoder, dev) if unfreeze_epoch <= epochs else None
+    optimizer = heads.Optimizer(cfg, bank, network)
+    labels = train_set.labels  # (volumes,)
+    x_val = val_set.x.to(dev)  # (volumes, C) or (volumes, T, C)
     batch_size = min(cfg.data.batch_size, len(labels))
     steps_per_epoch = math.ceil(len(labels) / batch_size)
     progress = Progress(cfg, len(bank.settings), steps_per_epoch)
     if run:
-        run.begin(bank, module, optimizer, progress)
-    class_weights = bank.class_weights.cpu()  # (G, num_classes)
-    log, best = [], {name: p.detach().clone() for name, p in bank.named_parameters()}
+        run.begin(bank, network, optimizer, progress)  # restores all four from last.pt, if resumed
+    class_weights = bank.class_weights.cpu()  # (G, num_classes); labels are on the host too
+    best_parameters = {name: p.detach().clone() for name, p in bank.named_parameters()}
+    finished = []  # Epochs
 
-    for epoch in progress.epochs(f"{len(bank.settings)} heads", is_silent=run is not None):
-        # order, views and every other random number depend on seed, epoch, step and volume alone
+    # until the last epoch, or until patience ends (train.early_stopping)
+    for epoch in progress.epochs(f"{len(bank.settings)} heads", show_bar=run is None):
+        # Every random number depends on seed, epoch, step and volume alone: neither the number of
+        # replicas nor an interruption changes the result.
         order = data.epoch_order(labels, cfg.data.sampler, seed, epoch)
-        batches, first_step = order.split(batch_size), progress.step
-        encoder_trains = epoch >= unfreeze
-        micro_batch = cfg.train.micro_batch if encoder_trains else batch_size
-        parts = [micro_batches(batch, batch_size, micro_batch) for batch in batches]
-        x_epoch = view_of_epoch(train.views, seed, epoch).to(dev)  # (volumes, C) or (volumes, T, C)
-        this = Epoch(epoch, order, *bank.log_prior.shape, steps_per_epoch, dev)
-        if first_step and device.rank() == 0:  # the replicas' are added up
-            vars(this).update({name: v.to(dev) for name, v in run.earlier["so_far"].items()})
+        batches = order.split(batch_size)
+        first_step = progress.step  # above 0 where an epoch is resumed
+        encoder_trains = epoch >= unfreeze_epoch
+        micro_batch_size = cfg.train.micro_batch if encoder_trains else batch_size
+        steps = [micro_batches(batch, batch_size, micro_batch_size) for batch in batches]
+        x_train = view_of_epoch(train_set.views, seed, epoch).to(dev)  # as x_val
+        summary = Epoch(epoch, order, bank, steps_per_epoch)
+        if first_step:
+            summary.restore(run.earlier)
         bank.train()
-        if module:
-            module.requires_grad_(encoder_trains).train(encoder_trains)
-        streamed = volumes_of(cfg, train.samples, parts[first_step:], encoder, epoch)
-        with contextlib.closing(streamed) as volumes:
+        if network:
+            network.requires_grad_(encoder_trains).train(encoder_trains)
+        # volumes are read from the first next() on, so never while the encoder is frozen
+        volumes = volumes_of(cfg, train_set.samples, steps[first_step:], encoder, epoch)
+        with contextlib.closing(volumes):
             for step in range(first_step, steps_per_epoch):
-                targets = labels[batches[step]]
-                batch_weight = class_weights[:, targets].sum(dim=1, keepdim=True)  # (G, 1)
-                # this replica's part: places in the batch and indices of train, (b,); -1: padding
-                for places, rows in parts[step]:
-                    noise = model.Noise(noise_key(seed, epoch, step), places, batch_size)
+                batch_labels = labels[batches[step]]
+                weight_sum = class_weights[:, batch_labels].sum(dim=1, keepdim=True)  # (G, 1)
+                # this replica's: positions in the batch, indices of train_set, each (b,); padding
+                # is -1, which reads the last volume and gives it no weight
+                for positions, indices in steps[step]:
+                    device.step_done(dev)  # on XLA: run what the micro-batch before has recorded
+                    noise = model.Noise(noise_key(seed, epoch, step), positions, batch_size)
                     if encoder_trains:
                         volume = device.send(next(volumes), dev).float()  # (b, 1, D, H, W)
                         with device.autocast(dev, cfg.train.precision):
-                            tokens = module(volume, noise)  # (b, N, C)
-                        x = features.pooled(cfg, tokens, module.grid(encoder.size))
+                            tokens = network(volume, noise)  # (b, N, C)
+                        x = features.pooled(cfg, tokens, network.grid(encoder.size))
                     else:
-                        x = x_epoch[rows.to(dev)]
-                    logits = bank(x, noise)  # (b, C) or (b, T, C) -> (G, b, num_classes)
-                    row_losses = bank.row_losses(logits, labels[rows].to(dev))  # (G, b)
-                    weights = class_weights[:, labels[rows]] * (rows >= 0) / batch_weight  # (G, b)
-                    # (G,): of the whole batch, once the replicas' gradients are added up
-                    loss = (row_losses * weights.to(dev)).sum(dim=1)
+                        x = x_train[indices.to(dev)]
+                    logits = bank(x, noise)  # x (b, C) or (b, T, C) -> (G, b, num_classes)
+                    targets = labels[indices]
+                    losses = bank.row_losses(logits, targets.to(dev))  # (G, b)
+                    weights = class_weights[:, targets] * (indices >= 0) / weight_sum  # (G, b)
+                    # (G,): this micro-batch's share of the batch's weighted mean loss. The shares
+                    # add up over micro-batches and replicas, and the heads do not touch each other.
+                    loss = (losses * weights.to(dev)).sum(dim=1)
                     loss.sum().backward()
-                    so_far = logits - bank.log_prior[:, None]
-                    this.see(rows.to(dev), row_losses, so_far, loss * len(targets))
-                    if rows is not parts[step][-1][1]:
-                        device.step_done(dev)
+                    summary.add(indices.to(dev), losses, logits, loss * len(batch_labels))
                 device.all_sum_gradients(optimizer.trained())
-                this.norms += optimizer.clip(cfg.train.grad_clip) / device.world()
-                this.rates = [rate_at(cfg, n, epoch, step, steps_per_epoch) for n in (1, unfreeze)]
-                optimizer.step(*this.rates)  # shares of the head's and the encoder's learning rates
+                summary.norms += optimizer.clip(cfg.train.grad_clip) / device.world()
+                head_factor, encoder_factor = (
+                    factor_from(first_epoch, cfg, epoch, step, steps_per_epoch)
+                    for first_epoch in (1, unfreeze_epoch)
+                )
+                optimizer.step(head_factor, encoder_factor)  # and gradients are zeros again
                 device.step_done(dev)
                 progress.step = step + 1
                 if run and progress.step < steps_per_epoch and run.is_due(progress.step):
-                    run.save_within(this.summed())
+                    run.save_within_epoch(summary)
 
         if encoder_trains:
-            desc = f"val of epoch {epoch}"
-            x_val = features.encode_now(cfg, val.samples, encoder, dev, desc).to(dev)
-        vars(this).update(this.summed())
-        this.predictions = heads.by_participant(val.samples, heads.predict(bank, x_val))
-        # patience begins when the encoder does: at first it costs some of the head's score
-        improved = progress.update(this, restart=epoch <= unfreeze <= epochs)
+            x_val = features.encode_now(cfg, val_set.samples, encoder, dev, f"val of epoch {epoch}")
+            x_val = x_val.to(dev)
+        predictions = heads.by_participant(val_set.samples, heads.predict(bank, x_val))
+        summary.finish(predictions, head_factor, encoder_factor * cfg.train.lr_encoder)
+        # until the encoder trains, patience begins anew: at first, training it costs some score
+        reset_patience = epoch <= unfreeze_epoch <= epochs
+        improved = progress.update(summary, reset_patience)  # indices of heads
         for name, p in bank.named_parameters():
-            best[name][improved] = p.detach()[improved]
-        log.append(this)
+            best_parameters[name][improved] = p.detach()[improved]
+        finished.append(summary)
         if run:
-            run.save_epoch(this, train)
+            run.save_epoch(summary, train_set)
 
     if run:
         run.end()
         return None
-    bank.load_state_dict(best, strict=False)
-    return chosen(cfg, bank, progress, log, train)
+    bank.load_state_dict(best_parameters, strict=False)  # buffers do not change
+    return repeats.best_head(cfg, bank, progress, finished, train_set)
 
 
-def fit_references(cfg, seed, train, val, dev):
-    """As fit, of scikit-learn's logistic regression or of kNN, for every C or k; training them has
-    one epoch."""
-    bank, labels = references.fit(cfg, train, len(ledger.CLASSES)), train.labels
-    people, scheme = list(train.participants.values()), cfg.train.class_weights
-    weights = losses.class_weights(people, len(ledger.CLASSES), scheme)
-    p = torch.from_numpy(heads.predict(bank, train.x))  # (G, volumes, num_classes)
-    row_losses = -p.clamp(min=torch.finfo(p.dtype).eps).log()[:, torch.arange(len(labels)), labels]
-    loss = (row_losses * weights[labels]).sum(dim=1) / weights[labels].sum()  # (G,)
-    epoch = Epoch(1, torch.arange(len(labels)), len(p), p.shape[2])
-    epoch.see(epoch.drawn, row_losses, p.log(), loss * len(labels))
-    epoch.predictions = heads.by_participant(val.samples, heads.predict(bank, val.x))
-    progress = Progress(cfg, len(p), steps_per_epoch=1)
-    progress.update(epoch)
-    return chosen(cfg, bank, progress, [epoch], train)
+# ------------------------------------------------------------------------------ what fit is made of
 
 
-def chosen(cfg, bank, progress, log, train):
-    """The bank at every head's best, and the Epochs of all -> repeats.Fitted, of the head that
-    validation chooses."""
-    g = progress.chosen()
-    epochs = log[: int(min(progress.last_epoch[g], len(log)))]
-    history = [epoch_record(train, epoch, g, bank.settings[g]) for epoch in epochs]
-    predictions = log[progress.best_epoch[g] - 1].predictions.of_head(g)
-    head, rows = references.load(bank.one(g), cfg), progress.rows(bank.settings)
-    return repeats.Fitted(head, history, predictions, rows)
-
-
-# ---------------------------------------------------------------------- the parts of fit
+def factor_from(first_epoch, cfg, epoch, step, steps_per_epoch):
+    """lr_factor of parameters that train from first_epoch on, with their own warm-up; 0 before."""
+    if epoch < first_epoch:
+        return 0.0
+    steps_done = (epoch - first_epoch) * steps_per_epoch + step
+    total_steps = (cfg.train.epochs - first_epoch + 1) * steps_per_epoch
+    return lr_factor(steps_done, total_steps, cfg.train.warmup_epochs * steps_per_epoch)
 
 
 def prepare_encoder(cfg, encoder, dev):
-    """The encoder's module on its device, as it is to train."""
+    """The encoder's module on its device, with drop-path and activation checkpointing."""
     module = encoder.module.to(dev)
     module.drop_path = cfg.model.drop_path
     module.checkpoint = device.checkpointing(dev) if cfg.train.activation_checkpointing else None
     return module
 
 
-def rate_at(cfg, first_epoch, epoch, step, steps_per_epoch):
-    """lr_at for a part of the model that trains from first_epoch on; 0 before."""
-    if epoch < first_epoch:
-        return 0.0
-    steps_done = (epoch - first_epoch) * steps_per_epoch + step
-    total = (cfg.train.epochs - first_epoch + 1) * steps_per_epoch
-    return lr_at(steps_done, total, cfg.train.warmup_epochs * steps_per_epoch)
-
-
-def noise_key(seed, epoch, step):
-    """Key of a step's random numbers."""
-    return random.Random(f"{seed} {epoch} {step}").getrandbits(62)
+def noise_key(*parts):
+    """A number that the parts decide, the same in every process: a seed for random numbers."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(62)
 
 
 def view_of_epoch(views, seed, epoch):
-    """Features (volumes, views, ...) -> of every volume the view that the epoch sees (volumes,
-    ...)."""
-    key = random.Random(f"{seed} {epoch} views").getrandbits(62)
-    generator, number = torch.Generator().manual_seed(key), len(views)
-    which = torch.randint(views.shape[1], (number,), generator=generator)
-    return views[torch.arange(number), which]
+    """Draw one view of every volume: (volumes, views, ...) -> (volumes, ...)."""
+    generator = torch.Generator().manual_seed(noise_key(seed, epoch, "views"))
+    chosen = torch.randint(views.shape[1], (len(views),), generator=generator)
+    return views[torch.arange(len(views)), chosen]
 
 
 def micro_batches(batch, batch_size, size):
-    """This replica's share of a batch of sample indices -> [(their places in the batch, the
-    indices)], each (size,), -1: padding."""
-    places = device.share(torch.arange(len(batch)), batch_size)
-    size = min(size, len(places))
-    places = F.pad(places, (0, -len(places) % size), value=-1)
-    return [(part, torch.where(part < 0, -1, batch[part])) for part in places.split(size)]
+    """Indices of a batch (n,) -> this replica's micro-batches, [(positions, indices), ...].
+
+    Both are (size,); positions are those in the batch. All have the same size, for XLA compiles a program for each
+    shape; -1 is padding.
+    """
+    positions = device.share(torch.arange(len(batch)), batch_size)
+    size = min(size, len(positions))
+    positions = F.pad(positions, (0, -len(positions) % size), value=-1)
+    return [(part, torch.where(part < 0, -1, batch[part])) for part in positions.split(size)]
 
 
-def volumes_of(cfg, samples, parts, encoder, epoch):
-    """Yield the augmented volumes (b, 1, D, H, W) of every micro-batch of every step, float16;
-    padding is zeros."""
-    volumes = data.Volumes(
-        samples, encoder.size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
-    )
-    micro = [rows.tolist() for step in parts for _, rows in step]
-    wanted = [row for rows in micro for row in rows if row >= 0]
+def volumes_of(cfg, samples, steps, encoder, epoch):
+    """Yield the augmented volumes (b, 1, D, H, W) of every micro-batch of the steps, in float16.
+
+    Padding is zeros.
+    """
+    cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
+    micro = [indices.tolist() for step in steps for _, indices in step]
+    order = [index for indices in micro for index in indices if index >= 0]
     strength = data.strengths(cfg)
     augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
     padding = torch.zeros(1, *encoder.size, dtype=torch.float16)
-    with contextlib.closing(data.stream(volumes, None, wanted, cfg, augment)) as arriving:
-        name, hidden = f"epoch {epoch}", device.rank() > 0
-        bar = tqdm(arriving, name, len(wanted), leave=False, unit="volume", disable=hidden)
-        arriving = iter(bar)
-        for rows in micro:
-            yield torch.stack([next(arriving)[2] if row >= 0 else padding for row in rows])
+    stream = data.stream(data.Volumes(samples, encoder.size, *cache), None, order, cfg, augment)
+    with contextlib.closing(stream):
+        hidden = device.rank() > 0
+        bar = tqdm(stream, f"epoch {epoch}", len(order), leave=False, unit="volume", disable=hidden)
+        volumes = (volume for _, _, volume in bar)
+        for indices in micro:
+            yield torch.stack([next(volumes) if index >= 0 else padding for index in indices])
+
+
+# -------------------------------------------------------------------------------------- the command
 
 
 def check_classes(cfg, book):
-    """ValueError before anything is encoded, where the config needs every class in training and one
-    is not there."""
+    """ValueError, before anything is encoded, where the sampler or the class weights need every
+    class in training and one is not there."""
     if cfg.data.sampler == "stratified":
         ledger.check_classes(book, "data.sampler=stratified")
     for scheme in cfg.train.sweep.class_weights or [cfg.train.class_weights]:
-        if scheme in ("auto", "effective"):
+        if scheme in ("auto", "effective"):  # the others need no counts
             ledger.check_classes(book, f"train.class_weights={scheme}")
 
 
-if __name__ == "__main__":
+def command():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config",
-        required=True,
-        action="append",
-        help="configuration file; a second one lies over the first",
-    )
+    config_help = "configuration file; repeatable, later files override earlier ones"
+    parser.add_argument("--config", required=True, action="append", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
-    sys.stdout.reconfigure(
-        line_buffering=True
-    )  # in step with the progress bar also where the output is a file
+    # flush every line, so that a log file has output and progress bars in order
+    sys.stdout.reconfigure(line_buffering=True)
+    cfg = config.load(args.config, args.overrides)
+    phantom.prepare(cfg)  # the synthetic data of a demo, where they are not there yet
+    device.launch(main, cfg)
 
-    def job():
-        cfg = config.load(args.config, args.overrides)
-        phantom.prepare(cfg)
-        device.launch(main, cfg)
 
-    device.run(job)
+if __name__ == "__main__":
+    device.run(command)

@@ -8,8 +8,6 @@ Only the frames that the resize to D slices reads are decoded.
 """
 
 import errno
-import io
-import os
 
 import numpy as np
 import torch
@@ -30,15 +28,13 @@ def read_dicom(path_or_file, size=None):
     """Multi-frame DICOM -> array (frames, rows, columns), rescaled where the file asks for it.
 
     size (D, H, W): decode only the frames that preprocess(..., size) reads; the others stay zero
-    and cost neither time nor memory. ValueError naming the file when there are no pixels, or not
-    all of them, or they cannot be decoded.
+    and cost neither time nor memory. Unreadable, a ValueError that names the file, when there are
+    no pixels, or not all of them, or they cannot be decoded.
     """
     import pydicom
     from pydicom.pixels import iter_pixels
 
-    name = getattr(path_or_file, "name", "the file")
-    if isinstance(path_or_file, (str, os.PathLike)):
-        name = path_or_file
+    name = getattr(path_or_file, "name", path_or_file)
     try:
         ds = pydicom.dcmread(path_or_file)
         if not ds.get("PixelData"):
@@ -54,7 +50,7 @@ def read_dicom(path_or_file, size=None):
         wanted = range(frames)
         if size is not None:
             low, high, _ = taps(frames, size[0])
-            wanted = sorted({*low.tolist(), *high.tolist()})
+            wanted = np.unique([low, high]).tolist()
         rescales = [rescale(ds, index) for index in wanted]
         is_rescaled = any(pair != (1, 0) for pair in rescales)
         volume = None
@@ -72,7 +68,7 @@ def read_dicom(path_or_file, size=None):
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is not a readable OCT volume: {reason}") from error
+        raise Unreadable(f"{name} is not a readable OCT volume: {reason}") from error
     return volume
 
 
@@ -81,33 +77,25 @@ def stored_frames(ds, frames):
 
     frames: what NumberOfFrames says; where several fragments make a frame, it tells them apart.
     """
-    from pydicom.encaps import generate_frames, parse_basic_offsets, parse_fragments
+    from pydicom.encaps import generate_fragmented_frames
 
     if not ds.file_meta.TransferSyntaxUID.is_encapsulated:
         return len(ds.PixelData) * 8 // (ds.Rows * ds.Columns * ds.BitsAllocated)
     if "ExtendedOffsetTable" in ds:
         return len(ds.ExtendedOffsetTable) // 8
-    buffer = io.BytesIO(ds.PixelData)
-    offsets = parse_basic_offsets(buffer)
-    fragments = parse_fragments(buffer)[0]
-    if offsets or fragments == frames:
-        return len(offsets) or fragments
-    return sum(1 for _ in generate_frames(ds.PixelData, number_of_frames=frames))
+    return sum(1 for _ in generate_fragmented_frames(ds.PixelData, number_of_frames=frames))
 
 
 def rescale(ds, index):
     """Rescale slope and intercept of frame `index`: from its own functional group, the shared one,
     or the data set; 1 and 0 where none has them."""
-    source = ds
-    for name, i in (
-        ("SharedFunctionalGroupsSequence", 0),
-        ("PerFrameFunctionalGroupsSequence", index),
-    ):
-        groups = ds.get(name) or []
-        if i < len(groups) and groups[i].get("PixelValueTransformationSequence"):
-            source = groups[i].PixelValueTransformationSequence[0]
-    slope, intercept = source.get("RescaleSlope", 1) or 1, source.get("RescaleIntercept", 0) or 0
-    return np.float32(slope), np.float32(intercept)
+    own = ds.get("PerFrameFunctionalGroupsSequence", [])[index : index + 1]
+    shared = ds.get("SharedFunctionalGroupsSequence", [])[:1]
+    sources = [ds]
+    for group in [*shared, *own]:
+        sources += group.get("PixelValueTransformationSequence", [])
+    slope, intercept = sources[-1].get("RescaleSlope"), sources[-1].get("RescaleIntercept")
+    return np.float32(slope or 1), np.float32(intercept or 0)
 
 
 # ----------------------------------------------------------------------------------- preprocessing
@@ -171,13 +159,10 @@ def normalise(out):
 
 def decode_volume(path, size):
     """DICOM file -> preprocessed volume (D, H, W), float16. Unreadable, naming the file."""
-    try:
-        volume = read_dicom(path, size)
-        if len(volume) == 1:
-            raise ValueError(f"{path} has a single frame; that is no volume")
-        tensor = preprocess(volume, size)
-    except ValueError as error:
-        raise Unreadable(str(error)) from error
+    volume = read_dicom(path, size)
+    if len(volume) == 1:
+        raise Unreadable(f"{path} has a single frame; that is no volume")
+    tensor = preprocess(volume, size)
     if not torch.isfinite(tensor).all():
         raise Unreadable(f"{path} has values that are not finite")
     return tensor.numpy().astype(np.float16)

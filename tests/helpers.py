@@ -3,11 +3,18 @@
 Fixtures are in conftest.py. No test file imports from another one.
 """
 
+import contextlib
 import csv
+import functools
+import io
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +27,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+import config
+import features
 import runs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -83,6 +92,27 @@ del sys.argv[0]
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """
+
+# --------------------------------------------------------------------------- the phantom's tables
+
+
+def tables(root):
+    """participants.tsv and manifest.tsv (lists of dicts), read without the project's reader."""
+    found = []
+    for name in ("participants.tsv", "retinal_oct/manifest.tsv"):
+        with open(f"{root}/{name}", newline="") as f:
+            found.append(list(csv.DictReader(f, delimiter="\t")))
+    return found
+
+
+def triton(manifest):
+    """The rows of the scanner and region that a quick probe uses."""
+    return [
+        m
+        for m in manifest
+        if "/topcon_triton/" in m["filepath"] and m["anatomic_region"] == "Macula, 6 x 6"
+    ]
+
 
 # ------------------------------------------------------------------------------ data in a bucket
 
@@ -185,3 +215,87 @@ def assert_scores_are_scikit_learns(result, y, p):
     assert result["f1_per_class"] == pytest.approx(f1_score(y, pred, average=None))
     assert result["auroc_macro_ovr"] == pytest.approx(roc_auc_score(y, p, multi_class="ovr"))
     assert result["log_loss"] == pytest.approx(log_loss(y, p))
+
+
+# ------------------------------------------------------------------------- runs that tests share
+
+# augmentation at its usual strength
+AUGMENT = [
+    "data.augment.flip=true",
+    "data.augment.intensity_jitter=true",
+    "data.augment.random_crop=true",
+    "data.augment.rotation=true",
+]
+# a quick fine-tuning run with all that draws random numbers: an epoch of the head alone, then two
+# with the encoder
+TUNE = [
+    *AUGMENT,
+    "device.backend=cpu",
+    "model.freeze_encoder=true",
+    "model.unfreeze_at_epoch=1",
+    "model.drop_path=0.1",
+    "model.head.hidden=8",
+    "model.head.dropout=0.2",
+    "train.epochs=3",
+    "data.batch_size=10",
+    "train.lr_encoder=1e-3",
+    "train.grad_clip=1",
+    "train.micro_batch=4",
+]
+ATTENTIVE = ["model.pool_method=attentive", "model.token_grid=[2,2,2]"]
+
+
+def warm(root):
+    """Override: the cache that the tests of a session share. Every volume of the data set is
+    decoded and encoded once; tests that look at caching have a cache of their own."""
+    return f"paths.cache_dir={root}-cache"
+
+
+def quick(root, folder, *overrides):
+    """Checked configuration of a quick probe on the data set root, with its run below folder."""
+    return config.load(DEMO, [*settings(root, folder), warm(root), *overrides])
+
+
+@functools.cache
+def trained(root, *overrides):
+    """A folder whose run/ is a finished quick probe with these overrides, trained once for all
+    tests: they only read it, or take a `copy_of` it."""
+    import train
+
+    folder = tempfile.mkdtemp(dir=os.path.dirname(root))
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(0, quick(root, folder, *overrides))
+    return pathlib.Path(folder)
+
+
+def copy_of(folder, target):
+    """Copy folder/run to target/run -> the copy's path, as text."""
+    return str(shutil.copytree(f"{folder}/run", f"{target}/run"))
+
+
+# ------------------------------------------------------------------------------ data of our own
+
+
+def samples_of(labels):
+    """A participant with one volume for every label."""
+    return [SimpleNamespace(participant_id=str(i), label=int(k)) for i, k in enumerate(labels)]
+
+
+def features_of(x, y):
+    """Features (n, C) or tokens (n, T, C) and labels (n,), as arrays -> features.Features."""
+    return features.Features(samples_of(y), torch.as_tensor(x))
+
+
+def gaussians(means, width, rows, seed):
+    """-> train, val, test, each (x float32 (n, width), y (n,)): features of unit variance, whose
+    class means lie along a hidden direction. Training has the classes of AI-READI's shares,
+    validation (159) and test (20,000) have them evenly. The same data as bench/heads.py draws."""
+    shares, rng = np.array([290, 162, 233, 58]), np.random.default_rng(seed)
+    direction = rng.choice([-1, 1], width) / np.sqrt(width)
+    counts = (shares * rows / shares.sum()).round().astype(int)
+    labels = np.repeat(np.arange(4), counts), rng.integers(0, 4, 159), rng.integers(0, 4, 20_000)
+    found = []
+    for y in labels:
+        x = rng.standard_normal((len(y), width)) + np.array(means)[y][:, None] * direction
+        found.append((x.astype(np.float32), y))
+    return found

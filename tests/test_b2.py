@@ -1,4 +1,5 @@
-"""The real SDK over real HTTP: b2.py against a small Backblaze on loopback, which counts requests and injects faults."""
+"""The real SDK over real HTTP: b2.py against a small Backblaze on loopback, which counts requests
+and injects faults."""
 
 import contextlib
 import hashlib
@@ -49,30 +50,64 @@ START = ["authorize", "list_buckets", "head"]
 
 
 def test_a_clean_fetch(server, tmp_path):
-    assert b2.find(URL) == b2.Object(URL, len(CONTENT), "sha1:" + hashlib.sha1(CONTENT).hexdigest(), server.objects[NAME].id)
+    assert b2.find(URL) == b2.Object(
+        URL, len(CONTENT), "sha1:" + hashlib.sha1(CONTENT).hexdigest(), server.objects[NAME].id
+    )
     path = fetch(tmp_path)
     assert open(path, "rb").read() == CONTENT and kinds(server) == [*START, "head", "download"]
     assert fetch(tmp_path) == path and server.count("download") == 1  # it is there
     assert os.listdir(tmp_path / "files") == [os.path.basename(path)]
 
 
-@pytest.mark.parametrize("fault, requests", [
-    (lambda n: Fault(reset=HEADERS) if n <= 3 else None, 4),
-    (lambda n: Fault(reset=1_000_000 * n) if n <= 2 else None, 3),
-    (lambda n: Fault(truncate=700_000) if n <= 4 else None, 5),
-    (lambda n: Fault(flip=2_000_000) if n <= 2 else None, 3),
-    (lambda n: Fault(stall=30) if n == 1 else None, 2),
-    (lambda n: Fault(stall=30, stall_at=1_500_000) if n == 1 else None, 2),
-    (lambda n: Fault(status=503) if n <= 2 else None, 3),
-    (lambda n: Fault(status=503, retry_after=1) if n == 1 else None, 2),
-    (lambda n: Fault(status=503, retry_after="Wed, 21 Oct 2065 07:28:00 GMT") if n == 1 else None, 2),
-    (lambda n: Fault(status=500) if n == 1 else None, 2),
-    (lambda n: Fault(status=408) if n == 1 else None, 2),
-    (lambda n: Fault(status=429, retry_after=0) if n <= 2 else None, 3),
-    (lambda n: Fault(truncate=300_000) if n == 1 else Fault(flip=5) if n == 2 else Fault(reset=HEADERS) if n == 3 else None, 4),
-], ids=["reset before headers", "reset mid-body, twice", "truncation mid-body, four times", "flipped byte, twice",
-        "stall before headers", "stall mid-body", "503", "503 Retry-After", "503 Retry-After a date", "500", "408", "429",
-        "one after another"])
+@pytest.mark.parametrize(
+    "fault, requests",
+    [
+        (lambda n: Fault(reset=HEADERS) if n <= 3 else None, 4),
+        (lambda n: Fault(reset=1_000_000 * n) if n <= 2 else None, 3),
+        (lambda n: Fault(truncate=700_000) if n <= 4 else None, 5),
+        (lambda n: Fault(flip=2_000_000) if n <= 2 else None, 3),
+        (lambda n: Fault(stall=30) if n == 1 else None, 2),
+        (lambda n: Fault(stall=30, stall_at=1_500_000) if n == 1 else None, 2),
+        (lambda n: Fault(status=503) if n <= 2 else None, 3),
+        (lambda n: Fault(status=503, retry_after=1) if n == 1 else None, 2),
+        (
+            lambda n: (
+                Fault(status=503, retry_after="Wed, 21 Oct 2065 07:28:00 GMT") if n == 1 else None
+            ),
+            2,
+        ),
+        (lambda n: Fault(status=500) if n == 1 else None, 2),
+        (lambda n: Fault(status=408) if n == 1 else None, 2),
+        (lambda n: Fault(status=429, retry_after=0) if n <= 2 else None, 3),
+        (
+            lambda n: (
+                Fault(truncate=300_000)
+                if n == 1
+                else Fault(flip=5)
+                if n == 2
+                else Fault(reset=HEADERS)
+                if n == 3
+                else None
+            ),
+            4,
+        ),
+    ],
+    ids=[
+        "reset before headers",
+        "reset mid-body, twice",
+        "truncation mid-body, four times",
+        "flipped byte, twice",
+        "stall before headers",
+        "stall mid-body",
+        "503",
+        "503 Retry-After",
+        "503 Retry-After a date",
+        "500",
+        "408",
+        "429",
+        "one after another",
+    ],
+)
 def test_what_fails_for_a_moment_is_tried_again(server, tmp_path, fault, requests):
     server.fault = downloads(fault)
     assert open(fetch(tmp_path), "rb").read() == CONTENT
@@ -88,8 +123,11 @@ def test_it_goes_on_where_it_broke(server, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["authorize", "list_buckets", "head", "list"])
-@pytest.mark.parametrize("fault", [Fault(reset=HEADERS), Fault(status=503), Fault(stall=30), Fault(truncate=HEADERS)],
-                         ids=["reset", "503", "stall", "cut off"])
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(reset=HEADERS), Fault(status=503), Fault(stall=30), Fault(truncate=HEADERS)],
+    ids=["reset", "503", "stall", "cut off"],
+)
 def test_every_request_is_tried_again(server, kind, fault):
     server.fault = lambda k, name, n: fault if k == kind and n == 1 else None
     b2.find(URL, 20)
@@ -98,22 +136,32 @@ def test_every_request_is_tried_again(server, kind, fault):
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(server):
-    server.fault = lambda kind, name, n: Fault(truncate=20) if kind in ("authorize", "list") and n == 1 else None
-    assert list(b2.find_all([URL], 20)) == [URL] and (server.count("authorize"), server.count("list")) == (2, 2)
+    server.fault = lambda kind, name, n: (
+        Fault(truncate=20) if kind in ("authorize", "list") and n == 1 else None
+    )
+    assert list(b2.find_all([URL], 20)) == [URL] and (
+        server.count("authorize"),
+        server.count("list"),
+    ) == (2, 2)
 
 
 def test_an_absurd_retry_after_does_not_outlast_the_deadline(server, tmp_path):
     server.fault = downloads(lambda n: Fault(status=503, retry_after=10**9) if n == 1 else None)
     began = time.monotonic()
-    assert open(fetch(tmp_path, deadline=2), "rb").read() == CONTENT and server.count("download") == 2
+    assert (
+        open(fetch(tmp_path, deadline=2), "rb").read() == CONTENT and server.count("download") == 2
+    )
     assert 1 < time.monotonic() - began < 5
 
 
 def test_a_permanent_503_gives_up_within_the_deadline(server, tmp_path, capsys):
     server.fault = downloads(lambda n: Fault(status=503))
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"ai-readi/.*: given up after 3 s of failures \(data.fetch_deadline\), "
-                                           "the last one ServiceError: 503"):
+    with pytest.raises(
+        TimeoutError,
+        match=r"ai-readi/.*: given up after 3 s of failures \(data.fetch_deadline\), "
+        "the last one ServiceError: 503",
+    ):
         fetch(tmp_path, deadline=3)
     assert time.monotonic() - began < 5 and 4 <= server.count("download") <= 8
     assert "trying again in" in capsys.readouterr().err  # whoever waits is told why
@@ -150,13 +198,18 @@ def test_what_came_before_buys_no_time(server, tmp_path, fault):
 
 
 def test_one_failure_after_a_long_wait_is_tried_again(server):
-    server.fault = lambda kind, name, n: Fault(stall=1.5, status=503) if kind == "list" and n == 1 else None
+    server.fault = lambda kind, name, n: (
+        Fault(stall=1.5, status=503) if kind == "list" and n == 1 else None
+    )
     assert list(b2.find_all([URL], 1)) == [URL] and server.count("list") == 2
 
 
 def test_a_slow_line_has_all_the_time_it_needs(server, tmp_path):
     server.fault = downloads(lambda n: Fault(rate=1_500_000))  # 2 s in all
-    assert open(fetch(tmp_path, deadline=0.5), "rb").read() == CONTENT and server.count("download") == 1
+    assert (
+        open(fetch(tmp_path, deadline=0.5), "rb").read() == CONTENT
+        and server.count("download") == 1
+    )
 
 
 def test_content_that_is_not_its_checksums_is_refused(server, tmp_path):
@@ -181,7 +234,9 @@ def test_without_a_checksum_the_size_is_compared(server, tmp_path):
     first = fetch(tmp_path)
     assert open(first, "rb").read() == CONTENT
     server.put(NAME, CONTENT[::-1], sha1="none")  # another version: another copy
-    assert open(fetch(tmp_path), "rb").read() == CONTENT[::-1] and open(first, "rb").read() == CONTENT
+    assert (
+        open(fetch(tmp_path), "rb").read() == CONTENT[::-1] and open(first, "rb").read() == CONTENT
+    )
 
 
 def test_an_expired_token_is_renewed(server, tmp_path):
@@ -191,7 +246,8 @@ def test_an_expired_token_is_renewed(server, tmp_path):
     assert kinds(server) == [*START, "head", "authorize", "head", "download"]
 
 
-# ------------------------------------------------------------------------------------------ what no other try can help
+# ------------------------------------------------------------------------------------------ what no
+# other try can help
 
 
 def stops_at_once(server, requests, error, message, act):
@@ -203,35 +259,63 @@ def stops_at_once(server, requests, error, message, act):
 
 def test_a_wrong_key(server, monkeypatch):
     monkeypatch.setenv("B2_APPLICATION_KEY", "wrong")
-    stops_at_once(server, ["authorize"], PermissionError,
-                  "B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY", lambda: b2.find(URL))
+    stops_at_once(
+        server,
+        ["authorize"],
+        PermissionError,
+        "B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY",
+        lambda: b2.find(URL),
+    )
 
 
 @pytest.mark.parametrize("missing", ["B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"])
 def test_no_key(server, monkeypatch, missing):
     monkeypatch.delenv(missing)
-    stops_at_once(server, [], PermissionError, f"b2:// needs a key: set {missing} in the environment or in .*.env", lambda: b2.find(URL))
+    stops_at_once(
+        server,
+        [],
+        PermissionError,
+        f"b2:// needs a key: set {missing} in the environment or in .*.env",
+        lambda: b2.find(URL),
+    )
 
 
 def test_an_odd_endpoint(server, monkeypatch):
     monkeypatch.setenv("B2_REALM", "us-west")
-    stops_at_once(server, [], PermissionError, "B2_REALM=us-west is no endpoint", lambda: b2.find(URL))
+    stops_at_once(
+        server, [], PermissionError, "B2_REALM=us-west is no endpoint", lambda: b2.find(URL)
+    )
 
 
 def test_a_key_restricted_to_another_bucket(store):
     with store({NAME: CONTENT}, restricted_to="other") as server:
         for act in (lambda: b2.find(URL), lambda: b2.find_all([URL])):
-            with pytest.raises(PermissionError, match=f"{URL.split('ai')[0]}.*the key of B2_APPLICATION_KEY_ID may not read this .*other"):
+            with pytest.raises(
+                PermissionError,
+                match=f"{URL.split('ai')[0]}.*the key of B2_APPLICATION_KEY_ID may not read this .*other",
+            ):
                 act()
         assert kinds(server) == ["authorize"]
 
 
 def test_no_such_bucket(server):
-    stops_at_once(server, START[:2], PermissionError, "b2://elsewhere/key: there is no such bucket", lambda: b2.find("b2://elsewhere/key"))
+    stops_at_once(
+        server,
+        START[:2],
+        PermissionError,
+        "b2://elsewhere/key: there is no such bucket",
+        lambda: b2.find("b2://elsewhere/key"),
+    )
 
 
 def test_no_such_object(server, tmp_path):
-    stops_at_once(server, START, FileNotFoundError, "b2://bucket/none is not there", lambda: b2.find("b2://bucket/none"))
+    stops_at_once(
+        server,
+        START,
+        FileNotFoundError,
+        "b2://bucket/none is not there",
+        lambda: b2.find("b2://bucket/none"),
+    )
     source = b2.find(URL)
     server.remove(NAME)  # since
     with pytest.raises(FileNotFoundError, match="ai-readi/.* is not there"):
@@ -239,13 +323,16 @@ def test_no_such_object(server, tmp_path):
     assert server.count("download") == 1 and os.listdir(tmp_path / "files") == []
 
 
-@pytest.mark.parametrize("status, code, message", [
-    (401, "unauthorized", "the key of B2_APPLICATION_KEY_ID may not read this"),
-    (403, "access_denied", "the key of B2_APPLICATION_KEY_ID may not read this"),
-    (403, "transaction_cap_exceeded", "a cap of the B2 account is reached"),
-    (403, "download_cap_exceeded", "a cap of the B2 account is reached"),
-    (400, "bad_request", "BadRequest"),
-])
+@pytest.mark.parametrize(
+    "status, code, message",
+    [
+        (401, "unauthorized", "the key of B2_APPLICATION_KEY_ID may not read this"),
+        (403, "access_denied", "the key of B2_APPLICATION_KEY_ID may not read this"),
+        (403, "transaction_cap_exceeded", "a cap of the B2 account is reached"),
+        (403, "download_cap_exceeded", "a cap of the B2 account is reached"),
+        (400, "bad_request", "BadRequest"),
+    ],
+)
 def test_what_the_account_does_not_allow(server, tmp_path, status, code, message):
     server.fault = downloads(lambda n: Fault(status=status, code=code))
     stops_at_once(server, [*START, "download"], OSError, message, lambda: fetch(tmp_path))
@@ -253,8 +340,16 @@ def test_what_the_account_does_not_allow(server, tmp_path, status, code, message
 
 
 def test_a_head_that_is_forbidden(server):
-    server.fault = lambda kind, name, n: Fault(status=403) if kind == "head" else None  # without a body, so without a reason
-    stops_at_once(server, START, PermissionError, "the key of B2_APPLICATION_KEY_ID may not read this", lambda: b2.find(URL))
+    server.fault = lambda kind, name, n: (
+        Fault(status=403) if kind == "head" else None
+    )  # without a body, so without a reason
+    stops_at_once(
+        server,
+        START,
+        PermissionError,
+        "the key of B2_APPLICATION_KEY_ID may not read this",
+        lambda: b2.find(URL),
+    )
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/key", "b2://", "b2:///key", "http://host/x"])
@@ -273,20 +368,42 @@ source = b2.find({URL!r})
 
 
 def python(code, *arguments, **options):
-    return subprocess.Popen([sys.executable, "-c", FETCH + textwrap.dedent(code), *map(str, arguments)],
-                            stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", FETCH + textwrap.dedent(code), *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def test_a_full_disk(server, tmp_path):
     """A real one: a tmpfs of 1 MB in a mount namespace of its own."""
-    code = FETCH + "try:\n    b2.fetch(source, sys.argv[1])\nfinally:\n    import os\n    print('left', os.listdir(sys.argv[1]))"
-    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c",
-               f'mount -t tmpfs -o size=1m tmpfs "$0" && "{sys.executable}" -c "$1" "$0"']
-    if not shutil.which("unshare") or subprocess.run([*unshare[:5], f'mount -t tmpfs tmpfs "{tmp_path}"'],
-                                                     capture_output=True, check=False).returncode:
+    code = (
+        FETCH
+        + "try:\n    b2.fetch(source, sys.argv[1])\nfinally:\n    import os\n    print('left', os.listdir(sys.argv[1]))"
+    )
+    unshare = [
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        f'mount -t tmpfs -o size=1m tmpfs "$0" && "{sys.executable}" -c "$1" "$0"',
+    ]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(
+            [*unshare[:5], f'mount -t tmpfs tmpfs "{tmp_path}"'], capture_output=True, check=False
+        ).returncode
+    ):
         pytest.skip("no mount namespaces here")
-    result = subprocess.run([*unshare, tmp_path, code], capture_output=True, text=True, timeout=60, check=False)
-    assert f"OSError: [Errno 28] no space left on the disk for {URL}; make room, or set paths.cache_dir to another disk" in result.stderr
+    result = subprocess.run(
+        [*unshare, tmp_path, code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (
+        f"OSError: [Errno 28] no space left on the disk for {URL}; make room, or set "
+        "paths.cache_dir to another disk" in result.stderr
+    )
     assert result.stdout == "left []\n" and server.count("download") == 1
 
 
@@ -302,6 +419,7 @@ def test_a_disk_that_fills_while_writing(server, tmp_path, monkeypatch):
             if self.file.tell() > 1_000_000:
                 raise OSError(28, "No space left on device")
             return self.file.write(data[:100_000])  # not all of it: a write may be short
+
     real = b2.locked
 
     @contextlib.contextmanager
@@ -310,12 +428,16 @@ def test_a_disk_that_fills_while_writing(server, tmp_path, monkeypatch):
             yield Full(file)
 
     monkeypatch.setattr(b2, "locked", full)
-    with pytest.raises(OSError, match="no space left on the disk for b2://bucket/ai-readi/.*; make room, or set paths.cache_dir"):
+    with pytest.raises(
+        OSError,
+        match="no space left on the disk for b2://bucket/ai-readi/.*; make room, or set paths.cache_dir",
+    ):
         fetch(tmp_path)
     assert server.count("download") == 1 and os.listdir(tmp_path / "files") == []
 
 
-# ---------------------------------------------------------------------------------------- many threads, many processes
+# ---------------------------------------------------------------------------------------- many
+# threads, many processes
 
 
 def test_four_processes_of_four_threads_fetch_each_key_once(store, tmp_path):
@@ -328,7 +450,8 @@ def test_four_processes_of_four_threads_fetch_each_key_once(store, tmp_path):
             names = [f"b2://bucket/k/{i}" for i in range(20)]
             random.shuffle(names)
             with ThreadPoolExecutor(4) as pool:
-                for name, path in zip(names, pool.map(lambda name: b2.fetch(b2.find(name), sys.argv[1]), names)):
+                for name, path in zip(names, pool.map(lambda name: b2.fetch(b2.find(name),
+                sys.argv[1]), names)):
                     assert open(path, "rb").read()[:1] == bytes([int(name.split("/")[-1])])
         """
         processes = [python(code, tmp_path / "files") for _ in range(4)]
@@ -343,7 +466,9 @@ def test_four_processes_of_four_threads_fetch_each_key_once(store, tmp_path):
 def test_threads_share_a_client(store, tmp_path):
     files = {f"k/{i}": bytes([i]) * 300_000 for i in range(12)}
     with store(files) as server, ThreadPoolExecutor(12) as pool:
-        paths = list(pool.map(lambda name: b2.fetch(b2.find(f"b2://bucket/{name}"), tmp_path), files))
+        paths = list(
+            pool.map(lambda name: b2.fetch(b2.find(f"b2://bucket/{name}"), tmp_path), files)
+        )
         assert [open(path, "rb").read() for path in paths] == list(files.values())
         assert server.count("authorize") == 1 and server.count("list_buckets") == 1
 
@@ -354,12 +479,16 @@ def test_a_client_that_was_used_before_a_fork(server, tmp_path, method):
     with multiprocessing.get_context(method).Pool(2) as pool:
         paths = [pool.apply_async(b2.fetch, (b2.find(URL), tmp_path / str(i))) for i in range(4)]
         assert all(open(path.get(30), "rb").read() == CONTENT for path in paths)
-    assert open(b2.fetch(b2.find(URL), tmp_path / "parent"), "rb").read() == CONTENT  # and the parent's still works
+    assert (
+        open(b2.fetch(b2.find(URL), tmp_path / "parent"), "rb").read() == CONTENT
+    )  # and the parent's still works
     assert server.count("authorize") in (2, 3)  # the parent once, each child that had work once
 
 
 def test_a_fork_while_a_thread_makes_the_client(server, tmp_path):
-    server.fault = lambda kind, name, n: Fault(stall=0.4) if kind == "authorize" and n == 1 else None
+    server.fault = lambda kind, name, n: (
+        Fault(stall=0.4) if kind == "authorize" and n == 1 else None
+    )
     thread = threading.Thread(target=b2.find, args=(URL,))
     thread.start()
     time.sleep(0.2)  # it holds the lock now
@@ -374,31 +503,52 @@ def test_kill_9_in_mid_download_then_a_new_run(server, tmp_path):
     server.fault = downloads(lambda n: Fault(rate=1_000_000) if n == 1 else None)
     process = python("b2.fetch(source, sys.argv[1])", tmp_path / "files")
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not any(path.stat().st_size > 900_000 for path in (tmp_path / "files").glob("*.part")):
+    while time.monotonic() < deadline and not any(
+        path.stat().st_size > 900_000 for path in (tmp_path / "files").glob("*.part")
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
     had = next((tmp_path / "files").glob("*.part")).stat().st_size
     assert open(fetch(tmp_path), "rb").read() == CONTENT
-    assert server.ranges[NAME][1:] == [f"bytes={had}-{len(CONTENT) - 1}"] and len(os.listdir(tmp_path / "files")) == 1
+    assert (
+        server.ranges[NAME][1:] == [f"bytes={had}-{len(CONTENT) - 1}"]
+        and len(os.listdir(tmp_path / "files")) == 1
+    )
 
 
 def test_what_a_kill_left_may_be_damaged_too(server, tmp_path):
     path = fetch(tmp_path)
     os.remove(path)
-    for left, requests in ((b"x" * 1000, 2), (b"x" * len(CONTENT), 1), (b"x" * (len(CONTENT) + 5), 1), (b"", 1)):
+    for left, requests in (
+        (b"x" * 1000, 2),
+        (b"x" * len(CONTENT), 1),
+        (b"x" * (len(CONTENT) + 5), 1),
+        (b"", 1),
+    ):
         open(path + ".part", "wb").write(left)
         before = server.count("download")
-        assert open(fetch(tmp_path), "rb").read() == CONTENT and server.count("download") == before + requests
+        assert (
+            open(fetch(tmp_path), "rb").read() == CONTENT
+            and server.count("download") == before + requests
+        )
         os.remove(path)
 
 
-@pytest.mark.parametrize("damage", [lambda c: c[:-1], lambda c: b"", lambda c: b"x" + c[1:]], ids=["cut", "empty", "changed"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: c[:-1], lambda c: b"", lambda c: b"x" + c[1:]],
+    ids=["cut", "empty", "changed"],
+)
 def test_a_damaged_copy_is_fetched_again(server, tmp_path, damage, capsys):
     path = fetch(tmp_path)
     open(path, "wb").write(damage(CONTENT))
-    assert fetch(tmp_path) == path and open(path, "rb").read() == CONTENT and server.count("download") == 2
+    assert (
+        fetch(tmp_path) == path
+        and open(path, "rb").read() == CONTENT
+        and server.count("download") == 2
+    )
     assert "is damaged; fetching it again" in capsys.readouterr().err
 
 
@@ -414,7 +564,8 @@ def test_a_caller_that_stops_waits_for_nothing(server, tmp_path):
         assert time.monotonic() - began < 5
 
 
-# ------------------------------------------------------------------------------------------------- listing, local, gs://
+# -------------------------------------------------------------------------------------------------
+# listing, local, gs://
 
 
 def test_one_listing_tells_all_below_the_common_folder(store):
@@ -423,8 +574,10 @@ def test_one_listing_tells_all_below_the_common_folder(store):
         there = b2.find_all([f"b2://bucket/{n}" for n in [*names[:3000], "d/s/none.dcm"]])
         assert list(there) == [f"b2://bucket/{n}" for n in names[:3000]]
         assert server.requests[2:] == [("list", "d/s/")] * 2  # by 10,000
-        assert (list(b2.find_all(["b2://bucket/e/x", "b2://bucket/d/participants.tsv"]))
-                == ["b2://bucket/e/x", "b2://bucket/d/participants.tsv"])
+        assert list(b2.find_all(["b2://bucket/e/x", "b2://bucket/d/participants.tsv"])) == [
+            "b2://bucket/e/x",
+            "b2://bucket/d/participants.tsv",
+        ]
         assert b2.find_all(["b2://bucket/nothing/here"]) == {} == b2.find_all([])
 
 
@@ -445,7 +598,10 @@ def test_long_names(store, tmp_path):
 
 def test_local_paths_come_back_as_they_are(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("hello")
-    assert b2.local(str(tmp_path / "a.txt"), tmp_path / "cache") == str(tmp_path / "a.txt") and not (tmp_path / "cache").exists()
+    assert (
+        b2.local(str(tmp_path / "a.txt"), tmp_path / "cache") == str(tmp_path / "a.txt")
+        and not (tmp_path / "cache").exists()
+    )
     monkeypatch.setenv("HOME", str(tmp_path))
     assert b2.local("~/a.txt", tmp_path / "cache") == str(tmp_path / "a.txt")
     with pytest.raises(FileNotFoundError, match="none is not there"):
@@ -461,7 +617,8 @@ def test_an_object_that_is_replaced_is_noticed(server, tmp_path):
 
 def test_the_env_file(server, tmp_path, monkeypatch):
     (tmp_path / ".env").write_text(
-        f"B2_APPLICATION_KEY_ID={server.key_id}\nB2_APPLICATION_KEY='{server.key}'\nB2_REALM=http://127.0.0.1:9\n")
+        f"B2_APPLICATION_KEY_ID={server.key_id}\nB2_APPLICATION_KEY='{server.key}'\nB2_REALM=http://127.0.0.1:9\n"
+    )
     monkeypatch.setattr(b2, "ENV_FILE", str(tmp_path / ".env"))
     for name in ("B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"):
         monkeypatch.delenv(name)
@@ -474,7 +631,8 @@ def test_a_large_object_is_never_in_memory(store, tmp_path):
         f.truncate(400_000_000)
     code = """
         def peak():
-            return next(int(line.split()[1]) / 1000 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+            return next(int(line.split()[1]) / 1000 for line in open("/proc/self/status") if
+            line.startswith("VmHWM"))
         before = peak()
         path = b2.local("b2://bucket/large.bin", sys.argv[1])
         assert path == b2.local("b2://bucket/large.bin", sys.argv[1])  # verified, not fetched
@@ -485,10 +643,13 @@ def test_a_large_object_is_never_in_memory(store, tmp_path):
         process = python("import os\n" + textwrap.dedent(code), tmp_path / "cache")
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-        assert server.count("download") == 1 and "large.bin: 100%" in errors  # its progress is shown
+        assert (
+            server.count("download") == 1 and "large.bin: 100%" in errors
+        )  # its progress is shown
 
 
-# ------------------------------------------------------------------------------------------------------------------ gs://
+# --------------------------------------------------------------------------------------------------
+# ---------------- gs://
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
@@ -499,7 +660,8 @@ def test_without_gcsfs_the_error_says_what_to_install():
 
 @pytest.fixture()
 def google():
-    """fsspec's file system in memory in place of gcsfs, telling md5Hash and generation as gcsfs does."""
+    """fsspec's file system in memory in place of gcsfs, telling md5Hash and generation as gcsfs
+    does."""
     import base64
 
     import fsspec
@@ -510,7 +672,12 @@ def google():
 
         def told(self, info):
             if info["type"] == "file":
-                info |= {"md5Hash": base64.b64encode(hashlib.md5(self.cat(info["name"])).digest()).decode(), "generation": "17"}
+                info |= {
+                    "md5Hash": base64.b64encode(
+                        hashlib.md5(self.cat(info["name"])).digest()
+                    ).decode(),
+                    "generation": "17",
+                }
             return info
 
         def info(self, path, **kwargs):
@@ -518,7 +685,9 @@ def google():
 
         def find(self, path, detail=False, **kwargs):
             found = super().find(path, detail=True, **kwargs)
-            return {name: self.told(info) for name, info in found.items()} if detail else list(found)
+            return (
+                {name: self.told(info) for name, info in found.items()} if detail else list(found)
+            )
 
         def _open(self, path, mode="rb", **kwargs):
             file = super()._open(path, mode, **kwargs)
@@ -544,7 +713,9 @@ def test_google_cloud_storage_through_fsspec(google, tmp_path):
     google.pipe("/bucket/d/s/a.dcm", CONTENT)
     google.pipe("/bucket/d/s/b.dcm", b"")
     a = b2.find("gs://bucket/d/s/a.dcm")
-    assert a == b2.Object("gs://bucket/d/s/a.dcm", len(CONTENT), "md5:" + hashlib.md5(CONTENT).hexdigest(), "17")
+    assert a == b2.Object(
+        "gs://bucket/d/s/a.dcm", len(CONTENT), "md5:" + hashlib.md5(CONTENT).hexdigest(), "17"
+    )
     there = b2.find_all([f"gs://bucket/d/s/{name}.dcm" for name in "abc"])
     assert there == {a.path: a, "gs://bucket/d/s/b.dcm": b2.find("gs://bucket/d/s/b.dcm")}
     assert open(b2.local("gs://bucket/d/participants.tsv", tmp_path), "rb").read() == b"table"
@@ -558,10 +729,12 @@ def test_google_cloud_storage_through_fsspec(google, tmp_path):
             if not pieces:
                 raise ConnectionResetError("reset")
             return pieces.pop(0)
+
         file.read = read
 
     def wrong(file):
         file.read = lambda n, real=file.read: real(n).replace(b"\x07", b"\x08")
+
     google.faults[:] = [breaks, wrong]
     google.opened.clear()
     assert open(b2.fetch(a, tmp_path / "files"), "rb").read() == CONTENT and len(google.opened) == 3

@@ -1,603 +1,950 @@
-import csv
+"""Volumes: their cache and stream, from folders and a B2 of our own; augmentation; order."""
+
+import errno
 import glob
-import io
 import os
 import shutil
+import signal
+import threading
 import time
+import zlib
 
-import imagecodecs
 import numpy as np
 import pydicom
 import pytest
+import scipy.ndimage
 import torch
-import torch.nn.functional as F
-from conftest import ROOT, edit
-from pydicom.encaps import encapsulate
-from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000,
-                         JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless)
+from b2_server import HEADERS, Fault
+from helpers import (
+    ENCODER_URL,
+    PREFIX,
+    ROOT_URL,
+    children_of,
+    content,
+    read_bytes,
+    remote,
+    settings,
+    start,
+    write_bytes,
+)
 
+import b2
 import data
+import files
+import ledger
 
-# ---------------------------------------------------------------------------------------------------- preprocessing
-
-
-def slow_preprocess(volume, size):
-    """The pretraining's own words: z-score, trilinear resize, z-score."""
-    x = torch.from_numpy(volume.astype(np.float32))
-    x = (x - x.mean()) / x.std(unbiased=False)
-    x = F.interpolate(x[None, None], size=size, mode="trilinear", align_corners=False)[0, 0]
-    return (x - x.mean()) / x.std(unbiased=False)
+SIZE = (16, 64, 64)
 
 
-def test_preprocessing_equals_the_pretrainings_recorded_output():
-    recorded = np.load(os.path.join(ROOT, "tests", "fixtures", "preprocess.npz"))
-    result = data.preprocess(recorded["volume"], tuple(recorded["size"]))
-    assert result.dtype == torch.float32 and result.shape == (16, 64, 64)
-    assert np.abs(result.numpy() - recorded["expected"][0]).max() <= 1e-4
+def all_volumes(book, cfg, **options):
+    return data.Volumes(book.samples, SIZE, cfg.paths.cache_dir, **options)
 
 
-@pytest.mark.parametrize("shape", [(256, 50, 40), (20, 70, 40), (64, 96, 32), (7, 33, 65), (1, 5, 5), (61, 20, 33), (100, 17, 96)])
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32, np.float64])
-def test_preprocessing_equals_the_slow_formula(shape, dtype):
-    volume = np.random.default_rng(0).integers(0, 255, shape).astype(dtype)
-    assert (data.preprocess(volume, (64, 96, 32)) - slow_preprocess(volume, (64, 96, 32))).abs().max() <= 1e-5
+def first_volumes(n, book, cfg, **options):
+    return data.Volumes(book.samples[:n], SIZE, cfg.paths.cache_dir, **options)
 
 
-@pytest.mark.parametrize("value, dtype", [(0, np.uint8), (200, np.uint8), (0.1, np.float32), (-1e9, np.float64)])
-def test_a_constant_volume_is_zeros(value, dtype):
-    assert (data.preprocess(np.full((9, 7, 5), value, dtype), (16, 16, 16)) == 0).all()
+def flip_a_bit(path, position, bit=1):
+    damaged = bytearray(read_bytes(path))
+    damaged[position] ^= bit
+    write_bytes(path, damaged)
 
 
-def test_what_is_no_volume_is_refused_and_nan_is_not_hidden():
-    with pytest.raises(ValueError, match="frames, rows, columns"):
-        data.preprocess(np.zeros((1, 4, 5, 6)), (4, 16, 16))
-    volume = np.random.default_rng(0).normal(size=(4, 5, 6))
-    volume[0, 0, 0] = np.nan
-    assert not torch.isfinite(data.preprocess(volume, (4, 16, 16))).any()
+def people_in(path):
+    """{participant_id: row} of a ledger.csv."""
+    return {row["participant_id"]: row for row in files.read_csv(path)}
 
 
-# ------------------------------------------------------------------------------------------------------------- DICOM
-
-
-def codestream(syntax, frame):
-    if syntax == JPEGLosslessSV1:
-        return imagecodecs.jpeg8_encode(frame, lossless=True, predictor=1)
-    if syntax == JPEGLossless:
-        return imagecodecs.jpeg8_encode(frame, lossless=True, predictor=6)
-    if syntax == JPEG2000Lossless:
-        return imagecodecs.jpeg2k_encode(frame, reversible=True, resolutions=2, codecformat="j2k")
-    return imagecodecs.jpeg2k_encode(frame, level=38, resolutions=2, codecformat="j2k")  # dB; lossy
-
-
-def write_dicom(path, volume, syntax, **elements):
-    """A minimal multi-frame ophthalmic file, each syntax by an encoder that is not the reader's."""
-    ds = pydicom.Dataset()
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = "1.2.840.10008.5.1.4.1.1.77.1.5.4", "1.2.3", "OPT"
-    ds.Rows, ds.Columns, ds.NumberOfFrames = volume.shape[1], volume.shape[2], len(volume)
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
-    ds.BitsAllocated = ds.BitsStored = 8 * volume.dtype.itemsize
-    ds.HighBit = ds.BitsStored - 1
-    for name, value in elements.items():
-        setattr(ds, name, value)
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = syntax if not syntax.is_encapsulated else ExplicitVRLittleEndian
-    ds.PixelData = volume.tobytes()
-    ds["PixelData"].VR = "OW" if volume.dtype.itemsize > 1 else "OB"
-    if syntax in (JPEGLossless, JPEGLosslessSV1, JPEG2000, JPEG2000Lossless):
-        ds.file_meta.TransferSyntaxUID = syntax
-        ds.PixelData = encapsulate([codestream(syntax, frame) for frame in volume])
-        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
-    elif syntax.is_encapsulated:
-        ds.compress(syntax, generate_instance_uid=False)
-    ds.save_as(path, enforce_file_format=True)
-    return str(path)
-
-
-SYNTAXES = [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1,
-            JPEGLSLossless, RLELossless]
+# ---------------------------------------------------------------------------------------- the cache
 
 
 @pytest.fixture()
-def volume():
-    smooth = np.random.default_rng(0).normal(size=(20, 24, 30)).cumsum(1).cumsum(2)
-    return ((smooth - smooth.min()) / np.ptp(smooth) * 255).astype(np.uint8)
-
-
-@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda s: s.name)
-def test_every_transfer_syntax_reads_bit_for_bit(tmp_path, volume, syntax):
-    path = write_dicom(tmp_path / "v.dcm", volume, syntax)
-    assert np.array_equal(data.read_dicom(path), volume)
-    with open(path, "rb") as f:
-        assert np.array_equal(data.read_dicom(f), volume)
-    with open(path, "rb") as f:
-        assert np.array_equal(data.read_dicom(io.BytesIO(f.read())), volume)
-
-
-def test_lossy_jpeg_2000(tmp_path, volume):
-    read = data.read_dicom(write_dicom(tmp_path / "v.dcm", volume, JPEG2000))
-    expected = np.stack([imagecodecs.jpeg2k_decode(codestream(JPEG2000, frame)) for frame in volume])
-    assert np.abs(read.astype(int) - expected).max() <= 1  # decoders may round differently
-    assert 0 < np.abs(read.astype(int) - volume).max() < 30
-
-
-@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda s: s.name)
-def test_only_the_frames_that_the_resize_reads_are_decoded(tmp_path, volume, syntax):
-    """20 frames -> 4 slices: 4 frames are read; -> 5 slices: 10; and the preprocessed volume is that of the whole file."""
-    path = write_dicom(tmp_path / "v.dcm", volume, syntax)
-    part = data.read_dicom(path, (4, 16, 16))
-    decoded = np.flatnonzero(part.any(axis=(1, 2)))
-    # slice d reads the frames around 5 (d + 1/2) - 1/2 = 2, 7, 12, 17: whole numbers, one frame each
-    assert part.shape == volume.shape and decoded.tolist() == [2, 7, 12, 17]
-    assert np.array_equal(part[decoded], volume[decoded])
-    assert torch.equal(data.preprocess(part, (4, 16, 16)), data.preprocess(volume, (4, 16, 16)))
-    halves = data.read_dicom(path, (5, 16, 16))  # around 4 (d + 1/2) - 1/2 = 1.5, 5.5, ...: two frames each
-    assert np.flatnonzero(halves.any(axis=(1, 2))).tolist() == [1, 2, 5, 6, 9, 10, 13, 14, 17, 18]
-    assert torch.equal(data.preprocess(halves, (5, 16, 16)), data.preprocess(volume, (5, 16, 16)))
-    assert (data.preprocess(part, (4, 16, 16)) - slow_preprocess(volume, (4, 16, 16))).abs().max() <= 1e-5
-
-
-def test_sixteen_bits_and_single_frame(tmp_path):
-    deep = np.random.default_rng(0).integers(0, 60000, (3, 8, 9)).astype(np.uint16)
-    assert np.array_equal(data.read_dicom(write_dicom(tmp_path / "a.dcm", deep, ExplicitVRLittleEndian)), deep)
-    path = write_dicom(tmp_path / "b.dcm", deep[:1], ExplicitVRLittleEndian)
-    ds = pydicom.dcmread(path)
-    del ds.NumberOfFrames
-    ds.save_as(path)
-    assert np.array_equal(data.read_dicom(path), deep[:1])
-
-
-def test_rescale_slope_and_intercept(tmp_path, volume):
-    path = write_dicom(tmp_path / "v.dcm", volume, ExplicitVRLittleEndian, RescaleSlope=-2, RescaleIntercept=10)
-    assert np.allclose(data.read_dicom(path), volume * -2.0 + 10)
-    transform, shared = pydicom.Dataset(), pydicom.Dataset()
-    transform.RescaleSlope, transform.RescaleIntercept, transform.RescaleType = 3, -1, "US"
-    shared.PixelValueTransformationSequence = [transform]
-    path = write_dicom(tmp_path / "w.dcm", volume, ExplicitVRLittleEndian, SharedFunctionalGroupsSequence=[shared])
-    assert np.allclose(data.read_dicom(path), volume * 3.0 - 1)
-
-
-def test_a_rescale_of_its_own_for_every_frame(tmp_path, volume):
-    def group(slope, intercept):
-        transform, frame = pydicom.Dataset(), pydicom.Dataset()
-        transform.RescaleSlope, transform.RescaleIntercept, transform.RescaleType = slope, intercept, "US"
-        frame.PixelValueTransformationSequence = [transform]
-        return frame
-    pairs = [(1, 0), *((2.5, -100),) * 19]  # the first frame alone would stay integer
-    path = write_dicom(tmp_path / "v.dcm", volume, ExplicitVRLittleEndian,
-                       PerFrameFunctionalGroupsSequence=[group(*pair) for pair in pairs])
-    assert np.allclose(data.read_dicom(path), np.stack([frame * a + b for frame, (a, b) in zip(volume.astype(float), pairs)]))
-
-
-@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda s: s.name)
-@pytest.mark.parametrize("claimed", [1, 10, 19, 21, 40])
-def test_a_wrong_number_of_frames_is_refused(tmp_path, volume, syntax, claimed):
-    path = write_dicom(tmp_path / "v.dcm", volume, syntax)
-    ds = pydicom.dcmread(path)
-    ds.NumberOfFrames = claimed
-    ds.save_as(path)
-    for size in (None, (4, 16, 16)):
-        with pytest.raises(ValueError, match=f"NumberOfFrames is {claimed}, but the pixel data holds 20 frames"):
-            data.read_dicom(path, size)
-
-
-@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda s: s.name)
-@pytest.mark.parametrize("keep", [0.05, 0.3, 0.6, 0.9, 0.99])
-def test_a_truncated_file_is_refused_by_name(tmp_path, volume, syntax, keep):
-    path = write_dicom(tmp_path / "short.dcm", volume, syntax)
-    content = open(path, "rb").read()
-    with open(path, "wb") as f:
-        f.write(content[:int(keep * len(content))])
-    for size in (None, (4, 16, 16)):
-        with pytest.raises(ValueError, match="short.dcm is not a readable OCT volume"):
-            data.read_dicom(path, size)
-
-
-def test_no_pixels_no_dicom_no_file(tmp_path, volume):
-    path = write_dicom(tmp_path / "empty.dcm", volume, ExplicitVRLittleEndian)
-    ds = pydicom.dcmread(path)
-    del ds.PixelData
-    ds.save_as(path)
-    with pytest.raises(ValueError, match="empty.dcm is not a readable OCT volume: no pixel data"):
-        data.read_dicom(path)
-    ds.PixelData = b""
-    ds["PixelData"].VR = "OB"
-    ds.save_as(path)
-    with pytest.raises(ValueError, match="empty.dcm is not a readable OCT volume: no pixel data"):
-        data.read_dicom(path)
-    (tmp_path / "text.dcm").write_text("hello")
-    with pytest.raises(ValueError, match="text.dcm is not a readable OCT volume"):
-        data.read_dicom(tmp_path / "text.dcm")
-    with pytest.raises(FileNotFoundError):
-        data.read_dicom(tmp_path / "none.dcm")
-    with pytest.raises(ValueError, match="3 samples a pixel"):
-        data.read_dicom(write_dicom(tmp_path / "rgb.dcm", volume, ExplicitVRLittleEndian, SamplesPerPixel=3, PlanarConfiguration=0))
-
-
-# ------------------------------------------------------------------------------------------------------------ ledger
-
-
-def tables(root):
-    """participants.tsv and manifest.tsv, read without the project's reader."""
-    with open(root / "participants.tsv", newline="") as f:
-        people = list(csv.DictReader(f, delimiter="\t"))
-    with open(root / "retinal_oct" / "manifest.tsv", newline="") as f:
-        return people, list(csv.DictReader(f, delimiter="\t"))
-
-
-def triton(manifest):
-    return [m for m in manifest if "/topcon_triton/" in m["filepath"] and m["anatomic_region"] == "Macula, 6 x 6"]
-
-
-def test_nobody_is_lost(written, configure):
-    people, manifest = tables(written)
-    ledger = data.read_ledger(configure(written))
-    assert [r.participant_id for r in ledger.rows] == [p["participant_id"] for p in people]
-    with_oct = {p["participant_id"] for p in people if p["retinal_oct"] == "TRUE"}
-    assert {r.participant_id for r in ledger.rows if r.status == "used"} == with_oct
-    assert {i[0] for i in with_oct} == {"1", "4", "7"}  # all three sites
-    assert {(r.split, r.label) for r in ledger.rows} == {(s, k) for s in data.SPLITS for k in range(4)}
-    chosen = triton(manifest)
-    assert sorted(s.path for s in ledger.samples) == sorted(str(written) + m["filepath"] for m in chosen)
-    for row in ledger.rows:
-        assert row.volumes == sum(m["participant_id"] == row.participant_id for m in chosen)
-        person = next(p for p in people if p["participant_id"] == row.participant_id)
-        assert ((row.split, data.CLASSES[row.label], row.site)
-                == (person["recommended_split"], person["study_group"], person["clinical_site"]))
-    assert any(row.volumes > 2 for row in ledger.rows)  # repeats count
-    data.check_missing(ledger, 0)
-
-
-def test_another_scanner_is_another_set_of_volumes(written, configure):
-    _, manifest = tables(written)
-    ledger = data.read_ledger(configure(written, "data.scanner=heidelberg_spectralis", "data.anatomic_region=Macula"))
-    expected = [m for m in manifest if "/heidelberg_spectralis/" in m["filepath"]]
-    assert len(ledger.samples) == len(expected) and {s.participant_id for s in ledger.samples} == {m["participant_id"] for m in expected}
-    assert len(ledger.missing()) == len([r for r in ledger.rows if r.status != "no_oct"]) - len(expected)
-    assert ledger.missing()[0].reason == "no volume of heidelberg_spectralis, Macula"
-    with pytest.raises(ValueError, match=r"no volume of data.scanner=zeis.*topcon_triton 'Macula, 6 x 6'"):
-        data.read_ledger(configure(written, "data.scanner=zeis"))
-
-
-def test_crlf_person_id_and_lower_case_flags(dataset, configure):
-    before = data.read_ledger(configure(dataset))
-    edit(dataset / "participants.tsv", lambda t: t.replace("participant_id", "person_id").replace("TRUE", "true")
-                                                  .replace("\r\n", "\n").replace("\n", "\r\n"))
-    edit(dataset / "retinal_oct" / "manifest.tsv", lambda t: t.replace("participant_id", "person_id").replace("\n", "\r\n"))
-    after = data.read_ledger(configure(dataset))
-    assert (after.rows, after.samples, after.notes) == (before.rows, before.samples, before.notes)
-
-
-def test_missing_files_are_counted_and_stop_the_run_unless_allowed(dataset, configure):
-    people, manifest = tables(dataset)
-    chosen = triton(manifest)
-    victims = [p["participant_id"] for p in people if p["retinal_oct"] == "TRUE"][:2]
-    for m in chosen:
-        if m["participant_id"] == victims[0]:
-            os.remove(str(dataset) + m["filepath"])
-        if m["participant_id"] == victims[1]:
-            open(str(dataset) + m["filepath"], "w").close()  # size zero
-    one_of_two = next(m for m in chosen if m["participant_id"] not in victims)
-    os.remove(str(dataset) + one_of_two["filepath"])
-    ledger = data.read_ledger(configure(dataset))
-    assert ([r.participant_id for r in ledger.missing()] == victims
-            and "files absent" in ledger.missing()[0].reason and "files empty" in ledger.missing()[1].reason)
-    partly = next(r for r in ledger.rows if r.participant_id == one_of_two["participant_id"])
-    assert partly.status == "used" and partly.reason.startswith("1 of ") and any(partly.participant_id in n for n in ledger.notes)
-    with pytest.raises(ValueError, match=f"2 of {len([p for p in people if p['retinal_oct'] == 'TRUE'])} labelled participants "
-                                         f"have no volume.*{victims[0]}.*set data.max_missing=2"):
-        data.check_missing(ledger, 1)
-    data.check_missing(ledger, 2)
-    rows = list(csv.DictReader(io.StringIO(data.ledger_csv(ledger))))
-    assert len(rows) == len(people) and sum(r["status"] == "missing" for r in rows) == 2
-
-
-def test_a_participant_without_manifest_rows(dataset, configure):
-    people, manifest = tables(dataset)
-    victim = next(p["participant_id"] for p in people if p["retinal_oct"] == "TRUE")
-    edit(dataset / "retinal_oct" / "manifest.tsv", lambda t: "".join(line for line in t.splitlines(True) if not line.startswith(victim)))
-    assert [(r.participant_id, r.reason) for r in data.read_ledger(configure(dataset)).missing()] == [(victim, "no row in the manifest")]
-
-
-def test_duplicates_and_strangers_in_the_manifest_are_noted(dataset, configure):
-    people, manifest = tables(dataset)
-    before = data.read_ledger(configure(dataset))
-    path = dataset / "retinal_oct" / "manifest.tsv"
-    first = next(line for line in open(path) if "triton_macula_6x6" in line)
-    edit(path, lambda t: t + first + first.replace(first.split("\t")[0], "9999"))
-    after = data.read_ledger(configure(dataset))
-    assert after.samples == before.samples
-    assert any("listed twice" in n for n in after.notes) and any("9999" in n for n in after.notes)
-
-
-def test_oddly_written_tables_lose_nobody(dataset, configure):
-    before = data.read_ledger(configure(dataset))
-    edit(dataset / "participants.tsv", lambda t: t.replace("participant_id\t", "participant_id \t", 1) + "\t" * 14 + "\n\n")
-    path = dataset / "retinal_oct" / "manifest.tsv"
-    first = next(line for line in open(path) if "triton_macula_6x6" in line)
-    edit(path, lambda t: t + first.replace("/retinal_oct/", "/./retinal_oct//") + first.replace("/", "\\") + "\t" * 14 + "\n")
-    after = data.read_ledger(configure(dataset))
-    assert after.samples == before.samples and sum("listed twice" in n for n in after.notes) == 2
-
-
-def test_a_stray_quotation_mark_does_not_swallow_rows(dataset, configure):
-    path = dataset / "retinal_oct" / "manifest.tsv"
-    lines = open(path).read().splitlines(True)
-    quoted = lambda line: line.replace("\tOCT\t", '\t"OCT\t')
-    path.write_text("".join([*lines[:3], quoted(lines[3]), *lines[4:8], quoted(lines[8]), *lines[9:]]))
-    with pytest.raises(ValueError, match="look for a stray quotation mark"):
-        data.read_ledger(configure(dataset))
-
-
-def swap_column(name, replacement):
-    return lambda t: t.replace(name, replacement, 1)
-
-
-def second_row(change):
-    def apply(text):
-        lines = text.splitlines(True)
-        return text + change(lines[1])
-    return apply
-
-
-@pytest.mark.parametrize("file, change, message", [
-    ("participants.tsv", swap_column("study_group", "group"), "has no column 'study_group'; found"),
-    ("participants.tsv", swap_column("participant_id", "pid"), "has no column 'participant_id or person_id'"),
-    ("participants.tsv", swap_column("recommended_split", "split"), "has no column 'recommended_split'"),
-    ("participants.tsv", swap_column("insulin_dependent", "type_3"), "unknown study_group 'type_3'"),
-    ("participants.tsv", swap_column("\ttrain\t", "\tholdout\t"), "unknown recommended_split 'holdout'"),
-    ("participants.tsv", second_row(lambda r: r.replace("\tval\t", "\ttrain\t") if "\tval\t" in r
-                                    else r.replace("\ttrain\t", "\ttest\t").replace("\ttest\t", "\tval\t")), "is in two splits"),
-    ("participants.tsv", second_row(lambda r: r.replace("healthy", "insulin_dependent") if "healthy" in r
-                                    else r.replace(r.split("\t")[2], "healthy")), "two rows that differ"),
-    ("retinal_oct/manifest.tsv", swap_column("filepath", "file"), "has no column 'filepath'"),
-    ("retinal_oct/manifest.tsv", swap_column("/retinal_oct/structural_oct", "/../other"), "points outside the data folder"),
-    ("retinal_oct/manifest.tsv", swap_column("/retinal_oct/structural_oct", "/retinal_oct/../../structural_oct"),
-     "points outside the data folder"),
-])
-def test_doubtful_tables_stop_with_a_sentence(dataset, configure, file, change, message):
-    edit(dataset / file, change)
-    with pytest.raises(ValueError, match=message):
-        data.read_ledger(configure(dataset))
-
-
-def test_a_file_listed_for_two_participants(dataset, configure):
-    people, manifest = tables(dataset)
-    a, b = (next(m for m in triton(manifest) if m["participant_id"] == p)
-            for p in list(dict.fromkeys(m["participant_id"] for m in triton(manifest)))[:2])
-    edit(dataset / "retinal_oct" / "manifest.tsv", lambda t: t.replace(b["filepath"], a["filepath"]))
-    with pytest.raises(ValueError, match="is listed for two participants"):
-        data.read_ledger(configure(dataset))
-
-
-def test_the_ledger_command(written, dataset, command):
-    good = command("data.py", "--config", "configs/demo.yaml", root=written)
-    assert good.returncode == 0, good.stderr
-    people, _ = tables(written)
-    for site in ("UW", "UCSD", "UAB"):
-        assert site in good.stdout
-    train_healthy = sum(p["recommended_split"] == "train" and p["study_group"] == "healthy" and p["retinal_oct"] == "TRUE" for p in people)
-    line = next(line for line in good.stdout.splitlines() if line.startswith("train") and "healthy" in line)
-    assert f"{train_healthy}/{train_healthy}" in line
-    _, manifest = tables(dataset)
-    victim = triton(manifest)[0]["participant_id"]
-    for m in triton(manifest):
-        if m["participant_id"] == victim:
-            os.remove(str(dataset) + m["filepath"])
-    bad = command("data.py", "--config", "configs/demo.yaml", root=dataset)
-    assert (bad.returncode == 1 and f"missing: {victim}" in bad.stdout
-            and bad.stderr.startswith("error: 1 of ") and "Traceback" not in bad.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------------- cache
-
-
-def test_volumes_are_cached_by_content(dataset, configure, tmp_path, monkeypatch):
+def cached(dataset, configure):
+    """-> volumes of four samples, their ledger, configuration, and what came the first time: a list
+    of (key, volume)."""
     cfg = configure(dataset)
-    ledger = data.read_ledger(cfg)
-    samples = ledger.samples[:4]
-    volumes = data.Volumes(samples, (16, 64, 64), cfg.paths.cache_dir)
-    first = {i: (key, volume) for i, key, volume in data.stream(volumes, ledger, range(4), cfg)}
-    for i, sample in enumerate(samples):
-        exact = data.preprocess(data.read_dicom(sample.path), (16, 64, 64))
-        assert first[i][1].shape == (1, 16, 64, 64) and first[i][1].dtype == torch.float16
-        assert ((first[i][1][0].float() - exact).abs() <= exact.abs() * 2**-11 + 1e-7).all()  # float16 rounding, nothing else
+    book = ledger.read(cfg)
+    volumes = first_volumes(4, book, cfg)
+    first = [(key, volume) for _, key, volume in data.stream(volumes, book, range(4), cfg)]
+    return volumes, book, cfg, first
 
-    calls = []
-    monkeypatch.setattr(data, "read_dicom", lambda *args, real=data.read_dicom: calls.append(args) or real(*args))
-    again = {i: (key, volume) for i, key, volume in data.stream(volumes, ledger, range(4), cfg)}
-    assert not calls and all(again[i][0] == first[i][0] and torch.equal(again[i][1], first[i][1]) for i in range(4))
-    os.utime(samples[0].path, (0, 0))  # another time, the same content
-    assert [k for _, k, _ in data.stream(volumes, ledger, [0], cfg)] == [first[0][0]] and not calls
-    content = open(samples[1].path, "rb").read()
-    open(samples[0].path, "wb").write(content)  # another content under the same name
-    assert [k for _, k, _ in data.stream(volumes, ledger, [0], cfg)] == [first[1][0]]
-    other_size = data.Volumes(samples, (8, 32, 32), cfg.paths.cache_dir)
-    assert [v.shape for _, _, v in data.stream(other_size, ledger, [2], cfg)] == [(1, 8, 32, 32)] and len(calls) == 1
+
+@pytest.fixture()
+def read_scans(monkeypatch):
+    """A list of the DICOM files that are read from now on."""
+    import volumes
+
+    paths, real = [], volumes.read_dicom
+
+    def noted(path, size):
+        paths.append(path)
+        return real(path, size)
+
+    monkeypatch.setattr(volumes, "read_dicom", noted)
+    return paths
+
+
+def test_a_cached_volume_is_the_exact_one_rounded_to_float16(cached):
+    volumes, _, _, first = cached
+    for sample, (_, volume) in zip(volumes.samples, first):
+        exact = data.preprocess(data.read_dicom(sample.path), SIZE)
+        assert volume.shape == (1, *SIZE) and volume.dtype == torch.float16
+        assert ((volume[0].float() - exact).abs() <= exact.abs() * 2**-11 + 1e-7).all()
+    assert not glob.glob(f"{volumes.cache_dir}/**/*.part", recursive=True)
+
+
+def test_a_cached_volume_is_not_read_again(cached, read_scans):
+    volumes, book, cfg, first = cached
+    again = [(key, volume) for _, key, volume in data.stream(volumes, book, range(4), cfg)]
+    assert not read_scans
+    for (key, volume), (first_key, first_volume) in zip(again, first, strict=True):
+        assert key == first_key and torch.equal(volume, first_volume)
+
+
+def test_another_time_of_the_same_content_is_the_same_volume(cached, read_scans):
+    volumes, book, cfg, first = cached
+    os.utime(volumes.samples[0].path, (0, 0))
+    assert [key for _, key, _ in data.stream(volumes, book, [0], cfg)] == [first[0][0]]
+    assert not read_scans
+
+
+def test_another_content_under_the_same_name_is_another_volume(cached):
+    volumes, book, cfg, first = cached
+    shutil.copyfile(volumes.samples[1].path, volumes.samples[0].path)
+    assert [key for _, key, _ in data.stream(volumes, book, [0], cfg)] == [first[1][0]]
+
+
+def test_another_size_is_another_volume(cached, read_scans):
+    volumes, book, cfg, _ = cached
+    smaller = data.Volumes(volumes.samples, (8, 32, 32), cfg.paths.cache_dir)
+    shapes = [volume.shape for _, _, volume in data.stream(smaller, book, [2], cfg)]
+    assert shapes == [(1, 8, 32, 32)] and len(read_scans) == 1
     assert not glob.glob(f"{cfg.paths.cache_dir}/**/*.part", recursive=True)
 
 
-def test_a_change_that_keeps_size_and_time_is_noticed(dataset, configure):
-    cfg = configure(dataset)
-    ledger = data.read_ledger(cfg)
-    sample = ledger.samples[0]
-    volumes = data.Volumes([sample], (16, 64, 64), cfg.paths.cache_dir)
-    (_, before, _), = data.stream(volumes, ledger, [0], cfg)
-    stat, content = os.stat(sample.path), bytearray(open(sample.path, "rb").read())
-    content[200] ^= 1  # in the preamble's uid, not in the pixels
-    with open(sample.path, "r+b") as f:
-        f.write(content)
-    os.utime(sample.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+def test_a_change_that_keeps_size_and_time_is_noticed(cached):
+    volumes, *_ = cached
+    path = volumes.samples[0].path
+    stat, damaged = os.stat(path), bytearray(read_bytes(path))
+    damaged[200] ^= 1  # in the preamble's uid, not in the pixels
+    with open(path, "r+b") as f:
+        f.write(damaged)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert volumes.key(0) is None
 
 
-def test_an_emptied_checksum_file_is_made_again(dataset, configure):
-    cfg = configure(dataset)
-    ledger = data.read_ledger(cfg)
-    volumes = data.Volumes(ledger.samples[:3], (16, 64, 64), cfg.paths.cache_dir)
-    before = [k for _, k, _ in data.stream(volumes, ledger, range(3), cfg)]
+def test_an_emptied_checksum_file_is_made_again(cached):
+    volumes, book, cfg, first = cached
     for note in glob.glob(f"{cfg.paths.cache_dir}/checksums/*"):
         open(note, "w").close()
-    assert [volumes.key(i) for i in range(3)] == [None] * 3
-    assert [k for _, k, _ in data.stream(volumes, ledger, range(3), cfg)] == before and len(set(before)) == 3
+    assert [volumes.key(i) for i in range(4)] == [None] * 4
+    again = [key for _, key, _ in data.stream(volumes, book, range(4), cfg)]
+    assert again == [key for key, _ in first] and len(set(again)) == 4
 
 
-def test_worker_processes_give_the_same_volumes_and_the_same_error(dataset, configure):
-    cfg = configure(dataset)
-    with_workers = configure(dataset, "data.num_workers=2")
-    ledger = data.read_ledger(cfg)
-    samples = ledger.samples[:6]
-
-    def volumes(name):
-        return data.Volumes(samples, (16, 64, 64), f"{cfg.paths.cache_dir}/{name}")
-
-    alone = [(i, k, v.tolist()) for i, k, v in data.stream(volumes("a"), ledger, range(6), cfg)]
-    workers = [(i, k, v.tolist()) for i, k, v in data.stream(volumes("b"), ledger, range(6), with_workers)]
-    assert alone == workers and [i for i, _, _ in alone] == list(range(6))
-    open(samples[3].path, "wb").write(b"damaged")
-    for config_ in (cfg, with_workers):
-        ledger = data.read_ledger(cfg)
-        samples = ledger.samples[:6]
-        with pytest.raises(ValueError, match="1 volumes cannot be read, and data.max_missing is 0: "
-                                             f"participant {samples[3].participant_id} .*{os.path.basename(samples[3].path)} "
-                                             "is not a readable OCT volume.*set data.max_missing=1"):
-            list(data.stream(volumes("c"), ledger, range(6), config_))
+def flipped_at(content, position):
+    return content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :]
 
 
-def test_unreadable_volumes_that_max_missing_covers_are_struck_off_the_ledger(dataset, configure):
-    first = data.read_ledger(configure(dataset)).samples
-    person, other = list(dict.fromkeys(s.participant_id for s in first))[:2]
-    bad = [s.path for s in first if s.participant_id == person] + [next(s.path for s in first if s.participant_id == other)]
-    for path in bad:
-        open(path, "wb").write(b"damaged")
-        open(path, "ab").write(path.encode())  # no two the same
-    cfg = configure(dataset, f"data.max_missing={len(bad)}")
-    ledger = data.read_ledger(cfg)
-    samples = list(ledger.samples)
-    arrived = [samples[i].path for i, _, _ in data.stream(data.Volumes(samples, (16, 64, 64), cfg.paths.cache_dir), ledger,
-                                                          range(len(samples)), cfg)]
-    assert arrived == [s.path for s in samples if s.path not in bad] == [s.path for s in ledger.samples]
-    rows = {r["participant_id"]: r for r in csv.DictReader(io.StringIO(data.ledger_csv(ledger)))}
-    assert (rows[person]["status"], rows[person]["volumes"]) == ("missing", "0") and bad[0] in rows[person]["reason"]
-    assert ((rows[other]["status"], int(rows[other]["volumes"])) == ("used", sum(s.participant_id == other for s in first) - 1)
-            and bad[-1] in rows[other]["reason"])
-    assert all(path in data.unreadable_table(ledger) for path in bad)
-    with pytest.raises(ValueError, match=f"{len(bad)} volumes cannot be read, and data.max_missing is {len(bad) - 1}"):
-        data.check_missing(ledger, len(bad) - 1)
+DAMAGES = {
+    "cut": lambda c: c[:500],
+    "empty": lambda c: b"",
+    "a byte short": lambda c: c[:-1],
+    "header": lambda c: flipped_at(c, 20),
+    "middle": lambda c: flipped_at(c, len(c) // 2),
+    "digest": lambda c: flipped_at(c, len(c) - 5),
+    "longer": lambda c: c + b"x",
+    "zeros": lambda c: b"\0" * len(c),
+}
 
 
-def damaged_at(content, position):
-    return content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1:]
-
-
-@pytest.mark.parametrize("damage", [lambda c: c[:500], lambda c: b"", lambda c: c[:-1], lambda c: damaged_at(c, 20),
-                                    lambda c: damaged_at(c, len(c) // 2), lambda c: damaged_at(c, len(c) - 5), lambda c: c + b"x",
-                                    lambda c: b"\0" * len(c)],
-                         ids=["cut", "empty", "a byte short", "header", "middle", "digest", "longer", "zeros"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_cache_file_is_made_anew(written, configure, damage, capsys):
     cfg = configure(written)
-    ledger = data.read_ledger(cfg)
-    volumes = data.Volumes(ledger.samples[:1], (16, 64, 64), cfg.paths.cache_dir)
-    (_, key, before), = data.stream(volumes, ledger, [0], cfg)
-    kept, = glob.glob(f"{cfg.paths.cache_dir}/volumes/*.npy")
-    good = open(kept, "rb").read()
-    open(kept, "wb").write(damage(good))
-    (_, again, after), = data.stream(volumes, ledger, [0], cfg)
-    assert again == key and torch.equal(before, after) and open(kept, "rb").read() == good
+    book = ledger.read(cfg)
+    volumes = first_volumes(1, book, cfg)
+    ((_, key, before),) = data.stream(volumes, book, [0], cfg)
+    (kept,) = glob.glob(f"{cfg.paths.cache_dir}/volumes/*.npy")
+    good = read_bytes(kept)
+    write_bytes(kept, damage(good))
+    ((_, again, after),) = data.stream(volumes, book, [0], cfg)
+    assert again == key and torch.equal(before, after) and read_bytes(kept) == good
     assert f"cache file {kept} is damaged" in capsys.readouterr().err
 
 
 def test_the_cache_admits_until_it_is_full(written, configure):
     cfg = configure(written)
-    ledger = data.read_ledger(cfg)
-    one = 16 * 64 * 64 * 2
-    # three, with their headers
-    volumes = data.Volumes(ledger.samples[:6], (16, 64, 64), cfg.paths.cache_dir, cache_gb=(3 * one + 3 * 200) / 1e9)
-    first = [v for _, _, v in data.stream(volumes, ledger, range(6), cfg)]
-    kept = sorted(glob.glob(f"{cfg.paths.cache_dir}/volumes/*"))
+    book = ledger.read(cfg)
+    three = 3 * (np.prod(SIZE) * 2 + 200)  # bytes, with their headers
+    volumes = first_volumes(6, book, cfg, cache_gb=three / 1e9)
+    first = [volume for _, _, volume in data.stream(volumes, book, range(6), cfg)]
+    kept = sorted(os.listdir(volumes.folder))
     assert len(kept) == 3
-    second = [v for _, _, v in data.stream(volumes, ledger, range(6), cfg)]
-    assert sorted(glob.glob(f"{cfg.paths.cache_dir}/volumes/*")) == kept  # nothing is thrown out
+    second = [volume for _, _, volume in data.stream(volumes, book, range(6), cfg)]
+    assert sorted(os.listdir(volumes.folder)) == kept  # nothing is thrown out
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_content_that_several_files_share(dataset, configure):
-    before = data.read_ledger(configure(dataset))
-    a, b = next((s, o) for s in before.samples for o in before.samples if s is not o and s.participant_id == o.participant_id)
-    c = next(s for s in before.samples if s.participant_id != a.participant_id)
-    d = next(s for s in before.samples if s.participant_id not in (a.participant_id, c.participant_id))
-    shutil.copyfile(a.path, b.path)
-    shutil.copyfile(c.path, d.path)
-    ledger = data.read_ledger(configure(dataset))
-    assert {s.path for s in before.samples} - {s.path for s in ledger.samples} == {b.path, c.path, d.path}
-    assert any(f"participant {a.participant_id}" in n and "same content" in n and "used once" in n for n in ledger.notes)
-    row = next(r for r in ledger.rows if r.participant_id == c.participant_id)
-    assert "with content that participants " in row.reason and d.participant_id in row.reason
+def test_what_a_kill_left_of_a_cached_volume_takes_no_room(written, configure):
+    cfg = configure(written)
+    book = ledger.read(cfg)
+    volumes = all_volumes(book, cfg, cache_gb=1e-3)
+    os.makedirs(volumes.folder)
+    write_bytes(f"{volumes.folder}/x.npy.17.part", b"x" * 1_000_000)
+    list(data.stream(volumes, book, range(3), cfg))
+    assert len(os.listdir(volumes.folder)) == 3 and not glob.glob(f"{volumes.folder}/*.part")
+
+
+# --------------------------------------------------------------------------------------- the stream
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_volume_stops_the_run_and_is_named(dataset, configure, workers):
+    """The same with a thread and with processes that decode."""
+    cfg = configure(dataset, f"data.num_workers={workers}")
+    bad = ledger.read(cfg).samples[3]
+    write_bytes(bad.path, b"damaged")
+    book = ledger.read(cfg)
+    message = (
+        "1 volumes cannot be read, and data.max_missing is 0: "
+        f"participant {bad.participant_id} .*{os.path.basename(bad.path)} "
+        "is not a readable OCT volume.*set data.max_missing=1"
+    )
+    with pytest.raises(ValueError, match=message):
+        list(data.stream(first_volumes(6, book, cfg), book, range(6), cfg))
+
+
+def test_worker_processes_give_the_same_volumes(written, configure, tmp_path):
+    found = []
+    for workers in (0, 2):
+        cfg = configure(
+            written, f"data.num_workers={workers}", f"paths.cache_dir={tmp_path}/{workers}"
+        )
+        book = ledger.read(cfg)
+        found.append(list(data.stream(first_volumes(6, book, cfg), book, range(6), cfg)))
+    assert [i for i, _, _ in found[0]] == list(range(6))
+    for one, other in zip(*found, strict=True):
+        assert one[:2] == other[:2] and torch.equal(one[2], other[2])
+
+
+@pytest.fixture()
+def struck(dataset, configure):
+    """A data set of which all volumes of one person and one of another cannot be read, streamed
+    with what covers them -> the bad paths (the last one is the other's), samples of before, the
+    ledger, and the paths that arrived."""
+    first = ledger.read(configure(dataset)).samples
+    person, other = list(dict.fromkeys(s.participant_id for s in first))[:2]
+    bad = [s.path for s in first if s.participant_id == person]
+    bad.append(next(s.path for s in first if s.participant_id == other))
+    for path in bad:
+        write_bytes(path, b"damaged" + path.encode())  # no two the same
+    cfg = configure(dataset, f"data.max_missing={len(bad)}")
+    book = ledger.read(cfg)
+    samples = list(book.samples)
+    volumes = data.Volumes(samples, SIZE, cfg.paths.cache_dir)
+    order = range(len(samples))
+    return (
+        bad,
+        samples,
+        book,
+        [samples[i].path for i, _, _ in data.stream(volumes, book, order, cfg)],
+    )
+
+
+def test_unreadable_volumes_that_max_missing_covers_are_left_out(struck):
+    bad, samples, book, arrived = struck
+    assert arrived == [s.path for s in samples if s.path not in bad]
+    assert arrived == [s.path for s in book.samples]
+
+
+def test_unreadable_volumes_are_struck_off_the_ledger(struck, tmp_path):
+    bad, samples, book, _ = struck
+    files.write(tmp_path / "ledger.csv", files.csv_text(ledger.rows_for_csv(book)))
+    rows, owners = people_in(tmp_path / "ledger.csv"), {s.path: s.participant_id for s in samples}
+    person, other = rows[owners[bad[0]]], rows[owners[bad[-1]]]
+    assert (person["status"], person["volumes"]) == ("missing", "0") and bad[0] in person["reason"]
+    left = sum(s.participant_id == owners[bad[-1]] for s in samples) - 1
+    assert (other["status"], int(other["volumes"])) == ("used", left) and bad[-1] in other["reason"]
+    assert all(path in ledger.unreadable_table(book) for path in bad)
+
+
+def test_one_unreadable_volume_more_than_allowed_stops_the_run(struck):
+    bad, _, book, _ = struck
+    message = f"{len(bad)} volumes cannot be read, and data.max_missing is {len(bad) - 1}"
+    with pytest.raises(ValueError, match=message):
+        ledger.check(book, len(bad) - 1)
 
 
 def test_a_second_epoch_after_a_volume_was_struck(dataset, configure):
-    bad = data.read_ledger(configure(dataset)).samples[2].path
-    open(bad, "wb").write(b"damaged")
+    write_bytes(ledger.read(configure(dataset)).samples[2].path, b"damaged")
     cfg = configure(dataset, "data.max_missing=1")
-    ledger = data.read_ledger(cfg)
-    paths = [s.path for s in ledger.samples]
-    volumes = data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir)
+    book = ledger.read(cfg)
+    paths = [s.path for s in book.samples]
+    volumes = all_volumes(book, cfg)
     for _ in range(2):
-        arrived = [(i, v) for i, _, v in data.stream(volumes, ledger, range(8), cfg)]
-        assert [i for i, _ in arrived] == [0, 1, 3, 4, 5, 6, 7] and len(ledger.unreadable) == 1
+        arrived = [(i, volume) for i, _, volume in data.stream(volumes, book, range(8), cfg)]
+        assert [i for i, _ in arrived] == [0, 1, 3, 4, 5, 6, 7] and len(book.unreadable) == 1
         for i, volume in arrived:  # index and content still belong together
-            exact = data.preprocess(data.read_dicom(paths[i]), (16, 64, 64))
+            exact = data.preprocess(data.read_dicom(paths[i]), SIZE)
             assert (volume[0].float() - exact).abs().max() <= 2**-8
 
 
+@pytest.mark.parametrize("number", ["EMFILE", "EIO"])
+def test_trouble_of_the_disk_is_no_fault_of_the_volume(written, configure, monkeypatch, number):
+    def fails(path):
+        raise OSError(getattr(errno, number), "trouble")
+
+    cfg = configure(written, "data.max_missing=10")
+    book = ledger.read(cfg)
+    monkeypatch.setattr(pydicom, "dcmread", fails)
+    message = f"participant {book.samples[0].participant_id}: .*trouble"
+    with pytest.raises(OSError, match=message):
+        list(data.stream(all_volumes(book, cfg), book, range(4), cfg))
+    assert book.unreadable == []
+
+
+def test_too_little_memory_is_no_fault_of_the_volume(written, configure, monkeypatch):
+    def fails(path, size):
+        raise MemoryError
+
+    cfg = configure(written, "data.max_missing=10")
+    book = ledger.read(cfg)
+    monkeypatch.setattr(data, "decode_volume", fails)
+    message = f"participant {book.samples[0].participant_id}: out of memory"
+    with pytest.raises(OSError, match=message):
+        list(data.stream(all_volumes(book, cfg), book, range(4), cfg))
+    assert book.unreadable == []
+
+
+def decode_slowly(monkeypatch, seconds):
+    real = data.decode_volume
+    monkeypatch.setattr(data, "decode_volume", lambda *args: time.sleep(seconds) or real(*args))
+
+
 def test_stopping_does_not_wait_for_what_is_queued(written, configure, monkeypatch):
-    monkeypatch.setattr(data, "decode_volume", lambda *args, real=data.decode_volume: time.sleep(0.5) or real(*args))
+    decode_slowly(monkeypatch, 0.5)
     cfg = configure(written, "data.prefetch=16")
-    ledger = data.read_ledger(cfg)
-    arriving = data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(40), cfg)
+    book = ledger.read(cfg)
+    arriving = data.stream(all_volumes(book, cfg), book, range(40), cfg)
     next(arriving)
     began = time.monotonic()
     arriving.close()
     assert time.monotonic() - began < 3  # 16 decodes last 8 s
 
 
-def test_what_a_kill_left_of_a_cached_volume_takes_no_room(written, configure):
-    cfg = configure(written)
-    ledger = data.read_ledger(cfg)
-    folder = os.path.join(cfg.paths.cache_dir, "volumes")
-    os.makedirs(folder)
-    open(os.path.join(folder, "x.npy.17.part"), "wb").write(b"x" * 1_000_000)
-    list(data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir, cache_gb=1e-3), ledger, range(3), cfg))
-    assert len(os.listdir(folder)) == 3 and not glob.glob(f"{folder}/*.part")
+# ------------------------------------------------------------------------ the stream, from a bucket
 
 
-@pytest.mark.parametrize("frames, change, message", [
-    (1, {}, "has a single frame; that is no volume"),
-    (12, {"RescaleSlope": "1e38", "RescaleIntercept": "0"}, "has values that are not finite"),
-])
-def test_what_is_decoded_must_be_a_volume(tmp_path, frames, change, message):
-    volume = np.random.default_rng(0).integers(0, 255, (frames, 48, 40), dtype=np.uint8)
-    path = write_dicom(tmp_path / "a.dcm", volume, ExplicitVRLittleEndian, **change)
-    with pytest.raises(data.Unreadable, match=message):
-        data.decode_volume(path, (8, 32, 32))
+@pytest.fixture()
+def scans(written, bucket, configure, tmp_path):
+    """scans("key=value", ...) -> ledger, all its volumes and configuration, from a bucket whose
+    server is scans.server."""
+    with bucket(written) as server:
+
+        def make(*overrides):
+            cfg = configure(written, *remote(tmp_path), *overrides)
+            book = ledger.read(cfg)
+            return book, all_volumes(book, cfg), cfg
+
+        make.server = server
+        yield make
 
 
-@pytest.mark.parametrize("number", ["EMFILE", "EIO"])
-def test_trouble_of_the_disk_is_no_fault_of_the_volume(written, configure, monkeypatch, number):
-    import errno
-
-    import pydicom
-
-    def fails(path):
-        raise OSError(getattr(errno, number), "trouble")
-    cfg = configure(written, "data.max_missing=10")
-    ledger = data.read_ledger(cfg)
-    monkeypatch.setattr(pydicom, "dcmread", fails)
-    with pytest.raises(OSError, match=f"participant {ledger.samples[0].participant_id}: .*trouble"):
-        list(data.stream(data.Volumes(ledger.samples, (16, 64, 64), cfg.paths.cache_dir), ledger, range(4), cfg))
-    assert ledger.unreadable == []
+def of_scans(fault):
+    """Faults of the scans alone."""
+    return lambda kind, name, n: fault if name.endswith(".dcm") else None
 
 
-def test_an_empty_manifest(dataset, configure):
-    edit(dataset / "retinal_oct" / "manifest.tsv", lambda t: t.splitlines(True)[0])
-    with pytest.raises(ValueError, match="manifest.tsv has no row of a participant of participants.tsv"):
-        data.read_ledger(configure(dataset))
+def test_the_first_volume_needs_one_listing_and_two_tables(scans):
+    book, volumes, cfg = scans("data.prefetch=1")
+    next(data.stream(volumes, book, range(len(book.samples)), cfg))
+    requests = [kind for kind, name in scans.server.requests if not name.endswith("phantom.json")]
+    a_table = ["head", "download"]
+    assert requests == ["authorize", "list_buckets", *a_table, *a_table, "list", "download"]
+
+
+def test_the_second_epoch_asks_for_nothing(scans):
+    book, volumes, cfg = scans()
+    first = [volume for _, _, volume in data.stream(volumes, book, range(8), cfg)]
+    scans.server.requests.clear()
+    second = [volume for _, _, volume in data.stream(volumes, book, range(8), cfg)]
+    assert scans.server.requests == []
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_fetched_files_and_locks_do_not_stay(scans):
+    book, volumes, cfg = scans()
+    list(data.stream(volumes, book, range(8), cfg))
+    assert os.listdir(f"{cfg.paths.cache_dir}/raw") == []
+    assert set(os.listdir(f"{cfg.paths.cache_dir}/locks")) <= {"admission"}
+
+
+def test_the_order_is_the_samplers_and_the_window_is_bounded(scans):
+    book, volumes, cfg = scans("data.prefetch=3")
+    order = np.random.default_rng(0).permutation(20).tolist()
+    server, slowest = scans.server, volumes.samples[order[0]].path[-30:]  # the first
+    server.requests.clear()
+    server.fault = lambda kind, name, n: Fault(rate=300_000) if name.endswith(slowest) else None
+    arrived = []
+    for i, _, _ in data.stream(volumes, book, order, cfg):
+        arrived.append(i)
+        time.sleep(0.02)
+        assert server.count("download") <= len(arrived) + 3  # no further ahead than the window
+    assert arrived == order
+
+
+def test_with_a_window_of_one_the_next_comes_while_the_model_works(scans):
+    book, volumes, cfg = scans("data.prefetch=1")
+    before = scans.server.count("download")
+    arriving = data.stream(volumes, book, range(5), cfg)
+    next(arriving)
+    time.sleep(0.5)
+    assert scans.server.count("download") == before + 2
+    arriving.close()
+
+
+@pytest.mark.slow
+def test_many_objects_come_at_once_while_others_are_decoded(scans, monkeypatch):
+    """One by one: 16 * 1.2 s. Two windows of 1 s, and 16 * 0.2 s of decoding of which much lies
+    within the second."""
+    monkeypatch.setattr(b2, "READ_TIMEOUT", 10)
+    decode_slowly(monkeypatch, 0.2)
+    book, volumes, cfg = scans("data.prefetch=8")
+    scans.server.fault = lambda kind, name, n: Fault(stall=1)
+    began = time.monotonic()
+    arrived = [i for i, _, _ in data.stream(volumes, book, range(16), cfg)]
+    assert arrived == list(range(16)) and time.monotonic() - began < 8
+
+
+def test_a_cache_folder_that_breaks_strikes_no_volume(scans):
+    book, volumes, cfg = scans("data.max_missing=10")
+    scans.server.fault = of_scans(Fault(stall=0.5))
+    threading.Timer(0.3, lambda: shutil.rmtree(f"{cfg.paths.cache_dir}/raw")).start()
+    with pytest.raises(OSError, match="participant "):
+        list(data.stream(volumes, book, range(8), cfg))
+    assert book.unreadable == []
+
+
+@pytest.mark.filterwarnings("ignore:resource_tracker")  # it was a child too
+def test_a_decoder_that_is_killed_stops_the_run(scans):
+    scans.server.fault = of_scans(Fault(rate=100_000))
+    book, volumes, cfg = scans("data.num_workers=1", "data.prefetch=4")
+    others = set(children_of(os.getpid()))
+    arriving = data.stream(volumes, book, range(len(book.samples)), cfg)
+    next(arriving)
+    for child in set(children_of(os.getpid())) - others:
+        os.kill(child, signal.SIGKILL)
+    message = "a process that decodes volumes died, out of memory perhaps; lower data.num_workers"
+    with pytest.raises(OSError, match=message):
+        list(arriving)
+
+
+def test_a_consumer_that_fails_stops_what_is_on_its_way(scans):
+    book, volumes, cfg = scans()
+    server, slow = scans.server, of_scans(Fault(rate=20_000))
+    server.fault = lambda *request: slow(*request) if server.count("download") > 3 else None
+    arriving = data.stream(volumes, book, range(len(book.samples)), cfg)
+    next(arriving)
+    began = time.monotonic()
+    arriving.close()
+    assert time.monotonic() - began < 3
+    assert not glob.glob(f"{cfg.paths.cache_dir}/raw/*.dcm")
+
+
+@pytest.mark.slow
+def test_two_sizes_share_a_cache(written, bucket, tmp_path):
+    with bucket(written) as server:
+        server.fault = of_scans(Fault(stall=0.05))
+        code = """if True:
+            import sys, config, data, ledger, b2
+            b2.ENV_FILE = "/none"
+            cfg = config.load("configs/demo.yaml", sys.argv[2:])
+            book, n = ledger.read(cfg), int(sys.argv[1])
+            volumes = data.Volumes(book.samples, (16, n, n), cfg.paths.cache_dir)
+            for i, key, volume in data.stream(volumes, book, range(30), cfg):
+                assert volume.shape == (1, 16, n, n)
+        """
+        runs = [start("-c", code, n, *remote(tmp_path)) for n in (64, 48, 32)]
+        for run in runs:
+            _, errors = run.communicate(timeout=100)
+            assert run.returncode == 0, errors
+    assert os.listdir(f"{tmp_path}/remote-cache/raw") == []
+
+
+# ------------------------------------------------------------------ from the bucket to the score
+
+
+def run_dir(overrides):
+    return next(o for o in overrides[::-1] if o.startswith("paths.run_dir=")).split("=")[1]
+
+
+def train_and_eval(command, overrides):
+    """-> the run's folder, and what the two commands answered."""
+    run = run_dir(overrides)
+    trained = command("train.py", "--config", "configs/demo.yaml", *overrides)
+    assert trained.returncode == 0, trained.stderr
+    scored = command("eval.py", "--ckpt", run, "--split", "test")
+    assert scored.returncode == 0, scored.stderr
+    return run, trained, scored
+
+
+def one_in_ten(kind, name, n):
+    """Faults of all sorts on one request in ten, always on the same ones."""
+    number = zlib.crc32(f"{kind} {name} {n}".encode())
+    faults = [
+        Fault(reset=HEADERS),
+        Fault(reset=20_000),
+        Fault(truncate=5_000),
+        Fault(flip=3_000),
+        Fault(status=503),
+        Fault(status=429, retry_after=0),
+        Fault(stall=30),
+        Fault(status=401, code="expired_auth_token"),
+    ]
+    return faults[number // 10 % len(faults)] if number % 10 == 0 else None
+
+
+@pytest.mark.slow
+def test_from_a_faulty_store_as_from_a_folder_bit_for_bit(written, bucket, command, tmp_path):
+    """And nothing secret in the output, in the run's folder (with W&B's files), in the cache."""
+    local, *_ = train_and_eval(command, settings(written, tmp_path))
+    with bucket(written, key_id="0042key-id", key="K0042-application-key") as server:
+        faults = []
+
+        def fault(*request):
+            found = one_in_ten(*request)
+            if found:
+                faults.append(found)
+            return found
+
+        server.fault = fault
+        overrides = [*remote(tmp_path), "log.wandb=offline"]
+        far, trained, scored = train_and_eval(command, overrides)
+        assert len(faults) > 8 and len(set(faults)) > 4  # they came
+        for name in ("predictions_val.csv", "predictions_test.csv", "ledger.csv", "metrics.jsonl"):
+            assert content(f"{far}/{name}") == content(f"{local}/{name}"), name
+        assert "SYNTHETIC data b2://bucket/ai-readi/dataset" in trained.stdout
+        assert "volumes encoded" in trained.stdout
+        downloads = {name for kind, name in server.requests if kind == "download"}
+        used = [name for name in downloads if name.endswith(".dcm")]
+        assert len(used) == sum(int(row["volumes"]) for row in files.read_csv(f"{far}/ledger.csv"))
+        assert server.count("list") <= 4  # one a command, and what broke
+
+        tokens = server.tokens | server.expired
+        text = trained.stdout + trained.stderr + scored.stdout + scored.stderr
+        for path in glob.glob(f"{tmp_path}/remote*/**/*", recursive=True):
+            if os.path.isfile(path):
+                text += read_bytes(path).decode("latin-1")
+        assert "wandb" in os.listdir(far) and len(tokens) > 1
+        assert not [secret for secret in (server.key_id, server.key, *tokens) if secret in text]
+
+
+def test_a_second_run_downloads_nothing(written, bucket, command, tmp_path):
+    with bucket(written) as server:
+        first, *_ = train_and_eval(command, remote(tmp_path))
+        once = [name for kind, name in server.requests if kind == "download"]
+        assert len(once) == len(set(once))  # each object once, also those that both commands read
+        server.requests.clear()
+        overrides = [*remote(tmp_path), f"paths.run_dir={tmp_path}/second"]
+        second, trained, _ = train_and_eval(command, overrides)
+        assert server.count("download") == 0 and server.count("list") == 2
+        assert "features: 0 volumes encoded" in trained.stdout
+        predictions = "predictions_test.csv"
+        assert content(f"{first}/{predictions}") == content(f"{second}/{predictions}")
+        # another encoder: features are made anew, from the cached volumes
+        server.requests.clear()
+        arguments = [*remote(tmp_path), "model.encoder=target"]
+        again = command("train.py", "--config", "configs/demo.yaml", *arguments)
+        assert again.returncode == 0 and server.count("download") == 0
+        assert "0 volumes encoded" not in again.stdout
+
+
+def test_a_damaged_cache_heals(written, bucket, command, tmp_path):
+    with bucket(written):
+        run, *_ = train_and_eval(command, remote(tmp_path))
+        before = content(f"{run}/predictions_test.csv")
+        for pattern in ("volumes/*", "features/*/*", "files/*"):
+            for path in glob.glob(f"{tmp_path}/remote-cache/{pattern}")[::3]:
+                flip_a_bit(path, os.path.getsize(path) // 2)
+        run, *_ = train_and_eval(command, remote(tmp_path))
+        assert content(f"{run}/predictions_test.csv") == before
+
+
+def spoil(kind, server, sample, name, tmp_path):
+    """Make the object of a sample unreadable."""
+    if kind == "corrupt":
+        server.put(name, b"DICM" * 1000)
+    elif kind == "no pixels":
+        ds = pydicom.dcmread(sample.path)
+        del ds.PixelData
+        ds.save_as(tmp_path / "x.dcm")
+        server.put(name, read_bytes(tmp_path / "x.dcm"))
+    else:
+        fault = {"gone since": Fault(status=404), "damaged in the store": Fault(flip=50)}[kind]
+        server.fault = lambda k, n, _: fault if (k, n) == ("download", name) else None
+
+
+@pytest.mark.filterwarnings("ignore:Expected implicit VR")
+@pytest.mark.parametrize("kind", ["corrupt", "no pixels", "gone since", "damaged in the store"])
+def test_a_bad_volume_stops_the_run_or_is_counted(
+    written, bucket, command, configure, tmp_path, kind
+):
+    book = ledger.read(configure(written))
+    sample = book.of("train")[3]
+    pid, relative = sample.participant_id, os.path.relpath(sample.path, written)
+    url = f"{ROOT_URL}/{relative}"
+    with bucket(written) as server:
+        spoil(kind, server, sample, PREFIX + relative, tmp_path)
+        stopped = command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path))
+        last = stopped.stderr.strip().splitlines()[-1]
+        assert os.listdir(f"{tmp_path}/remote-cache/locks") in ([], ["admission"])
+        assert stopped.returncode == 1
+        sentence = "error: 1 volumes cannot be read, and data.max_missing is 0: participant "
+        assert last.startswith(f"{sentence}{pid} ({url}") and "set data.max_missing=1" in last
+        assert not os.path.exists(f"{tmp_path}/remote-run")
+
+        run, trained, _ = train_and_eval(command, [*remote(tmp_path), "data.max_missing=1"])
+        assert (
+            "1 volumes could not be read and were left out (data.max_missing=1)\n"
+            f"unreadable: participant {pid}"
+        ) in trained.stdout
+        row = people_in(f"{run}/ledger.csv")[pid]
+        whole = next(r for r in book.rows if r.participant_id == pid)
+        assert int(row["volumes"]) == whole.volumes - 1 and row["status"] == "used"
+        assert url in row["reason"]
+
+
+@pytest.mark.filterwarnings("ignore:Expected implicit VR")
+def test_a_bad_volume_of_the_test_split_is_told_by_eval(
+    written, bucket, command, configure, tmp_path
+):
+    sample = ledger.read(configure(written)).of("test")[0]
+    pid, relative = sample.participant_id, os.path.relpath(sample.path, written)
+    url, run = f"{ROOT_URL}/{relative}", f"{tmp_path}/remote-run"
+    with bucket(written) as server:
+        server.put(PREFIX + relative, b"DICM" * 1000)
+        trained = command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path))
+        assert trained.returncode == 0 and "could not be read" not in trained.stdout
+        stopped = command("eval.py", "--ckpt", run)
+        assert stopped.returncode == 1 and f"participant {pid} ({url}" in stopped.stderr
+        assert not os.path.exists(f"{run}/eval_test.json")
+        scored = command("eval.py", "--ckpt", run, "data.max_missing=1")
+        assert scored.returncode == 0 and f"unreadable: participant {pid}" in scored.stdout
+        alarm = f"ALARM: 1 participants of test lack some of their volumes: {pid}"
+        assert alarm in scored.stdout
+        assert url in people_in(f"{run}/ledger.csv")[pid]["reason"]
+
+
+LABELS = PREFIX + "participants.tsv"
+
+
+def refuse_downloads(server):
+    server.fault = lambda kind, *_: Fault(status=503) if kind == "download" else None
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        (
+            lambda server: server.remove(LABELS),
+            f"error: paths.data={ROOT_URL}: participants.tsv is not there; set paths.data",
+        ),
+        (
+            lambda server: server.remove("encoders/tiny.pt"),
+            f"error: paths.checkpoint_path={ENCODER_URL} is not there",
+        ),
+        (
+            lambda server: server.put("encoders/tiny.pt", b"PK" * 5000),
+            "tiny.pt is not a checkpoint that can be read whole and safely",
+        ),
+        (
+            lambda server: server.put(LABELS, b"a\tb\n"),
+            f"error: {ROOT_URL}/participants.tsv has no column 'participant_id or person_id'",
+        ),
+        (
+            refuse_downloads,
+            f"error: {ROOT_URL}/participants.tsv: given up after 2 s of failures "
+            "(data.fetch_deadline), the last one ServiceError: 503",
+        ),
+    ],
+    ids=["no labels", "no encoder", "a corrupt encoder", "no such column", "503"],
+)
+def test_what_is_wrong_is_one_sentence(written, bucket, command, tmp_path, what, message):
+    with bucket(written) as server:
+        what(server)
+        overrides = [*remote(tmp_path), "data.fetch_deadline=2"]
+        result = command("train.py", "--config", "configs/demo.yaml", *overrides)
+        assert result.returncode == 1 and message in result.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert not os.path.exists(f"{tmp_path}/remote-run")
+
+
+def test_a_corrupt_encoder_is_named_as_the_config_names_it(written, bucket, command, tmp_path):
+    with bucket(written) as server:
+        server.put("encoders/tiny.pt", b"PK" * 5000)
+        result = command("train.py", "--config", "configs/demo.yaml", *remote(tmp_path))
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith(f"error: {ENCODER_URL} is not a checkpoint")
+
+
+def test_a_store_that_fails_in_mid_run_stops_it_soon(written, bucket, command, tmp_path):
+    with bucket(written) as server:
+        refused = of_scans(Fault(status=503))
+        server.fault = lambda *request: refused(*request) if server.count("download") > 12 else None
+        train = ["train.py", "--config", "configs/demo.yaml", *remote(tmp_path)]
+        began = time.monotonic()
+        result = command(*train, "data.fetch_deadline=2")
+        assert result.returncode == 1 and time.monotonic() - began < 20
+        last = result.stderr.splitlines()[-1]
+        assert ".dcm: given up after 2 s of failures" in last
+        assert last.startswith("error: participant ")
+        server.fault = lambda *_: None
+        assert command(*train).returncode == 0  # nothing left behind that is in the way
+
+
+@pytest.mark.parametrize(
+    "variable, value, path, message",
+    [
+        (
+            "B2_APPLICATION_KEY",
+            "wrong",
+            ROOT_URL,
+            "error: B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY",
+        ),
+        (
+            "B2_APPLICATION_KEY_ID",
+            "",
+            ROOT_URL,
+            "error: b2:// needs a key: set B2_APPLICATION_KEY_ID in the environment or in",
+        ),
+        (
+            "UNUSED",
+            "",
+            "b2://elsewhere/x",
+            "error: b2://elsewhere/x/participants.tsv: there is no such bucket, or "
+            "B2_APPLICATION_KEY_ID is a key of another account",
+        ),
+    ],
+    ids=["a wrong key", "no key", "no such bucket"],
+)
+def test_what_the_terminal_shows(
+    written, bucket, tmp_path, monkeypatch, variable, value, path, message
+):
+    """In a fresh process: what another test imported must not help."""
+    overrides = [*remote(tmp_path), f"paths.data={path}"]
+    with bucket(written):
+        monkeypatch.setenv(variable, value)
+        process = start("data.py", "--config", "configs/demo.yaml", *overrides)
+        _, errors = process.communicate(timeout=60)
+    assert errors.startswith(message) and len(errors.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_fetch_each_volume_once(written, bucket, tmp_path):
+    train = ["train.py", "--config", "configs/demo.yaml", *remote(tmp_path)]
+    with bucket(written) as server:
+        runs = [start(*train, f"paths.run_dir={tmp_path}/run{k}") for k in range(2)]
+        for run in runs:
+            _, errors = run.communicate(timeout=120)
+            assert run.returncode == 0, errors
+        fetched = [name for kind, name in server.requests if kind == "download"]
+        assert len(fetched) == len(set(fetched))
+    predictions = [content(f"{tmp_path}/run{k}/predictions_val.csv") for k in range(2)]
+    assert predictions[0] == predictions[1]
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_nothing_that_stops_the_next_run(written, bucket, tmp_path):
+    train = ["train.py", "--config", "configs/demo.yaml", *remote(tmp_path), "data.num_workers=2"]
+    cache = f"{tmp_path}/remote-cache"
+    with bucket(written) as server:
+        slow = of_scans(Fault(rate=400_000))
+        server.fault = lambda kind, name, n: slow(kind, name, n) if n == 1 else None
+        run = start(*train)
+        wait_until(lambda: len(glob.glob(f"{cache}/volumes/*.npy")) >= 3, seconds=60)
+        children = children_of(run.pid)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        assert len(children) >= 2
+        orphans = lambda: [child for child in children if os.path.exists(f"/proc/{child}")]
+        wait_until(lambda: not orphans(), seconds=10)
+        assert not orphans()
+        server.requests.clear()
+        run = start(*train)
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors
+        fetched = [name for kind, name in server.requests if kind == "download"]
+        assert len(fetched) == len(set(fetched)) and LABELS not in fetched
+    left = glob.glob(f"{cache}/**/*.part", recursive=True)
+    # a few hundred bytes, cleared once they are old
+    assert len(left) <= 2
+    assert all("/features/" in path or "/checksums/" in path for path in left)
+
+
+# ------------------------------------------------------------------------------------- augmentation
+
+FULL = {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.2, "rotation": 5.0}
+
+
+@pytest.fixture()
+def volume():
+    """(1, 8, 24, 24) float16."""
+    return torch.randn(1, 8, 24, 24, generator=torch.Generator().manual_seed(0)).half()
+
+
+@pytest.mark.parametrize("strength", [{}, dict.fromkeys(FULL, 0), dict.fromkeys(FULL, 0.0)])
+def test_strength_nothing_is_the_identity(volume, strength):
+    assert torch.equal(data.augment(volume, strength, "a"), volume)
+
+
+def test_the_key_decides(volume):
+    views = [data.augment(volume, FULL, key) for key in ("a", "a", "b", "42 1 abc")]
+    assert torch.equal(views[0], views[1])
+    assert not torch.equal(views[0], views[2]) and not torch.equal(views[2], views[3])
+
+
+def test_a_view_is_a_volume_of_the_same_kind(volume):
+    for key in ("a", "b", "42 1 abc"):
+        view = data.augment(volume, FULL, key)
+        assert view.shape == volume.shape and view.dtype == volume.dtype
+        assert torch.isfinite(view).all()
+
+
+def test_zeros_stay_zeros(volume):
+    zeros, strength = torch.zeros_like(volume), {**FULL, "intensity_jitter": 0}
+    assert torch.equal(data.augment(zeros, strength, "a"), zeros)
+
+
+def test_augmentation_draws_nobody_elses_random_numbers(volume):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    data.augment(volume, FULL, "a")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_flips_mirror_frames_and_columns_and_never_depth(volume):
+    x = volume.numpy()
+    kinds = {
+        "as it is": x,
+        "frames": x[:, ::-1],
+        "columns": x[..., ::-1],
+        "both": x[:, ::-1, :, ::-1],
+    }
+    assert np.array_equal(data.augment(volume, {"flip": 1.0}, "a").numpy(), kinds["both"])
+    views = [data.augment(volume, {"flip": 0.5}, str(i)).numpy() for i in range(200)]
+    seen = [
+        next(name for name, kind in kinds.items() if np.array_equal(view, kind)) for view in views
+    ]
+    assert all(30 <= seen.count(name) <= 70 for name in kinds)
+
+
+def test_intensity_is_a_line_within_its_strength(volume):
+    x, lines = volume.float(), []
+    for i in range(100):
+        view = data.augment(x, {"intensity_jitter": 0.2}, str(i))
+        lines.append(np.polyfit(x.flatten().numpy(), view.flatten().numpy(), 1))
+    gains, shifts = np.array(lines).T
+    for values, middle in ((gains, 1), (shifts, 0)):
+        assert abs(values - middle).max() <= 0.2001
+        assert values.min() < middle - 0.15 and values.max() > middle + 0.15
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_crops_show_a_window_of_the_volume(axis):
+    """On ramps: what comes out is a line whose slope is the share that is left, and nothing from
+    outside."""
+    shape, slopes = (32, 64, 64), []
+    line = (torch.arange(shape[axis]) + 0.5).reshape([-1 if a == axis else 1 for a in range(3)])
+    ramp = line.expand(shape)[None].contiguous()
+    for i in range(50):
+        seen = data.augment(ramp, {"random_crop": 0.3}, str(i))[0].movedim(axis, 0).flatten(1)
+        along_the_others = seen.max(dim=1).values - seen.min(dim=1).values
+        assert along_the_others.max() < 1e-3  # nothing changes
+        line = seen[2:-2, 0]  # half a voxel at the border is replicated
+        slope = (line[1:] - line[:-1]).mean().item()
+        assert 0.7 - 1e-3 <= slope <= 1 + 1e-3 and line.min() >= 0 and line.max() <= shape[axis]
+        slopes.append(slope)
+    assert min(slopes) < 0.75 and max(slopes) > 0.95
+
+
+@pytest.fixture()
+def smooth():
+    """(6, 33, 33) float32, without fine structure."""
+    noise = np.random.default_rng(0).normal(size=(6, 33, 33))
+    return scipy.ndimage.gaussian_filter(noise, (0, 3, 3)).astype(np.float32)
+
+
+def test_rotation_equals_scipys(smooth):
+    angle, centre = 0.2, np.array([16.0, 16.0])
+    turned = data.resample(torch.from_numpy(smooth), angle, (1, 1), (0, 0)).numpy()
+    # (row, column) in <- out
+    matrix = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    offset = centre - matrix @ centre
+    for plane, found in zip(smooth, turned):
+        expected = scipy.ndimage.affine_transform(plane, matrix, offset, order=1, mode="nearest")
+        assert np.abs(found - expected).max() < 1e-5
+
+
+def test_a_lateral_rotation_is_finite(smooth):
+    planes = torch.from_numpy(smooth).repeat(6, 1, 1)[:33].transpose(0, 1)[None]
+    assert torch.isfinite(data.augment(planes.contiguous(), {"rotation": 30.0}, "x")).all()
+
+
+def test_the_rotation_is_small_and_in_two_planes():
+    """A bright rod along the columns, in the middle: rotation in the B-scan moves its ends in rows,
+    in the lateral plane in frames."""
+    rod = torch.zeros(1, 65, 65, 65)
+    rod[:, 31:34, 31:34] = 1
+    ends, position = [], torch.arange(65.0)
+    for i in range(60):
+        # (frames, rows), 28 columns off the middle
+        end = data.augment(rod, {"rotation": 10.0}, str(i))[0, :, :, 60]
+        ends.append([(end.sum(dim=other) @ position / end.sum() - 32).item() for other in (1, 0)])
+    most = 28 * np.tan(np.radians(10))
+    frames, rows = np.abs(np.array(ends)).T
+    assert frames.max() <= most / np.cos(np.radians(10)) + 0.3 and rows.max() <= most + 0.3
+    assert min(frames.max(), rows.max()) > 0.7 * most
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+@pytest.fixture()
+def labels():
+    """(97,)"""
+    return torch.tensor([0] * 40 + [1] * 20 + [2] * 30 + [3] * 7)
+
+
+@pytest.mark.parametrize("sampler", ["shuffle", "stratified"])
+def test_seed_and_epoch_decide_the_order(labels, sampler):
+    one, same, other = (data.epoch_order(labels, sampler, 42, epoch) for epoch in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert len(one) == len(labels)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_stratified_epochs_draw_classes_evenly(labels, epoch):
+    order = data.epoch_order(labels, "stratified", 42, epoch)
+    drawn = labels[order]
+    rounds = [sorted(drawn[i : i + 4].tolist()) for i in range(0, 96, 4)]
+    assert all(of_round == [0, 1, 2, 3] for of_round in rounds)
+    for k, own in enumerate((40, 20, 30, 7)):
+        times = torch.bincount(order[drawn == k], minlength=97)[labels == k]
+        assert times.max() - times.min() <= 1 and times.sum() in (24, 25) and len(times) == own
+
+
+def test_a_shuffled_epoch_has_everything_once(labels):
+    order = data.epoch_order(labels, "shuffle", 42, 1)
+    assert sorted(order.tolist()) == list(range(97))
+
+
+def test_stratified_epochs_need_every_class(labels):
+    message = r"no training volume is of class 3 \(insulin\); set data.sampler=shuffle"
+    with pytest.raises(ValueError, match=message):
+        data.epoch_order(labels[:90], "stratified", 42, 1)

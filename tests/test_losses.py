@@ -8,11 +8,13 @@ from sklearn.utils.class_weight import compute_class_weight
 
 import losses
 
+COUNTS = [290, 162, 233, 58]  # volumes of each class
+LABELS = np.repeat([0, 1, 2, 3], COUNTS)
+
 
 def test_auto_weights_equal_scikit_learn():
-    labels = np.repeat([0, 1, 2, 3], [290, 162, 233, 58])
-    expected = compute_class_weight("balanced", classes=np.arange(4), y=labels)
-    for given in (labels, labels.tolist(), torch.from_numpy(labels)):
+    expected = compute_class_weight("balanced", classes=np.arange(4), y=LABELS)
+    for given in (LABELS, LABELS.tolist(), torch.from_numpy(LABELS)):
         weights = losses.class_weights(given, 4, "auto")
         assert weights.dtype == torch.float32 and np.allclose(weights.numpy(), expected, rtol=1e-6)
 
@@ -22,10 +24,19 @@ def test_other_schemes():
     assert losses.class_weights([0], 4, [1, 2, 3, 4.5]).tolist() == [1, 2, 3, 4.5]
 
 
-@pytest.mark.parametrize("labels, scheme, message", [
-    ([0, 1, 2], "auto", "every one of 4 classes"), ([0, 1, 2, 3, 4], "auto", "every one"), ([0, 1, 2, 3, -1], "auto", "every one"),
-    ([0], [1, 2], "4 numbers"), ([0], [1, 2, 3, -1], "4 numbers"), ([0], [1, 2, 3, math.nan], "4 numbers"),
-    ([0], [0, 0, 0, 0], "not all zero"), ([0], "balanced", "'auto', 'effective', 'none' or a list")])
+@pytest.mark.parametrize(
+    "labels, scheme, message",
+    [
+        ([0, 1, 2], "auto", "every one of 4 classes"),
+        ([0, 1, 2, 3, 4], "auto", "every one"),
+        ([0, 1, 2, 3, -1], "auto", "every one"),
+        ([0], [1, 2], "4 numbers"),
+        ([0], [1, 2, 3, -1], "4 numbers"),
+        ([0], [1, 2, 3, math.nan], "4 numbers"),
+        ([0], [0, 0, 0, 0], "not all zero"),
+        ([0], "balanced", "'auto', 'effective', 'none' or a list"),
+    ],
+)
 def test_bad_weights(labels, scheme, message):
     with pytest.raises(ValueError, match=message):
         losses.class_weights(labels, 4, scheme)
@@ -40,19 +51,33 @@ def slow_focal(logits, targets, weight, gamma):
     return total / norm
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
-@pytest.mark.parametrize("weight", [None, [0.5, 1.0, 2.0, 4.0]])
-def test_focal_equals_its_formula(gamma, weight):
+def random_rows():
     torch.manual_seed(0)
-    logits, targets = torch.randn(20, 4, dtype=torch.float64), torch.randint(4, (20,))
+    return torch.randn(20, 4, dtype=torch.float64), torch.randint(4, (20,))
+
+
+WEIGHTS = pytest.mark.parametrize("weight", [None, [0.5, 1.0, 2.0, 4.0]])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+@WEIGHTS
+def test_focal_equals_its_formula(gamma, weight):
+    logits, targets = random_rows()
     w = None if weight is None else torch.tensor(weight, dtype=torch.float64)
-    assert losses.focal_loss(logits, targets, w, gamma).item() == pytest.approx(
-        slow_focal(logits, targets, weight or [1] * 4, gamma), abs=1e-12)
-    if gamma == 0:
-        assert torch.allclose(losses.focal_loss(logits, targets, w, 0.0), F.cross_entropy(logits, targets, weight=w))
-        assert torch.allclose(losses.cross_entropy(logits, targets, w), F.cross_entropy(logits, targets, weight=w))
+    expected = slow_focal(logits, targets, weight or [1] * 4, gamma)
+    found = losses.focal_loss(logits, targets, w, gamma).item()
+    assert found == pytest.approx(expected, abs=1e-12)
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda z: losses.focal_loss(z, targets, w, gamma), logits)
+
+
+@WEIGHTS
+def test_cross_entropy_is_torchs_and_focal_of_gamma_0(weight):
+    logits, targets = random_rows()
+    w = None if weight is None else torch.tensor(weight, dtype=torch.float64)
+    expected = F.cross_entropy(logits, targets, weight=w)
+    assert torch.allclose(losses.focal_loss(logits, targets, w, 0.0), expected)
+    assert torch.allclose(losses.cross_entropy(logits, targets, w), expected)
 
 
 def test_focal_gradient_is_finite_where_the_answer_is_certain():
@@ -64,7 +89,8 @@ def test_focal_gradient_is_finite_where_the_answer_is_certain():
 def rows(count, dtype=torch.float64):
     """Random logits (count, 4), targets (count,) and log prior (4,)."""
     torch.manual_seed(count)
-    return torch.randn(count, 4, dtype=dtype) * 3, torch.randint(4, (count,)), torch.tensor([0.39, 0.22, 0.31, 0.08], dtype=dtype).log()
+    prior = torch.tensor([0.39, 0.22, 0.31, 0.08], dtype=dtype)
+    return torch.randn(count, 4, dtype=dtype) * 3, torch.randint(4, (count,)), prior.log()
 
 
 def slow_softmax(row):
@@ -73,37 +99,64 @@ def slow_softmax(row):
 
 SLOW = {
     "ce": lambda row, y, prior: -math.log(slow_softmax(row)[y]),
-    "focal": lambda row, y, prior: (1 - slow_softmax(row)[y]) ** 2 * -math.log(slow_softmax(row)[y]),
-    "label_smoothing": lambda row, y, prior: -sum((0.9 * (k == y) + 0.1 / 4) * math.log(p) for k, p in enumerate(slow_softmax(row))),
+    "focal": lambda row, y, prior: (
+        (1 - slow_softmax(row)[y]) ** 2 * -math.log(slow_softmax(row)[y])
+    ),
+    "label_smoothing": lambda row, y, prior: (
+        -sum((0.9 * (k == y) + 0.1 / 4) * math.log(p) for k, p in enumerate(slow_softmax(row)))
+    ),
     "logit_adjustment": lambda row, y, prior: -math.log(slow_softmax(row)[y]),
-    "balanced_softmax": lambda row, y, prior: -math.log(prior[y] * math.exp(row[y]) / sum(q * math.exp(v) for q, v in zip(prior, row))),
-    "ordinal": lambda row, y, prior: sum((sum(slow_softmax(row)[:k + 1]) - (y <= k)) ** 2 for k in range(4)),
+    "balanced_softmax": lambda row, y, prior: (
+        -math.log(prior[y] * math.exp(row[y]) / sum(q * math.exp(v) for q, v in zip(prior, row)))
+    ),
+    "ordinal": lambda row, y, prior: sum(
+        (sum(slow_softmax(row)[: k + 1]) - (y <= k)) ** 2 for k in range(4)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
-def test_every_loss_equals_its_formula_and_its_gradient_the_difference_quotient(name):
+def test_every_loss_equals_its_formula(name):
     logits, targets, log_prior = rows(25)
-    found = losses.LOSSES[name](logits, targets, log_prior)
+    found, prior = losses.LOSSES[name](logits, targets, log_prior), log_prior.exp().tolist()
     assert found.shape == (25,)
-    assert found.tolist() == pytest.approx([SLOW[name](row, y, log_prior.exp().tolist())
-                                            for row, y in zip(logits.tolist(), targets.tolist())], abs=1e-10)
-    assert torch.autograd.gradcheck(lambda z: losses.LOSSES[name](z, targets, log_prior), logits.requires_grad_())
+    expected = [SLOW[name](row, y, prior) for row, y in zip(logits.tolist(), targets.tolist())]
+    assert found.tolist() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_gradient_is_the_difference_quotient(name):
+    logits, targets, log_prior = rows(25)
+    loss = lambda z: losses.LOSSES[name](z, targets, log_prior)
+    assert torch.autograd.gradcheck(loss, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_gradient_is_finite_where_the_answer_is_certain(name):
+    *_, log_prior = rows(25)
     extreme = (torch.eye(4) * 200 - 100).requires_grad_()
     losses.LOSSES[name](extreme, torch.tensor([0, 2, 1, 3]), log_prior.float()).sum().backward()
     assert torch.isfinite(extreme.grad).all()
 
 
 def test_ordinal_charges_by_distance():
-    sure = torch.eye(4) * 50
-    assert losses.ordinal_losses(sure, torch.zeros(4, dtype=torch.int64)).tolist() == pytest.approx([0, 1, 2, 3])
+    found = losses.ordinal_losses(torch.eye(4) * 50, torch.zeros(4, dtype=torch.int64))
+    assert found.tolist() == pytest.approx([0, 1, 2, 3])
 
 
 def test_effective_numbers():
-    weights = losses.class_weights(np.repeat([0, 1, 2, 3], [290, 162, 233, 58]), 4, "effective")
-    expected = np.array([1 / sum(0.999 ** i for i in range(n)) for n in (290, 162, 233, 58)])  # the effective number, as a sum
+    weights = losses.class_weights(LABELS, 4, "effective")
+    # the effective number, as a sum
+    expected = np.array([1 / sum(0.999**i for i in range(n)) for n in COUNTS])
     assert np.allclose(weights.numpy(), 4 * expected / expected.sum(), rtol=1e-5)
-    auto = losses.class_weights(np.repeat([0, 1, 2, 3], [290, 162, 233, 58]), 4, "auto")
+
+
+def test_effective_numbers_correct_less_than_auto():
+    weights = losses.class_weights(LABELS, 4, "effective")
+    auto = losses.class_weights(LABELS, 4, "auto")
     assert 1 < weights[3] / weights[0] < auto[3] / auto[0]
+
+
+def test_effective_numbers_need_every_class():
     with pytest.raises(ValueError, match="class_weights 'effective' needs every one of 4 classes"):
         losses.class_weights([0, 1, 2], 4, "effective")

@@ -1,4 +1,3 @@
-import csv
 import filecmp
 import json
 import os
@@ -7,7 +6,9 @@ from collections import Counter
 import numpy as np
 import pydicom
 import pytest
+from helpers import DEMO, tables, triton
 
+import config
 import model
 import phantom
 
@@ -15,7 +16,33 @@ SCALE = (1 / 16, 1 / 16, 1 / 16)
 
 
 def files(root):
-    return sorted(os.path.relpath(os.path.join(d, f), root) for d, _, names in os.walk(root) for f in names)
+    """Paths of all files below root, relative to it."""
+    walk = list(os.walk(root))
+    return sorted(os.path.relpath(os.path.join(d, f), root) for d, _, names in walk for f in names)
+
+
+# --------------------------------------------------------------------------------- the data set
+
+
+@pytest.fixture(scope="module")
+def people(written):
+    return tables(written)[0]
+
+
+@pytest.fixture(scope="module")
+def with_oct(people):
+    return [p for p in people if p["retinal_oct"] == "TRUE"]
+
+
+@pytest.fixture(scope="module")
+def manifest(written):
+    return tables(written)[1]
+
+
+@pytest.fixture(scope="module")
+def scans(written, manifest):
+    """(row of the manifest, its DICOM data set) of every scan."""
+    return [(m, pydicom.dcmread(str(written) + m["filepath"])) for m in manifest]
 
 
 def test_the_same_arguments_give_the_same_bytes(written, tmp_path):
@@ -23,60 +50,75 @@ def test_the_same_arguments_give_the_same_bytes(written, tmp_path):
     assert files(again) == files(written)
     _, different, errors = filecmp.cmpfiles(written, again, files(again), shallow=False)
     assert not different and not errors
+
+
+def test_another_seed_gives_other_participants(written, tmp_path):
     other = phantom.write_dataset(tmp_path / "other", 40, seed=1, scale=SCALE)
-    assert (other / "participants.tsv").read_text() != (again / "participants.tsv").read_text()
+    table = "participants.tsv"
+    assert (other / table).read_text() != (written / table).read_text()
 
 
-def test_layout(written):
-    with open(written / "participants.tsv", newline="") as f:
-        people = list(csv.DictReader(f, delimiter="\t"))
-    with open(written / "retinal_oct" / "manifest.tsv", newline="") as f:
-        manifest = list(csv.DictReader(f, delimiter="\t"))
-    assert len(people) == 40 and len(manifest[0]) == 15 and list(people[0])[:3] == ["participant_id", "clinical_site", "study_group"]
-    assert {(p["clinical_site"], p["participant_id"][0]) for p in people} == {("UW", "1"), ("UCSD", "4"), ("UAB", "7")}
-    counts = Counter((p["recommended_split"], p["study_group"]) for p in people if p["retinal_oct"] == "TRUE")
-    assert len(counts) == 12 and counts["train", "healthy"] > counts["train", "insulin_dependent"]
+def test_the_table_of_participants(people):
+    assert len(people) == 40
+    assert list(people[0])[:3] == ["participant_id", "clinical_site", "study_group"]
+    sites = {(p["clinical_site"], p["participant_id"][0]) for p in people}
+    assert sites == {("UW", "1"), ("UCSD", "4"), ("UAB", "7")}
     assert any(p["retinal_oct"] == "FALSE" for p in people)
-    assert {m["participant_id"] for m in manifest} == {p["participant_id"] for p in people if p["retinal_oct"] == "TRUE"}
-    assert sorted(m["filepath"][1:] for m in manifest) == [f for f in files(written) if f.endswith(".dcm")]
+
+
+def test_every_class_is_in_every_split_and_they_are_not_even(with_oct):
+    counts = Counter((p["recommended_split"], p["study_group"]) for p in with_oct)
+    assert len(counts) == 12
+    assert counts["train", "healthy"] > counts["train", "insulin_dependent"]
+
+
+def test_the_manifest_lists_the_files_of_those_with_oct(written, with_oct, manifest):
+    assert len(manifest[0]) == 15
+    assert {m["participant_id"] for m in manifest} == {p["participant_id"] for p in with_oct}
+    scans = [path for path in files(written) if path.endswith(".dcm")]
+    assert sorted(m["filepath"][1:] for m in manifest) == scans
     assert len({m["sop_instance_uid"] for m in manifest}) == len(manifest)
-    syntaxes, scanners = set(), set()
-    for m in manifest:
-        ds = pydicom.dcmread(str(written) + m["filepath"])
-        syntaxes.add(ds.file_meta.TransferSyntaxUID)
-        scanners.add((m["filepath"].split("/")[3], m["anatomic_region"]))
-        assert ds.pixel_array.shape == (int(m["number_of_frames"]), int(m["height"]), int(m["width"])) and ds.pixel_array.dtype == np.uint8
-        assert (ds.PatientID, ds.ImageLaterality, ds.SOPInstanceUID) == (m["participant_id"], m["laterality"], m["sop_instance_uid"])
+
+
+def test_the_scans_are_what_the_manifest_says(scans):
+    for m, ds in scans:
+        shape = (int(m["number_of_frames"]), int(m["height"]), int(m["width"]))
+        assert ds.pixel_array.shape == shape and ds.pixel_array.dtype == np.uint8
+        assert (ds.PatientID, ds.ImageLaterality) == (m["participant_id"], m["laterality"])
+        assert ds.SOPInstanceUID == m["sop_instance_uid"]
         assert ds.SOPClassUID == "1.2.840.10008.5.1.4.1.1.77.1.5.4" and ds.Modality == "OPT"
-    assert len(syntaxes) >= 4 and len(scanners) == 6
-    macular = [m for m in manifest if m["anatomic_region"] == "Macula, 6 x 6" and "/topcon_triton/" in m["filepath"]]
-    per_person = Counter((m["participant_id"], m["laterality"]) for m in macular)
-    assert len(per_person) == 2 * 39 and max(per_person.values()) == 2  # both eyes of everybody, and repeats
+
+
+def test_the_scans_are_of_several_syntaxes_and_scanners(scans):
+    assert len({ds.file_meta.TransferSyntaxUID for _, ds in scans}) >= 4
+    assert len({(m["filepath"].split("/")[3], m["anatomic_region"]) for m, _ in scans}) == 6
+
+
+def test_both_eyes_of_everybody_are_scanned_and_some_twice(manifest):
+    per_eye = Counter((m["participant_id"], m["laterality"]) for m in triton(manifest))
+    assert len(per_eye) == 2 * 39 and max(per_eye.values()) == 2
+
+
+def test_the_effect_is_written_down(written):
     assert json.loads((written / "phantom.json").read_text())["effect"] == "boosted"
 
 
-def test_the_label_changes_the_eye_only_through_the_effect():
-    eyes = [phantom.draw_eye(0, 3, "L", 60, label, "boosted") for label in range(4)]
-    inl, gcl = phantom.NAMES.index("INL"), phantom.NAMES.index("GCL")
-    assert np.all(np.diff([e["factor"][gcl] for e in eyes]) < 0) and np.all(np.diff([e["factor"][inl] for e in eyes]) > 0)
-    assert np.all(np.diff([len(e["spots"]) for e in eyes]) > 0) and all(np.array_equal(e["vessels"], eyes[0]["vessels"]) for e in eyes)
-    mild = [phantom.draw_eye(0, 3, "L", 60, label, "literature")["factor"][gcl] for label in (0, 2)]
-    assert 84.6 * (1 - mild[1] / mild[0]) == pytest.approx(1.7, abs=0.2)  # um of GCIPL without retinopathy
+@pytest.mark.parametrize("participants", [13, 20, 27])
+def test_thirteen_participants_have_all_classes_in_all_splits(participants):
+    people = phantom.draw_participants(participants, 0)
+    assert len(people) == participants
+    with_oct = [p for p in people if p["retinal_oct"] == "TRUE"]
+    assert len({(p["recommended_split"], p["label"]) for p in with_oct}) == 12
 
 
-def test_eyes_of_a_person_correlate():
-    factors = np.array([[phantom.draw_eye(0, i, side, 60, 0, "boosted")["factor"][5] for side in "LR"] for i in range(400)])
-    assert 0.73 <= np.corrcoef(factors.T)[0, 1] <= 0.95
-
-
-def test_thirteen_participants_have_all_classes_in_all_splits():
-    for n in (13, 20, 27):
-        people = phantom.draw_participants(n, 0)
-        assert len(people) == n and len({(p["recommended_split"], p["label"]) for p in people if p["retinal_oct"] == "TRUE"}) == 12
-
-
-@pytest.mark.parametrize("kwargs, message", [({"participants": 5}, "too few"), ({"effect": "huge"}, "effect='huge'"),
-                                             ({"scale": (0, 1, 1)}, "scale=")])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"participants": 5}, "too few"),
+        ({"effect": "huge"}, "effect='huge'"),
+        ({"scale": (0, 1, 1)}, "scale="),
+    ],
+)
 def test_bad_arguments(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         phantom.write_dataset(tmp_path / "data", **kwargs)
@@ -90,31 +132,111 @@ def test_never_over_an_existing_folder(tmp_path):
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
-def test_the_demo_encoder_loads_strictly_and_is_the_same_every_time(tmp_path):
-    hashes = set()
-    for name in ("a.pt", "b.pt"):
-        phantom.write_encoder(tmp_path / name)
-        hashes.add(model.weights_hash(model.load_encoder(str(tmp_path / name))))
-    assert len(hashes) == 1 and model.load_encoder(str(tmp_path / "a.pt"), "target").image_size == (16, 96, 96)
-    assert set(model.read_checkpoint(str(tmp_path / "a.pt"))) == {
-        "epoch", "step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "loss", "config"}
+# -------------------------------------------------------------------------------------- the eyes
 
 
-def test_the_demo_writes_below_its_folder_only_and_says_when_another_effect_is_there(tmp_path, configure, written):
-    def settings(**demo):
-        cfg = configure(tmp_path / "demo" / "data", f"demo.dir={tmp_path}/demo", "demo.participants=30",
-                        *(f"demo.{k}={v}" for k, v in demo.items()))
-        cfg.paths.checkpoint_path = str(tmp_path / "demo" / "encoder.pt")
+@pytest.fixture(scope="module")
+def eyes():
+    """One eye as it would be in each class."""
+    return [phantom.draw_eye(0, 3, "L", 60, label, "boosted") for label in range(4)]
+
+
+def test_the_label_thins_and_thickens_layers(eyes):
+    inl, gcl = phantom.NAMES.index("INL"), phantom.NAMES.index("GCL")
+    assert np.all(np.diff([e["factor"][gcl] for e in eyes]) < 0)
+    assert np.all(np.diff([e["factor"][inl] for e in eyes]) > 0)
+
+
+def test_the_label_adds_spots_and_leaves_the_vessels(eyes):
+    assert np.all(np.diff([len(e["spots"]) for e in eyes]) > 0)
+    assert all(np.array_equal(e["vessels"], eyes[0]["vessels"]) for e in eyes)
+
+
+def test_the_effect_of_the_literature():
+    gcl = phantom.NAMES.index("GCL")
+    eyes = [phantom.draw_eye(0, 3, "L", 60, label, "literature") for label in (0, 2)]
+    healthy, mild = (eye["factor"][gcl] for eye in eyes)
+    # um of GCIPL without retinopathy
+    assert 84.6 * (1 - mild / healthy) == pytest.approx(1.7, abs=0.2)
+
+
+def test_eyes_of_a_person_correlate():
+    factor = lambda i, side: phantom.draw_eye(0, i, side, 60, 0, "boosted")["factor"][5]
+    factors = np.array([[factor(i, side) for side in "LR"] for i in range(400)])
+    assert 0.73 <= np.corrcoef(factors.T)[0, 1] <= 0.95
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_readme(command, tmp_path):
+    from matplotlib.image import imread
+
+    path = tmp_path / "phantom.png"
+    result = command("scripts/phantom_picture.py", path)
+    assert result.returncode == 0, result.stderr
+    picture = imread(path)
+    assert picture.shape[:2] == (640, 1500) and picture[..., :3].std() > 0.1
+
+
+# -------------------------------------------------------------------------- the demo's encoder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder") / "a.pt"
+    phantom.write_encoder(path)
+    return str(path)
+
+
+def test_the_demo_encoder_is_the_same_every_time(encoder, tmp_path):
+    phantom.write_encoder(tmp_path / "b.pt")
+    paths = [encoder, str(tmp_path / "b.pt")]
+    assert len({model.weights_hash(model.load_encoder(path)) for path in paths}) == 1
+
+
+def test_the_demo_encoder_loads_strictly(encoder):
+    assert model.load_encoder(encoder, "target").image_size == (16, 96, 96)
+
+
+def test_the_demo_encoder_has_what_a_checkpoint_of_pretraining_has(encoder):
+    states = {f"{name}_state_dict" for name in ("model", "optimizer", "scheduler")}
+    assert set(model.read_checkpoint(encoder)) == states | {"epoch", "step", "loss", "config"}
+
+
+# -------------------------------------------------------------------------- prepare, for the demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """demo(key=value, ...) -> configuration whose data and encoder lie below demo.dir."""
+    folder = tmp_path_factory.mktemp("prepare") / "demo"
+
+    def make(**keys):
+        more = [f"demo.{key}={value}" for key, value in keys.items()]
+        cfg = config.load(DEMO, [f"demo.dir={folder}", "demo.participants=30", *more])
+        cfg.paths.data, cfg.paths.checkpoint_path = str(folder / "data"), str(folder / "encoder.pt")
         return cfg
-    cfg = settings()
+
+    return make
+
+
+def test_the_demo_is_written_once(demo):
+    cfg = demo()
     phantom.prepare(cfg)
-    before = files(tmp_path / "demo")
+    before = files(cfg.demo.dir)
     assert "encoder.pt" in before and "data/participants.tsv" in before
     phantom.prepare(cfg)
-    assert files(tmp_path / "demo") == before
-    with pytest.raises(ValueError, match="holds 30 participants with boosted effect, .* demo.effect=literature"):
-        phantom.prepare(settings(effect="literature"))
-    elsewhere = settings()
-    elsewhere.paths.data = elsewhere.paths.checkpoint_path = str(tmp_path / "typo")
-    phantom.prepare(elsewhere)
+    assert files(cfg.demo.dir) == before
+
+
+def test_the_demo_says_when_another_effect_is_there(demo):
+    phantom.prepare(demo())
+    message = "holds 30 participants with boosted effect, .* demo.effect=literature"
+    with pytest.raises(ValueError, match=message):
+        phantom.prepare(demo(effect="literature"))
+
+
+def test_the_demo_writes_below_its_folder_only(tmp_path, demo):
+    cfg = demo()
+    cfg.paths.data = cfg.paths.checkpoint_path = str(tmp_path / "typo")
+    phantom.prepare(cfg)
     assert not (tmp_path / "typo").exists()
