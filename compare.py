@@ -16,7 +16,7 @@ import numpy as np
 import files
 import metrics
 from ledger import CLASS_NAMES, LABELS
-from report import leaderboard_page, number, span, text_table
+from report import draw_leaderboard, number, png, render, span, text_table
 from runs import BEST
 
 
@@ -162,56 +162,54 @@ def leaderboard(folders, split):
         raise ValueError(f"--leaderboard: no folder holds an eval_{split}.json; {again}")
     runs, reasons = rank(open_all(scored, split))
     compared = [run for run in runs if not reasons[run.name]]
-    runs = [*compared, *(run for run in runs if reasons[run.name])]
     pairs = compare_pairs(compared) if len(compared) > 1 else []
     best = compared[0]
     p_holm = {pair["b"]: pair["p_holm"] for pair in pairs if pair["a"] == best.name}
+    tied = [name for name, p in p_holm.items() if p >= 0.05]
 
-    header, rows = leaderboard_table(runs, reasons, p_holm)
+    header, rows = leaderboard_table(runs, reasons, p_holm, "tied for best" if tied else "best")
     data = ", ".join(dict.fromkeys(run.result["data"] for run in runs))
     about = [
-        verdict(best, split, p_holm, len(pairs)),
+        verdict(best, split, p_holm, tied, len(pairs)),
         f"{data}. Tied: the difference from the best is not significant at 5 % (paired bootstrap "
         "over the same participants, Holm-corrected over all pairs).",
     ]
-    notes = [
-        f"{run.name}: not compared, for it has {reasons[run.name]}" for run in runs[len(compared) :]
-    ]
+    notes = [f"{name}: not compared, for it has {why}" for name, why in reasons.items() if why]
     notes += [f"{run.name}: ALARM: {alarm}" for run in runs for alarm in run.result["alarms"]]
     notes += [f"not scored on {split}: {folder}" for folder in folders if folder not in scored]
 
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    text = "\n".join([*about, "", *lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
-    results = {run.name: run.result for run in runs}
-    title = f"leaderboard on {split}"
-    page = leaderboard_page(title, about, results, (header, rows), notes, pairs)
+    content = {"about": about, "runs": (header, rows), "notes": notes}
+    text = render("leaderboard.md", **content)
+    picture = png(draw_leaderboard({run.name: run.result for run in runs}))
+    content |= {"title": f"leaderboard on {split}", "picture": picture, "pairs": pairs}
     beside = os.path.join(os.path.dirname(os.path.abspath(folders[0])), "leaderboard")
     files.write(f"{beside}.csv", files.csv_text([header, *rows]))
     files.write(f"{beside}.md", text)
-    files.write(f"{beside}.html", page)
+    files.write(f"{beside}.html", render("leaderboard.html", **content))
     return text
 
 
 def rank(runs):
-    """Results -> Results, best first, and {name: why a run is not compared, or None}.
+    """Results -> Results, best first, then those that are not compared; and {name: why a run is not
+    compared, or None}.
 
     One run of other participants must not end the comparison of all others: the largest group of
     runs that can be compared with each other is.
     """
     runs = sorted(runs, key=lambda r: (-r.result["balanced_accuracy"], r.result["log_loss"]))
     candidates = [{run.name: reason_not_comparable(first, run) for run in runs} for first in runs]
-    return runs, max(candidates, key=lambda reasons: list(reasons.values()).count(None))
+    reasons = max(candidates, key=lambda reasons: list(reasons.values()).count(None))
+    return sorted(runs, key=lambda run: reasons[run.name] is not None), reasons
 
 
-def leaderboard_table(runs, reasons, p_holm):
+def leaderboard_table(runs, reasons, p_holm, first_place):
     """Header and rows. reasons {name: why a run is not compared, or None}; p_holm {name: p-value of
-    the difference from the best run}."""
+    the difference from the best run}; first_place: what the best run and those tied are called."""
     floors = list(dict.fromkeys(name for run in runs for name in run.result.get("floors", {})))
     header = ["run", "balanced accuracy", "95 % interval", "place", "p (Holm)"]
     header += ["majority class, random answers", "chance band", *floors]
     header += ["log-loss", "participants", "alarms", "encoder"]
     score = lambda scores: number(scores.get("balanced_accuracy"))
-    first_place = "tied for best" if names_of_tied(p_holm) else "best"
     rows = []
     for run in runs:
         r, p = run.result, p_holm.get(run.name)
@@ -235,13 +233,9 @@ def leaderboard_table(runs, reasons, p_holm):
     return header, rows
 
 
-def names_of_tied(p_holm):
-    return [name for name, p in p_holm.items() if p >= 0.05]
-
-
-def verdict(best, split, p_holm, num_pairs):
-    """The leaderboard in one sentence. best: Results."""
-    name, tied = best.name, names_of_tied(p_holm)
+def verdict(best, split, p_holm, tied, num_pairs):
+    """The leaderboard in one sentence. best: Results; tied: names."""
+    name = best.name
     score = f"balanced accuracy {number(best.result['balanced_accuracy'])} on {split}"
     if not p_holm:
         return f"{name}: {score}; there is no other run to compare it with."

@@ -239,8 +239,6 @@ def run(command):
     try:
         command()
     except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
         sys.exit(explain(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -343,11 +341,7 @@ def send(tensor, dev):
 
 def autocast(dev, precision):
     """bf16 matrix products within; fp32 changes nothing."""
-    return (
-        torch.autocast(dev.type, dtype=torch.bfloat16)
-        if precision == "bf16"
-        else contextlib.nullcontext()
-    )
+    return torch.autocast(dev.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def attention(q, k, v, chunk=512):

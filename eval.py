@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import sys
 
 import numpy as np
@@ -83,12 +84,12 @@ def evaluate_run(ckpt, split, overrides=()):
         for s, reason in book.unreadable
     ]
     if device.rank() == 0:
-        update_ledger(os.path.join(opened.folder, "ledger.csv"), book, split)
-        files.write(os.path.join(opened.folder, f"predictions_{split}.csv"), table)
-        text = json.dumps(result, indent=1) + "\n"
-        files.write(os.path.join(opened.folder, f"eval_{split}.json"), text)
-        report.write_plots(opened.folder, result, predictions.y_true, predictions.p)
-        report.write_report(opened.folder)
+        folder = pathlib.Path(opened.folder)
+        update_ledger(folder / "ledger.csv", book, split)
+        files.write(folder / f"predictions_{split}.csv", table)
+        files.write(folder / f"eval_{split}.json", json.dumps(result, indent=1) + "\n")
+        report.write_plots(folder, result, predictions.y_true, predictions.p)
+        report.write_report(folder)
     return result, opened.folder
 
 
@@ -138,25 +139,22 @@ def score(opened, book, samples, volumes, predictions):
     """
     row_of = {row.participant_id: row for row in book.rows}
     trained = [row_of[i].label for i in opened.saved["train_participants"] if i in row_of]
-    counts = np.bincount(trained, minlength=len(ledger.CLASSES))
+    prior = None  # the shares of the classes in training
+    if trained:
+        prior = np.bincount(trained, minlength=len(ledger.CLASSES)) / len(trained)
     groups = {
         "site": [row_of[i].site for i in predictions.ids],
         "age": [age_band(row_of[i].age) for i in predictions.ids],
         "scanner": [opened.cfg.data.scanner] * len(predictions.ids),
     }
     result = metrics.evaluate(
-        predictions.y_true,
-        predictions.p,
-        len(ledger.CLASSES),
-        predictions.ids,
-        counts / len(trained) if trained else None,
-        groups,
+        predictions.y_true, predictions.p, len(ledger.CLASSES), predictions.ids, prior, groups
     )
     ids, labels = [s.participant_id for s in samples], np.array([s.label for s in samples])
     sides = [s.laterality for s in samples]
     result["subgroups"]["laterality"] = metrics.subgroups(labels, volumes, sides, ids=ids)
     scores = metrics.score_with_intervals(labels, volumes, len(ledger.CLASSES), ids)
-    names = ("n", "participants", *metrics.SCORES, *metrics.MORE_SCORES, "ci95")
+    names = ("n", "participants", *report.SCORE_NAMES, "ci95")
     result["per_volume"] = {name: scores[name] for name in names}
     return result
 
@@ -193,7 +191,7 @@ def score_floors(opened, book, found, encoder, dev, predictions):
         scores = metrics.score_with_intervals(y_true, p, len(ledger.CLASSES), ids)
         pair = metrics.compare(y_true, predictions.p, p, ids)
         floors[name] = {
-            **{key: scores[key] for key in metrics.SCORES + metrics.MORE_SCORES},
+            **{key: scores[key] for key in report.SCORE_NAMES},
             "ci95": {key: scores["ci95"][key] for key in metrics.SCORES},
             "difference": pair["difference"],
             "difference_ci95": pair["ci95"],
@@ -260,8 +258,9 @@ def update_ledger(path, book, split):
     """Write what was found of the split's participants into the run's ledger; the other rows stay
     as training left them."""
     header, *rows = ledger.rows_for_csv(book)
-    earlier = files.read_csv(path) if os.path.exists(path) else []
-    earlier = {row["participant_id"]: list(row.values()) for row in earlier}
+    earlier = {}
+    if path.exists():
+        earlier = {row["participant_id"]: list(row.values()) for row in files.read_csv(path)}
     rows = [row if row[1] == split else earlier.get(row[0], row) for row in rows]
     files.write(path, files.csv_text([header, *rows]))
 

@@ -49,16 +49,18 @@ def check(y_true, probabilities, num_classes, ids=None):
     if ids is not None and len(ids) != n:
         raise ValueError(f"ids must be one a row; there are {len(ids)} of them for {n} rows")
     name = lambda i: f"row {i}" if ids is None else f"participant {ids[i]}"
-    with np.errstate(invalid="ignore"):  # a label that is NaN is refused below
-        labels = y_true.astype(np.int64)
-    for i in np.flatnonzero((labels != y_true) | (labels < 0) | (labels >= num_classes)):
+    for i in np.flatnonzero(~np.isin(y_true, np.arange(num_classes))):
         raise ValueError(f"y_true of {name(i)} is {y_true[i]}, no class of 0 to {num_classes - 1}")
-    valid = np.isfinite(probabilities).all(axis=1) & (probabilities >= 0).all(axis=1)
-    for i in np.flatnonzero(~(valid & np.isclose(probabilities.sum(axis=1), 1, atol=1e-3))):
+    for i in np.flatnonzero(~are_distributions(probabilities)):
         raise ValueError(
             f"probabilities of {name(i)} are {probabilities[i].tolist()}, no distribution"
         )
-    return labels, probabilities
+    return y_true.astype(np.int64), probabilities
+
+
+def are_distributions(probabilities):
+    """Whether these are no less than 0 and add up to 1 -> bool of every row (..., K)."""
+    return (probabilities >= 0).all(axis=-1) & np.isclose(probabilities.sum(axis=-1), 1, atol=1e-3)
 
 
 def negative_log(probabilities):
@@ -83,10 +85,10 @@ def plain(value):
 # ---------------------------------------------------------------------------------------- scores
 
 
-def bins(probabilities):
-    """Bin of the reliability plot that each row's confidence falls into -> (n,). Confidence is the
-    largest probability; bin b is (b / BINS, (b + 1) / BINS]."""
-    return np.digitize(probabilities.max(axis=1), np.arange(1, BINS) / BINS, right=True)
+def bins(confidence):
+    """Bin of the reliability plot that each row falls into -> (n,). Confidence is the row's largest
+    probability; bin b is (b / BINS, (b + 1) / BINS]."""
+    return np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
 
 
 def ranking_scores(y_true, probabilities, weights):
@@ -130,16 +132,17 @@ def scores(y_true, probabilities, weights):
     # of kappa: the sum of squared distances that is expected if answers and truth are independent
     independent = true @ classes**2 + pred @ classes**2
     independent -= 2 * (true @ classes) * (pred @ classes) / total
-    distance = np.eye(BINS)[bins(probabilities)] * (confidence - (y_true == y_pred))[:, None]
+    distance = np.eye(BINS)[bins(confidence)] * (confidence - (y_true == y_pred))[:, None]
+    mean_with_zeros = lambda values: np.nan_to_num(values).mean(1)
     mean_defined = lambda values: ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(1))
     return {
         "accuracy": hits.sum(1) / total,
         "balanced_accuracy": mean_defined(recall),
-        "macro_f1": np.nan_to_num(f1).mean(1),
+        "macro_f1": mean_with_zeros(f1),
         "auroc_macro_ovr": mean_defined(auroc),
         "log_loss": weights @ negative_log(probabilities[is_true > 0]) / total,
-        "macro_precision": np.nan_to_num(precision).mean(1),
-        "macro_recall": np.nan_to_num(recall).mean(1),
+        "macro_precision": mean_with_zeros(precision),
+        "macro_recall": mean_with_zeros(recall),
         "auprc_macro_ovr": mean_defined(auprc),
         "quadratic_kappa": 1 - ratio(weights @ (y_true - y_pred) ** 2.0, independent),
         "brier": weights @ ((probabilities - is_true) ** 2).sum(1) / total,
@@ -152,6 +155,12 @@ def scores(y_true, probabilities, weights):
     }
 
 
+def scores_of_data(y_true, probabilities):
+    """`scores` of the rows as they are -> dict of numbers, per class (K,)."""
+    values = scores(y_true, probabilities, np.ones((1, len(y_true))))
+    return {name: value[0] for name, value in values.items()}
+
+
 def counts(classes, num_classes):
     """How often each class occurs -> list (num_classes,)."""
     return np.bincount(classes, minlength=num_classes).tolist()
@@ -159,17 +168,12 @@ def counts(classes, num_classes):
 
 def score(y_true, probabilities, num_classes=4, ids=None):
     """The scores alone, which is quick. Arguments and names as in `evaluate`."""
-    return checked_score(*check(y_true, probabilities, num_classes, ids))
-
-
-def checked_score(y_true, probabilities):
-    """`score` of what `check` returned."""
-    n, num_classes = probabilities.shape
-    values = {k: v[0] for k, v in scores(y_true, probabilities, np.ones((1, n))).items()}
+    y_true, probabilities = check(y_true, probabilities, num_classes, ids)
+    values = scores_of_data(y_true, probabilities)
     for name in PER_CLASS[:3]:  # 0 / 0 is 0, as in scikit-learn with zero_division=0
         values[name] = np.nan_to_num(values[name])
     return {
-        "n": n,
+        "n": len(y_true),
         **{name: plain(value) for name, value in values.items()},
         "true_counts": counts(y_true, num_classes),
         "predicted_counts": counts(probabilities.argmax(axis=1), num_classes),
@@ -229,7 +233,7 @@ def permuted_scores(y_true, probabilities, ids=None):
     """The scores of these predictions when the labels are permuted among the participants -> as
     `scores`, with R = RESAMPLES."""
     first, member = participants(y_true, ids)
-    labels = np.tile(y_true[first], (RESAMPLES, 1))
+    labels = np.tile(y_true[first], (RESAMPLES, 1))  # (R, participants)
     permuted = np.random.default_rng(0).permuted(labels, axis=1)[:, member]  # (R, n)
     # every row stands there once with each class as its label, and has weight where a permutation
     # gives it that label
@@ -237,7 +241,7 @@ def permuted_scores(y_true, probabilities, ids=None):
     every_label = np.repeat(classes, len(y_true))  # (classes * n,)
     repeated = np.tile(probabilities, (len(classes), 1))  # (classes * n, K)
     parts = []
-    for part in np.array_split(permuted, max(1, RESAMPLES // 1000)):  # to spare memory
+    for part in np.array_split(permuted, 10):  # to spare memory
         weights = np.concatenate([part == k for k in classes], axis=1).astype(float)
         parts.append(scores(every_label, repeated, weights))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -259,9 +263,8 @@ def ece_interval(value, values):
     that the percentiles of a calibrated model would never hold its true ECE, 0. Hence the
     percentiles of ECE squared, less twice the bias that the resamples show.
     """
-    square = values**2
-    bias = 2 * (square.mean() - value**2)
-    return np.sqrt(np.maximum(np.percentile(square, [2.5, 97.5]) - bias, 0)).tolist()
+    bias = 2 * ((values**2).mean() - value**2)
+    return np.sqrt(np.maximum(np.percentile(values**2, [2.5, 97.5]) - bias, 0)).tolist()
 
 
 # -------------------------------------------------------------------------------------- evaluate
@@ -275,15 +278,15 @@ def random_floor(y_true, prior):
     every row.
     """
     n = len(y_true)
-    true = np.bincount(y_true, minlength=len(prior))
-    share, m = true / n, np.arange(n + 1)
-    # chance of answering class k m times, of which m * share are right on average
-    chances = [binom.pmf(m, n, p) for p in prior]
-    recall, precision = np.where(true > 0, prior, 0), share * [1 - c[0] for c in chances]
-    terms = zip(chances, share, true)
-    f1 = np.array([(c * 2 * m * s / np.maximum(t + m, 1)).sum() for c, s, t in terms])
-    stated = scores(y_true, np.tile(prior, (n, 1)), np.ones((1, n)))
-    values = {name: value[0] for name, value in stated.items()} | {
+    true, times = np.bincount(y_true, minlength=len(prior)), np.arange(n + 1)
+    share = true / n
+    # chance (K, times) of answering a class so many times, of which times * share are right on
+    # average
+    chance = binom.pmf(times, n, prior[:, None])
+    expected = chance * 2 * times * share[:, None] / np.maximum(true[:, None] + times, 1)
+    f1 = expected.sum(axis=1)
+    recall, precision = np.where(true > 0, prior, 0), share * (1 - chance[:, 0])
+    values = scores_of_data(y_true, np.tile(prior, (n, 1))) | {
         "accuracy": share @ prior,
         "balanced_accuracy": np.mean(prior[true > 0]),
         "macro_f1": f1.mean(),
@@ -301,12 +304,12 @@ def random_floor(y_true, prior):
 def reliability(y_true, probabilities):
     """Bins of the reliability plot that are not empty -> list of {confidence, accuracy, count};
     the first two are means over the bin's rows."""
-    bin_of_row, confidence = bins(probabilities), probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == y_true
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == y_true
+    bin_of_row = bins(confidence)
     return [
         {
-            "confidence": plain(confidence[inside].mean()),
-            "accuracy": plain(right[inside].mean()),
+            "confidence": float(confidence[inside].mean()),
+            "accuracy": float(right[inside].mean()),
             "count": int(inside.sum()),
         }
         for inside in (bin_of_row == b for b in np.unique(bin_of_row))
@@ -315,12 +318,8 @@ def reliability(y_true, probabilities):
 
 def score_with_intervals(y_true, probabilities, num_classes=4, ids=None):
     """`score`, with participants, ci95, resamples and skipped as in `evaluate`."""
-    return checked_intervals(*check(y_true, probabilities, num_classes, ids), ids)
-
-
-def checked_intervals(y_true, probabilities, ids):
-    """`score_with_intervals` of what `check` returned."""
-    result = checked_score(y_true, probabilities)
+    y_true, probabilities = check(y_true, probabilities, num_classes, ids)
+    result = score(y_true, probabilities, num_classes)
     resampled = scores(y_true, probabilities, resample(y_true, ids))
     ci95 = {name: interval(values) for name, values in resampled.items()}
     return result | {
@@ -352,8 +351,7 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
     y_true, probabilities = check(y_true, probabilities, num_classes, ids)
     shares = np.bincount(y_true, minlength=num_classes) / len(y_true)
     prior = shares if prior is None else np.asarray(prior, dtype=float)
-    wrong = prior.shape != (num_classes,) or not (prior >= 0).all()
-    if wrong or not np.isclose(prior.sum(), 1, atol=1e-3):
+    if prior.shape != (num_classes,) or not are_distributions(prior):
         raise ValueError(
             f"prior must be {num_classes} class shares that add up to 1; it is {prior.tolist()}"
         )
@@ -361,10 +359,10 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
     permuted = permuted_scores(y_true, probabilities, ids)
     chance = {name: interval(values) for name, values in permuted.items()}
     cells = counts(num_classes * y_true + probabilities.argmax(axis=1), num_classes**2)
-    most = checked_score(y_true, np.eye(num_classes)[np.full(len(y_true), shares.argmax())])
-    result = checked_intervals(y_true, probabilities, ids) | {
+    most = score(y_true, np.eye(num_classes)[np.full(len(y_true), shares.argmax())], num_classes)
+    result = score_with_intervals(y_true, probabilities, num_classes, ids) | {
         "confusion_matrix": np.reshape(cells, (num_classes, -1)).tolist(),  # rows: true
-        "majority_baseline": float(shares.max()),
+        "majority_baseline": most["accuracy"],
         "majority": {n: most[n] for n in chance} | dict.fromkeys(("log_loss", "brier", "ece")),
         "random": random_floor(y_true, prior),
         "chance_band": chance["balanced_accuracy"],
@@ -396,14 +394,14 @@ def subgroups(y_true, probabilities, groups, num_classes=4, ids=None):
         raise ValueError(
             f"groups must be one a row, ({len(y_true)},); their shape is {groups.shape}"
         )
-    right, found = probabilities.argmax(axis=1) == y_true, []
+    right, is_true, found = probabilities.argmax(axis=1) == y_true, np.eye(num_classes)[y_true], []
     weights = np.vstack([np.ones(len(y_true)), resample(y_true, ids)])  # the data, then resamples
 
     def part(inside):  # -> participants, classes, small, balanced accuracy (1 + RESAMPLES,)
         n, classes = len(np.unique(member[inside])), np.unique(y_true[inside])
-        rows = [inside & (y_true == k) for k in classes]
-        recalls = [ratio(weights[:, r] @ right[r], weights[:, r].sum(1)) for r in rows]
-        values = np.mean(recalls or [np.full(len(weights), np.nan)], axis=0)
+        rows = is_true[:, classes] * inside[:, None]  # (n, classes)
+        recall = ratio(weights @ (rows * right[:, None]), weights @ rows)
+        values = ratio(recall.sum(axis=1), len(classes))
         return n, classes, n < SMALL or len(classes) < len(np.unique(y_true)), values
 
     for group in np.unique(groups):
@@ -421,7 +419,7 @@ def subgroups(y_true, probabilities, groups, num_classes=4, ids=None):
                 "balanced_accuracy": plain(values[0]),
                 "ci95": interval(values[1:]),
                 "skipped": int(np.isnan(values[1:]).sum()),
-                "small": bool(small),
+                "small": small,
                 "rest": plain(rest[0]),
                 "p_above_rest": None if small or rest_small else p_value,
             }
@@ -434,22 +432,21 @@ def subgroups(y_true, probabilities, groups, num_classes=4, ids=None):
 
 def alarms(result):
     """What a reader must know before believing the scores of `evaluate` -> list of sentences."""
-    n, true, predicted = result["n"], result["true_counts"], result["predicted_counts"]
-    present = [k for k, count in enumerate(true) if count > 0]
-    never = [k for k in present if predicted[k] == 0]
+    n, hits = result["n"], np.diag(result["confusion_matrix"])
+    true, predicted = np.array(result["true_counts"]), np.array(result["predicted_counts"])
+    present = true > 0
     of_classes = {
-        "model collapse: class {} never predicted": never,
-        "class {} predicted, but never rightly (F1 = 0)": [
-            k for k in present if result["f1_per_class"][k] == 0 and k not in never
-        ],
-        "class {} has no participant in this split": [
-            k for k, count in enumerate(true) if count == 0
-        ],
+        "model collapse: class {} never predicted": present & (predicted == 0),
+        "class {} predicted, but never rightly (F1 = 0)": present & (predicted > 0) & (hits == 0),
+        "class {} has no participant in this split": ~present,
     }
-    found = [text.format(", ".join(map(str, k))) for text, k in of_classes.items() if k]
-    for k, hits in enumerate(np.diag(result["confusion_matrix"])):
+    found = []
+    for text, applies in of_classes.items():
+        if applies.any():
+            found.append(text.format(", ".join(map(str, np.flatnonzero(applies)))))
+    for k in range(len(true)):
         # far apart by size, 10 points, and by McNemar's test at 5 % over all classes (Bonferroni)
-        p_value = mcnemar(predicted[k] - hits, true[k] - hits)
+        p_value = mcnemar(predicted[k] - hits[k], true[k] - hits[k])
         if abs(predicted[k] - true[k]) > 0.1 * n and p_value * len(true) < 0.05:
             found.append(
                 f"class {k} is answered {predicted[k]} times and true {true[k]} times of {n}: "
@@ -469,12 +466,8 @@ def alarms(result):
     # A group carries the result when it is above the rest by more than chance, at 5 % over all
     # groups that are large enough (Bonferroni): then the score says less of the others than it
     # seems to. Groups below the rest are in the table.
-    groups = [
-        (name, g)
-        for name, rows in result["subgroups"].items()
-        for g in rows
-        if g["p_above_rest"] is not None
-    ]
+    rows = [(name, row) for name, table in result["subgroups"].items() for row in table]
+    groups = [(name, row) for name, row in rows if row["p_above_rest"] is not None]
     for name, g in groups:
         if g["p_above_rest"] * len(groups) < 0.05:
             found.append(
@@ -527,18 +520,16 @@ def temperature(y_true, probabilities):
 def mcnemar(only_a, only_b):
     """Exact two-sided p-value of McNemar's test. only_a: pairs that A alone has right, only_b: that
     B alone has; of equal models, each of these is A's with chance 1/2."""
-    discordant = int(only_a + only_b)
-    return float(binomtest(int(only_a), discordant).pvalue) if discordant else 1.0
+    discordant = only_a + only_b
+    return float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
 
 
 def holm(p_values):
     """p-values adjusted for their number by Holm's step-down method (Holm 1979) -> (m,)."""
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    steps = p[order] * np.arange(len(p), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return adjusted
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(steps, 1)[np.argsort(order)]
 
 
 def compare_all(y_true, runs, ids=None):
@@ -583,9 +574,9 @@ def compare_all(y_true, runs, ids=None):
 def compare_pair(a, b, values, right):
     """One pair of `compare_all`, without what depends on the number of pairs. values {name:
     (1 + RESAMPLES,)} balanced accuracy, right {name: (n,)} the answers that are right."""
-    difference, differences = (values[a] - values[b])[0], (values[a] - values[b])[1:]
+    differences = values[a] - values[b]  # of the data, then of each resample
     # sums of recalls are equal only up to rounding
-    tail = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())
+    tail = min((differences[1:] <= 1e-12).sum(), (differences[1:] >= -1e-12).sum())
     only_a, only_b = int((right[a] > right[b]).sum()), int((right[b] > right[a]).sum())
     return {
         "a": a,
@@ -593,8 +584,8 @@ def compare_pair(a, b, values, right):
         "n": len(right[a]),
         "balanced_accuracy_a": float(values[a][0]),
         "balanced_accuracy_b": float(values[b][0]),
-        "difference": float(difference),
-        "ci95": interval(differences),
+        "difference": float(differences[0]),
+        "ci95": interval(differences[1:]),
         "p_value": float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1))),
         "only_a_right": only_a,
         "only_b_right": only_b,
@@ -605,7 +596,7 @@ def compare_pair(a, b, values, right):
 def verdict(pair, num_pairs):
     """One sentence on a pair of `compare_all`."""
     best, other = ("a", "b") if pair["difference"] >= 0 else ("b", "a")
-    low, high = pair["ci95"] if best == "a" else (-v for v in reversed(pair["ci95"]))
+    low, high = sorted(v if best == "a" else -v for v in pair["ci95"])
     start = f"no difference between {pair[best]} and {pair[other]} is shown"
     if pair["p_holm"] < 0.05:
         start = f"{pair[best]} is better than {pair[other]}"

@@ -309,7 +309,7 @@ def empty_vit(prefix, state):
     _, num_tokens, _ = shape_of("pos_embed", 3)
     dim, _, *patch_size = shape_of("patch_embed.proj.weight", 5)
     hidden, _ = shape_of("blocks.0.mlp.fc1.weight", 2)
-    if dim == 0 or dim % HEAD_DIM:
+    if dim % HEAD_DIM:
         raise ValueError(
             f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, "
             "the width of a head"

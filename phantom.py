@@ -17,7 +17,8 @@ The same arguments give byte-identical files, whatever the number of processes.
 A volume is (frames, rows, columns). Rows run along the depth into the eye, so volume[f] is one
 B-scan as it is displayed. Order of work: anatomy of an eye (draw_eye), one scan of it
 (synthesize), DICOM (write_dicom), the scans of a participant (write_participant), all
-participants and the tables (write_dataset). scripts/phantom_picture.py shows some B-scans.
+participants and the tables (write_dataset). The numbers of anatomy, scanners and effects stand in
+phantom.yaml. scripts/phantom_picture.py shows some B-scans.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 import files
 
-# The tables of numbers, with what they mean and where they come from, stand in phantom.yaml.
+# phantom.yaml says what its numbers mean and where they come from
 TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 GROUPS, SPLITS, SITES = TABLES["groups"], TABLES["splits"], TABLES["sites"]
 PARTICIPANT_COLUMNS, MANIFEST_COLUMNS = TABLES["participant_columns"], TABLES["manifest_columns"]
@@ -366,10 +367,8 @@ def write_participant(person, root, seed, effect, scale):
         path = f"{folder}/{participant}_{protocol['stem']}_{laterality.lower()}_{uids[2]}.dcm"
         os.makedirs(f"{root}{folder}", exist_ok=True)
         syntax = getattr(uid, SYNTAXES[(index + scan) % len(SYNTAXES)])
-        date = person["study_visit_date"]
-        write_dicom(
-            f"{root}{path}", volume, spacing, syntax, participant, protocol, laterality, date, uids
-        )
+        date, place = person["study_visit_date"], f"{root}{path}"
+        write_dicom(place, volume, spacing, syntax, participant, protocol, laterality, date, uids)
         geometry = shape[1], shape[2], shape[0], spacing[1:], spacing[0]
         rows.append(
             [participant, maker, model, region, "OCT", laterality, *geometry, uids[2], path, "", ""]

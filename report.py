@@ -3,7 +3,7 @@
     print_result(result)                     # result: what eval_SPLIT.json holds
     write_plots(folder, result, y_true, p)   # folder/plots/*.png
     write_report(folder)                     # folder/report.html, of what the folder holds
-    leaderboard_page(title, about, ...)      # text of leaderboard.html
+    render(template, **values)               # text of a page of templates/
 
 A table is a pair (header, rows) of lists of texts. The HTML of the pages is in templates/. A page
 is one file, with its pictures inside, which opens offline and on a phone.
@@ -34,7 +34,6 @@ SCORE_NAMES = {
     "brier": "Brier score",
     "ece": "expected calibration error",
 }
-ALL_SCORES = metrics.SCORES + metrics.MORE_SCORES
 
 # ------------------------------------------------------------------------------------------- tables
 
@@ -47,7 +46,7 @@ def span(interval):
     return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-def score_table(result, names=ALL_SCORES):
+def score_table(result, names=SCORE_NAMES):
     """Each score with its interval and its floors."""
     header = ["", "score", "95 % interval", "majority class", "random answers", "chance band"]
     rows = [
@@ -239,13 +238,18 @@ def draw_reliability(result):
     return figure
 
 
+def draw_epochs(axis, epochs, names):
+    """Curves over the records of metrics.jsonl. names {label of the curve: key of the records}."""
+    for label, name in names.items():
+        values = [epoch[name] for epoch in epochs]
+        axis.plot([epoch["epoch"] for epoch in epochs], values, label=label, marker=".")
+
+
 def draw_training(epochs, best_epoch):
-    """Loss and balanced accuracy over the epochs, of the records of metrics.jsonl."""
-    numbers = [e["epoch"] for e in epochs]
+    """Loss and balanced accuracy over the epochs."""
     figure, axes = new_figure(9, 3.4, columns=2)
     for axis, name in zip(axes, ("loss", "balanced_accuracy")):
-        for part in ("train", "val"):
-            axis.plot(numbers, [e[f"{part}/{name}"] for e in epochs], label=part, marker=".")
+        draw_epochs(axis, epochs, {part: f"{part}/{name}" for part in ("train", "val")})
         axis.axvline(best_epoch, **GUIDE | {"linestyle": "--"}, label="best checkpoint")
         axis.set(xlabel="epoch", title=name.replace("_", " "))
     axes[1].axhline(1 / len(CLASS_NAMES), **GUIDE, label="one class for all")
@@ -256,9 +260,9 @@ def draw_training(epochs, best_epoch):
 def draw_shares(epochs):
     """How often each class is answered on validation over the epochs: a collapse is seen here."""
     figure, axis = new_figure(9, 3)
-    for k, name in enumerate(CLASS_NAMES):
-        shares = [e[f"val/predicted_share_{k}"] for e in epochs]
-        axis.plot([e["epoch"] for e in epochs], shares, label=name, marker=".")
+    draw_epochs(
+        axis, epochs, {name: f"val/predicted_share_{k}" for k, name in enumerate(CLASS_NAMES)}
+    )
     title = "validation: share of the participants that each class is answered for"
     axis.set(xlabel="epoch", ylim=(-0.03, 1.03), title=title)
     axis.legend(frameon=False, ncols=len(CLASS_NAMES))
@@ -301,12 +305,12 @@ def write_plots(folder, result, y_true, p):
 
 
 def render(template, **values):
-    """A page of templates/. A value that is missing raises an error, and every text is escaped."""
+    """A page of templates/. A value that is missing raises an error; HTML escapes every text."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -328,6 +332,8 @@ def write_report(folder):
         title=results[-1]["run"],
         results=results,
         pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.png")},
+        classes=CLASS_NAMES,
+        splits=SPLITS,
         ledger=files.read_csv(folder / "ledger.csv"),
         provenance=provenance[0] if provenance else {},
     )
@@ -337,20 +343,3 @@ def write_report(folder):
 def read_json(*paths):
     """The content of those of the files that exist."""
     return [json.loads(path.read_bytes()) for path in paths if path.exists()]
-
-
-def leaderboard_page(title, about, results, table, notes, pairs):
-    """Text of leaderboard.html.
-
-    about: two sentences; results {name: result} and table (header, rows): the best first; notes:
-    texts; pairs: what metrics.compare_all says.
-    """
-    return render(
-        "leaderboard.html",
-        title=title,
-        about=about,
-        runs=table,
-        picture=png(draw_leaderboard(results)),
-        notes=notes,
-        pairs=pairs,
-    )

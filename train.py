@@ -236,8 +236,8 @@ def view_of_epoch(views, seed, epoch):
 def micro_batches(batch, batch_size, size):
     """Indices of a batch (n,) -> this replica's micro-batches, [(positions, indices), ...].
 
-    Both are (size,); positions are those in the batch. All have the same size, for XLA compiles a program for each
-    shape; -1 is padding.
+    Both are (size,); positions are those in the batch; -1 is padding. All have the same size, for
+    XLA compiles a program for each shape.
     """
     positions = device.share(torch.arange(len(batch)), batch_size)
     size = min(size, len(positions))

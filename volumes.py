@@ -8,6 +8,7 @@ Only the frames that the resize to D slices reads are decoded.
 """
 
 import errno
+import os
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ def read_dicom(path_or_file, size=None):
     import pydicom
     from pydicom.pixels import iter_pixels
 
-    name = getattr(path_or_file, "name", path_or_file)
+    is_path = isinstance(path_or_file, (str, os.PathLike))
+    name = path_or_file if is_path else getattr(path_or_file, "name", "the file")
     try:
         ds = pydicom.dcmread(path_or_file)
         if not ds.get("PixelData"):
@@ -89,11 +91,11 @@ def stored_frames(ds, frames):
 def rescale(ds, index):
     """Rescale slope and intercept of frame `index`: from its own functional group, the shared one,
     or the data set; 1 and 0 where none has them."""
-    own = ds.get("PerFrameFunctionalGroupsSequence", [])[index : index + 1]
-    shared = ds.get("SharedFunctionalGroupsSequence", [])[:1]
+    own = (ds.get("PerFrameFunctionalGroupsSequence") or [])[index : index + 1]
+    shared = (ds.get("SharedFunctionalGroupsSequence") or [])[:1]
     sources = [ds]
     for group in [*shared, *own]:
-        sources += group.get("PixelValueTransformationSequence", [])
+        sources += group.get("PixelValueTransformationSequence") or []
     slope, intercept = sources[-1].get("RescaleSlope"), sources[-1].get("RescaleIntercept")
     return np.float32(slope or 1), np.float32(intercept or 0)
 

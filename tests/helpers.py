@@ -6,6 +6,7 @@ Fixtures are in conftest.py. No test file imports from another one.
 import contextlib
 import csv
 import functools
+import hashlib
 import io
 import json
 import os
@@ -29,6 +30,8 @@ from sklearn.metrics import (
 
 import config
 import features
+import heads
+import metrics
 import runs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -273,6 +276,18 @@ def copy_of(folder, target):
     return str(shutil.copytree(f"{folder}/run", f"{target}/run"))
 
 
+def evaluate(ckpt, split, overrides=()):
+    """eval.evaluate_run without report.html and its pictures, which cost most of its time; what is
+    in them, test_report.py looks at."""
+    import eval as evaluation
+    import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("write_plots", "write_report"):
+            patch.setattr(report, name, lambda *args: None)
+        return evaluation.evaluate_run(ckpt, split, overrides)
+
+
 # ------------------------------------------------------------------------------ data of our own
 
 
@@ -289,7 +304,7 @@ def features_of(x, y):
 def gaussians(means, width, rows, seed):
     """-> train, val, test, each (x float32 (n, width), y (n,)): features of unit variance, whose
     class means lie along a hidden direction. Training has the classes of AI-READI's shares,
-    validation (159) and test (20,000) have them evenly. The same data as bench/heads.py draws."""
+    validation (159) and test (20,000) have them evenly."""
     shares, rng = np.array([290, 162, 233, 58]), np.random.default_rng(seed)
     direction = rng.choice([-1, 1], width) / np.sqrt(width)
     counts = (shares * rows / shares.sum()).round().astype(int)
@@ -299,3 +314,39 @@ def gaussians(means, width, rows, seed):
         x = rng.standard_normal((len(y), width)) + np.array(means)[y][:, None] * direction
         found.append((x.astype(np.float32), y))
     return found
+
+
+# labels of a test split of 159 participants, as large as AI-READI's
+LABELS_159 = np.repeat(range(4), (40, 40, 41, 38))
+
+
+def answers(skill, seed):
+    """Probabilities (159, 4) of a run that is right about so often."""
+    rng, y = np.random.default_rng(seed), LABELS_159
+    said = np.where(rng.random(len(y)) < skill, y, rng.integers(0, 4, len(y)))
+    return 0.6 * np.eye(4)[said] + 0.1
+
+
+def write_results(folder, p, y=LABELS_159, ids=None, **changes):
+    """A run's folder as eval.py leaves it on test, of the predictions p (n, 4)."""
+    ids = [str(1000 + i) for i in range(len(y))] if ids is None else ids
+    table = runs.predictions_csv(heads.Predictions(ids, np.array(y), p)).encode()
+    result = {
+        "split": "test",
+        "run": "a run",
+        "epoch": 1,
+        "volumes": len(y),
+        "data": "SYNTHETIC data",
+        "scanner": "topcon_triton",
+        "anatomic_region": "Macula",
+        "encoder_sha256": "abcdef" * 10,
+        "labels_sha256": "0" * 64,
+        "predictions_sha256": hashlib.sha256(table).hexdigest(),
+        "unreadable": [],
+        **metrics.evaluate(y, p, 4, ids),
+        **changes,
+    }
+    os.makedirs(folder)
+    write_bytes(f"{folder}/predictions_test.csv", table)
+    write_bytes(f"{folder}/eval_test.json", json.dumps(result).encode())
+    return folder

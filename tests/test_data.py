@@ -214,6 +214,7 @@ def test_an_unreadable_volume_stops_the_run_and_is_named(dataset, configure, wor
         list(data.stream(first_volumes(6, book, cfg), book, range(6), cfg))
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_volumes(written, configure, tmp_path):
     found = []
     for workers in (0, 2):
@@ -711,18 +712,20 @@ def test_a_store_that_fails_in_mid_run_stops_it_soon(written, bucket, command, t
             ROOT_URL,
             "error: B2 does not know this key: check B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY",
         ),
-        (
+        pytest.param(
             "B2_APPLICATION_KEY_ID",
             "",
             ROOT_URL,
             "error: b2:// needs a key: set B2_APPLICATION_KEY_ID in the environment or in",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "UNUSED",
             "",
             "b2://elsewhere/x",
             "error: b2://elsewhere/x/participants.tsv: there is no such bucket, or "
             "B2_APPLICATION_KEY_ID is a key of another account",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["a wrong key", "no key", "no such bucket"],
@@ -796,6 +799,12 @@ FULL = {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.2, "rotation": 5.
 def volume():
     """(1, 8, 24, 24) float16."""
     return torch.randn(1, 8, 24, 24, generator=torch.Generator().manual_seed(0)).half()
+
+
+def test_true_asks_for_the_usual_strength_and_what_is_off_is_left_out(written, configure):
+    switches = {"flip": "true", "rotation": 3, "random_crop": 0, "intensity_jitter": "false"}
+    cfg = configure(written, *(f"data.augment.{name}={value}" for name, value in switches.items()))
+    assert data.strengths(cfg) == {"flip": 0.5, "rotation": 3}
 
 
 @pytest.mark.parametrize("strength", [{}, dict.fromkeys(FULL, 0), dict.fromkeys(FULL, 0.0)])

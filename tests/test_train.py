@@ -1,5 +1,6 @@
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from helpers import (
     TUNE,
     copy_of,
     edit,
+    evaluate,
     predictions,
     quick,
     read_predictions,
@@ -23,7 +25,6 @@ from sklearn.utils.class_weight import compute_class_weight
 import config
 import data
 import device
-import eval as evaluation
 import heads
 import ledger
 import model
@@ -38,7 +39,7 @@ def preprocessed(path):
     return data.preprocess(data.read_dicom(path), SIZE).half().float()[None]
 
 
-# -------------------------------------------------------------------------------- a probe as a whole
+# ----------------------------------------------------------------------------- a probe as a whole
 
 
 def test_probabilities_are_averaged_per_participant(written):
@@ -92,24 +93,22 @@ def test_variants_train_and_evaluate(written, tmp_path, overrides):
     history, _, _ = read_run(cfg)
     # of volumes that it trains on; 0.25 is chance
     assert history[-1]["train/balanced_accuracy"] > 0.5
-    evaluation.evaluate_run(cfg.paths.run_dir, "test")
+    evaluate(cfg.paths.run_dir, "test")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(written, tmp_path):
     # class 0 alone counts, one volume a step: most steps have a weight of 0 in all
-    message = (
-        "train loss, gradient or prediction is not finite in epoch 1; lower train.lr_head"
-    )
+    message = "train loss, gradient or prediction is not finite in epoch 1; lower train.lr_head"
     with pytest.raises(ValueError, match=message):
         more = ["train.class_weights=[1,0,0,0]", "data.batch_size=1"]
         train.main(0, quick(written, tmp_path, *more))
 
 
-# -------------------------------------------------------------------------------------- the schedule
+# ----------------------------------------------------------------------------------- the schedule
 
 
 def test_schedule():
-    rates = [2.0 * train.lr_at(step, 100, 10) for step in range(100)]
+    rates = [2.0 * train.lr_factor(step, 100, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.001
@@ -117,7 +116,7 @@ def test_schedule():
 
 
 def test_a_schedule_without_warm_up_begins_with_the_full_rate():
-    assert train.lr_at(0, 5, 0) == 1.0
+    assert train.lr_factor(0, 5, 0) == 1.0
 
 
 def test_a_run_shorter_than_the_warm_up_runs(written, tmp_path, capsys):
@@ -129,7 +128,7 @@ def test_a_run_shorter_than_the_warm_up_runs(written, tmp_path, capsys):
     assert "train.warmup_epochs=5 lasts all 2 epochs of the head" in printed
 
 
-# --------------------------------------------------------------------- settings that are seldom meant
+# ----------------------------------------------------------------- settings that are seldom meant
 
 
 @pytest.mark.parametrize(
@@ -140,11 +139,7 @@ def test_a_run_shorter_than_the_warm_up_runs(written, tmp_path, capsys):
             "train.class_weights=auto and train.loss=balanced_softmax correct the imbalance twice",
         ),
         (
-            [
-                "train.loss=logit_adjustment",
-                "train.class_weights=none",
-                "data.sampler=stratified",
-            ],
+            ["train.loss=logit_adjustment", "train.class_weights=none", "data.sampler=stratified"],
             "data.sampler=stratified and train.loss=logit_adjustment correct the imbalance twice",
         ),
         (
@@ -179,25 +174,25 @@ def test_a_warm_up_that_lasts_all_of_the_encoders_epochs_is_said(written, tmp_pa
     assert "note: train.warmup_epochs=2 lasts all 2 epochs of the encoder" in printed
 
 
-# ----------------------------------------------------------------------- when the encoder trains
+# ------------------------------------------------------------------------ when the encoder trains
 
 
-UNFREEZING = pytest.mark.parametrize(
-    "overrides, first",
-    [
-        (["model.unfreeze_at_epoch=2"], 3),
-        (["model.freeze_encoder=false", "model.unfreeze_at_epoch=-1"], 1),
-        (["model.unfreeze_at_epoch=0"], 1),
-        (["model.unfreeze_at_epoch=-1", "model.drop_path=0"], None),
+@pytest.fixture(
+    scope="module",
+    params=[
+        (3, ["model.unfreeze_at_epoch=2"]),
+        (1, ["model.freeze_encoder=false", "model.unfreeze_at_epoch=-1"]),
+        (1, ["model.unfreeze_at_epoch=0"]),
+        (None, ["model.unfreeze_at_epoch=-1", "model.drop_path=0"]),
     ],
+    ids=["after two epochs", "not frozen", "after none", "never"],
 )
-LASTS = ["train.epochs=4", "train.early_stopping.enabled=false"]
-
-
-@UNFREEZING
-def test_the_encoder_changes_from_its_epoch_on_and_not_before(
-    written, tmp_path, monkeypatch, overrides, first
-):
+def unfrozen(request, written, tmp_path_factory):
+    """A run of four epochs: its configuration, the first epoch in which the encoder trains, and the
+    hash of the encoder's weights after each."""
+    first, overrides = request.param
+    more = [*TUNE, "train.epochs=4", "train.early_stopping.enabled=false", *overrides]
+    cfg = quick(written, tmp_path_factory.mktemp("unfrozen"), *more)
     encoders, hashes, load, lines = [], [], model.load_encoder, runs.epoch_lines
 
     def keep(*args):
@@ -208,20 +203,23 @@ def test_the_encoder_changes_from_its_epoch_on_and_not_before(
         hashes.append(model.weights_hash(encoders[0]))
         return lines(*args)
 
-    monkeypatch.setattr(model, "load_encoder", keep)
-    monkeypatch.setattr(runs, "epoch_lines", note)
-    train.main(0, quick(written, tmp_path, *TUNE, *LASTS, *overrides))
-    pretrained = model.weights_hash(load(TINY))
-    changed = [found != pretrained for found in hashes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "load_encoder", keep)
+        patch.setattr(runs, "epoch_lines", note)
+        train.main(0, cfg)
+    return SimpleNamespace(cfg=cfg, first=first, hashes=hashes)
+
+
+def test_the_encoder_changes_from_its_epoch_on_and_not_before(unfrozen):
+    first, pretrained = unfrozen.first, model.weights_hash(model.load_encoder(TINY))
+    changed = [found != pretrained for found in unfrozen.hashes]
     assert changed == [first is not None and epoch >= first for epoch in range(1, 5)]
-    after = hashes[first - 1 :] if first else []
+    after = unfrozen.hashes[first - 1 :] if first else []
     assert len(set(after)) == len(after)  # and in every epoch anew
 
 
-@UNFREEZING
-def test_the_encoder_is_saved_once_it_trains_and_every_weight_has_moved(written, overrides, first):
-    cfg = quick(written, trained(written, *TUNE, *LASTS, *overrides))
-    _, best, last = read_run(cfg)
+def test_the_encoder_is_saved_once_it_trains_and_every_weight_has_moved(unfrozen):
+    first, (_, best, last) = unfrozen.first, read_run(unfrozen.cfg)
     assert ("encoder" in best) == (first is not None and best["epoch"] >= first)
     assert ("encoder" in last) == (first is not None)
     if first:  # positions and the first layer too
@@ -229,18 +227,18 @@ def test_the_encoder_is_saved_once_it_trains_and_every_weight_has_moved(written,
         assert all(not torch.equal(last["encoder"][k], v) for k, v in fresh.items())
 
 
-@UNFREEZING
-def test_each_parts_schedule_begins_with_the_part(written, overrides, first):
+def test_the_schedule_of_each_part_begins_with_the_part(unfrozen):
     """The record holds the learning rates of the epoch's last step."""
-    history, _, last = read_run(quick(written, trained(written, *TUNE, *LASTS, *overrides)))
-    steps = -(-last["volumes"][0] // 10)
+    history, _, last = read_run(unfrozen.cfg)
+    steps, begun = -(-last["volumes"][0] // 10), (unfrozen.first or 9) - 1
     assert len(history) == 4
     for r in history:
-        begun = (first or 9) - 1
         done = (r["epoch"] - begun) * steps - 1
-        expected = 1e-3 * train.lr_at(done, (4 - begun) * steps, steps) if r["epoch"] > begun else 0
+        expected = (
+            1e-3 * train.lr_factor(done, (4 - begun) * steps, steps) if r["epoch"] > begun else 0
+        )
         assert r["train/lr_encoder"] == pytest.approx(expected)
-        expected = 0.003 * train.lr_at(r["epoch"] * steps - 1, 4 * steps, steps)
+        expected = 0.003 * train.lr_factor(r["epoch"] * steps - 1, 4 * steps, steps)
         assert r["train/lr_head"] == pytest.approx(expected)
 
 
@@ -255,10 +253,7 @@ def test_it_overfits_eight_volumes(dataset, tmp_path):
         is_kept = line.split("\t")[0] in kept or "\ttrain\t" not in line
         return line if is_kept else line.replace("\tTRUE", "\tFALSE")
 
-    edit(
-        dataset / "participants.tsv",
-        lambda text: "".join(map(leave_out, text.splitlines(True))),
-    )
+    edit(dataset / "participants.tsv", lambda text: "".join(map(leave_out, text.splitlines(True))))
     cfg = quick(
         dataset,
         tmp_path,
@@ -283,12 +278,12 @@ def test_attentive_fine_tuning(written, tmp_path):
     train.main(0, cfg)
     path = f"{cfg.paths.run_dir}/predictions_val.csv"
     before = read_predictions(path)[2]
-    evaluation.evaluate_run(cfg.paths.run_dir, "val")
+    evaluate(cfg.paths.run_dir, "val")
     # tokens kept for eval are float16
     assert np.allclose(before, read_predictions(path)[2], atol=2e-3)
 
 
-# ------------------------------------------------------------------ what must change nothing
+# ----------------------------------------------------------------------- what must change nothing
 
 
 @pytest.fixture()
@@ -318,7 +313,9 @@ def largest_change(a, b):
     ],
     ids=["at once", "of three", "kept activations", "workers, no cache"],
 )
-def test_memory_and_workers_do_not_change_the_result(written, tuned, configure, tmp_path, overrides):
+def test_memory_and_workers_do_not_change_the_result(
+    written, tuned, configure, tmp_path, overrides
+):
     """Gradients accumulated over four micro-batches are those of the batch at once: dropout,
     drop-path and augmentation on."""
     is_cold = overrides[0].startswith("data.")
@@ -337,7 +334,7 @@ def test_bf16_trains_the_encoder(written, tuned, tmp_path):
     # bf16 is how it computes, not what it is
     assert {v.dtype for v in last["encoder"].values()} == {torch.float32}
     assert len(history) == 3 and 1e-4 < largest_change(tmp_path, tuned) <= 1e-2
-    result, _ = evaluation.evaluate_run(cfg.paths.run_dir, "val")
+    result, _ = evaluate(cfg.paths.run_dir, "val")
     assert result["log_loss"] == best["val_loss"]
 
 
@@ -392,8 +389,9 @@ def test_every_epoch_sees_another_view(written, tmp_path, monkeypatch):
     cfg = quick(written, tmp_path, *TUNE, *more)
     train.main(0, cfg)
     samples = ledger.read(cfg).of("train")
-    labels, volumes = torch.tensor([s.label for s in samples]), data.Volumes(
-        samples, SIZE, cfg.paths.cache_dir
+    labels, volumes = (
+        torch.tensor([s.label for s in samples]),
+        data.Volumes(samples, SIZE, cfg.paths.cache_dir),
     )
     n, usual = len(samples), {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.1}
     assert len(seen) == 2 * n
@@ -405,7 +403,7 @@ def test_every_epoch_sees_another_view(written, tmp_path, monkeypatch):
             assert torch.equal(x, expected.float()) and not torch.equal(x, volume.float())
 
 
-# ------------------------------------------------------------------ against another implementation
+# ----------------------------------------------------------------- against another implementation
 
 
 def test_a_run_equals_one_written_from_the_formulas(written, tmp_path):
@@ -489,7 +487,7 @@ def test_a_run_equals_one_written_from_the_formulas(written, tmp_path):
             assert (p - fresh[name]).abs().max() > 20 * difference, name
 
 
-# ------------------------------------------------------------------------- what stops training
+# ---------------------------------------------------------------------------- what stops training
 
 
 def test_an_encoder_that_diverges_is_said_by_its_key(written, tmp_path):
@@ -514,8 +512,29 @@ def test_a_volume_that_vanishes_while_training_stops_the_run(dataset, tmp_path, 
     assert len(read_run(cfg)[0]) == 1
 
 
-def test_what_cannot_train_stops_before_anything_is_encoded_or_removed(
-    dataset, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["data.sampler=stratified", "train.class_weights=none"],
+            r"data.sampler=stratified needs every one of 4 classes in training, and "
+            r"no training volume is of class 3 \(insulin\)",
+        ),
+        ([], r"train.class_weights=auto needs every one of 4 classes .* class 3 \(insulin\)"),
+    ],
+)
+def test_what_cannot_train_stops_before_the_earlier_run_is_gone(
+    written, dataset, tmp_path, monkeypatch, overrides, message
 ):
-    copy_of_data = quick(dataset, tmp_path, *TUNE, "train.epochs=2")
-    train.main(0, copy_of_data)
+    def leave_out(line):
+        is_rare = "\ttrain\t" in line and "insulin_dependent" in line
+        return line.replace("\tTRUE", "\tFALSE") if is_rare else line
+
+    edit(dataset / "participants.tsv", lambda text: "".join(map(leave_out, text.splitlines(True))))
+    run_dir = copy_of(trained(written), tmp_path)
+    before = sorted(os.listdir(run_dir))
+    forward = lambda *args: pytest.fail("encoded something")
+    monkeypatch.setattr(model.ViT3D, "forward", forward)
+    with pytest.raises(ValueError, match=message):
+        train.main(0, quick(dataset, tmp_path, *TUNE, *overrides))
+    assert sorted(os.listdir(run_dir)) == before

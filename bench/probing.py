@@ -1,0 +1,206 @@
+"""Heads on features: what they learn, and what many of them cost.
+
+    .venv/bin/python bench/probing.py learn                  # ten minutes on two cores
+    .venv/bin/python bench/probing.py learn --rows 20000     # hours
+    .venv/bin/python bench/probing.py sweep                  # a minute
+    .venv/bin/python bench/probing.py finetune               # 15 minutes; --seeds 5
+
+learn: how far from chance to the best possible balanced accuracy the head that configs/probe.yaml's
+sweep chooses comes, beside scikit-learn's class-balanced LogisticRegression, whose C the same
+validation chooses. Gaussian features of unit variance; the class means lie along one hidden
+direction, spread evenly over all features. Training (743) has AI-READI's classes, validation (159)
+and test (20,000) have them evenly. Required: the sweep is no worse.
+sweep: 64 heads x 50 epochs on 743 x 768 features at once, against a plain loop over them (required:
+15 times faster); and the demo's probe, encoding and 50 epochs of 24 heads, against its encoding
+alone (required: at most 1.1 times the time).
+finetune: probe or fine-tune, and which correction of the imbalance? On the boosted phantom's test
+split, mean ± SD over seeds 1, 2, ... Nothing is required.
+"""
+
+import copy
+import json
+import math
+import tempfile
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from measure import bench, check, header, require, row, script, timed
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, log_loss
+
+import config
+import device
+import features
+import heads
+import ledger
+import phantom
+import train
+
+SHARES = np.array([290, 162, 233, 58])
+
+
+def draw(means, dim, rows, seed):
+    """-> train, val, test, each (x float32 (n, dim), y (n,))."""
+    rng = np.random.default_rng(seed)
+    direction, means = rng.choice([-1, 1], dim) / np.sqrt(dim), np.array(means)
+    counts = (SHARES * rows / SHARES.sum()).round().astype(int)
+    labels = np.repeat(np.arange(4), counts), rng.integers(0, 4, 159), rng.integers(0, 4, 20_000)
+    noise = lambda y: rng.standard_normal((len(y), dim))
+    return [((noise(y) + means[y][:, None] * direction).astype(np.float32), y) for y in labels]
+
+
+def features_of(x, y):
+    """x (n, dim), y (n,) -> features.Features of as many participants with one volume each."""
+    samples = [SimpleNamespace(participant_id=str(i), label=int(k)) for i, k in enumerate(y)]
+    return features.Features(samples, torch.as_tensor(x))
+
+
+def best_possible(means):
+    """Bayes balanced accuracy: the nearest mean along the direction."""
+    rng, means = np.random.default_rng(0), np.array(means)
+    y = rng.integers(0, 4, 2_000_000)
+    x = rng.standard_normal(len(y)) + means[y]
+    return balanced_accuracy_score(y, np.abs(x[:, None] - means).argmin(axis=1))
+
+
+def logistic(train_xy, val, test, seed):
+    """Test balanced accuracy of the C that validation chooses."""
+    tried = []
+    for C in np.logspace(-6, 5, 23):
+        fitted = LogisticRegression(C=C, class_weight="balanced", max_iter=300).fit(*train_xy)
+        p = fitted.predict_proba(val[0])
+        accuracy = balanced_accuracy_score(val[1], p.argmax(axis=1))
+        tried.append((accuracy, -log_loss(val[1], p, labels=range(4)), C, fitted))
+    return balanced_accuracy_score(test[1], max(tried)[3].predict(test[0]))
+
+
+def swept(train_xy, val, test, seed):
+    """Test balanced accuracy of the head that configs/probe.yaml's sweep chooses."""
+    cfg = config.load("configs/probe.yaml", [f"seed={seed}", f"model.emb_dim={test[0].shape[1]}"])
+    parts = features_of(*train_xy), features_of(*val)
+    _, fitted = timed(train.fit, cfg, seed, *parts, torch.device("cpu"))
+    p = heads.predict(fitted.head, torch.from_numpy(test[0]))[0]
+    return balanced_accuracy_score(test[1], p.argmax(axis=1))
+
+
+def learn(args):
+    warnings.filterwarnings("ignore", category=UserWarning)
+    header("class means", "Bayes", "features", "training rows", "LogisticRegression", "the sweep")
+    for means in ((0, 0.4, 1, 1.6), (0, 0.2, 0.5, 0.8)):
+        bayes = best_possible(means)
+        for rows, dim in ((rows, dim) for rows in args.rows for dim in args.features):
+            scores = [
+                [score(*draw(means, dim, rows, seed), seed) for score in (logistic, swept)]
+                for seed in range(args.seeds or 10)
+            ]
+            reference, ours = (np.mean(scores, axis=0) - 0.25) / (bayes - 0.25)
+            name = "/".join(map(str, means))
+            row(name, f"{bayes:.3f}", dim, rows, f"{reference:.0%}", f"{ours:.0%}")
+            require(f"{name}, {dim} features, {rows} rows: no worse", ours >= reference)
+
+
+def one_after_the_other(settings, x, y, x_val, y_val):
+    """The same heads as plain torch trains them: AdamW, warm-up and cosine, batches of 32, class
+    weights, the epoch that is best on validation kept."""
+    mean, std, weights = x.mean(dim=0), x.std(dim=0), len(y) / (4 * y.bincount())
+    x, x_val, kept = (x - mean) / std, (x_val - mean) / std, []
+    steps = 50 * -(-len(x) // 32)
+    share = lambda n: min((n + 1) / (steps / 10), 0.5 + 0.5 * math.cos(math.pi * n / steps))
+    for setting in settings:
+        torch.manual_seed(0)
+        head = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(x.shape[1], 4))
+        rate, decay, best = setting["lr_head"], setting["weight_decay"], None
+        optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=decay)
+        for epoch in range(50):
+            head.train()
+            for n, batch in enumerate(torch.randperm(len(x)).split(32), epoch * steps // 50):
+                optimizer.param_groups[0]["lr"] = rate * share(n)
+                optimizer.zero_grad()
+                F.cross_entropy(head(x[batch]), y[batch], weight=weights).backward()
+                optimizer.step()
+            head.eval()
+            with torch.no_grad():
+                logits = head(x_val)
+                right = (logits.argmax(dim=1) == y_val).double()
+                recall = right @ F.one_hot(y_val, 4).double() / y_val.bincount()
+                now = recall.mean().item(), -F.cross_entropy(logits, y_val).item()
+            if best is None or now > best:
+                best, state = now, copy.deepcopy(head.state_dict())
+        kept.append(state)
+    return kept
+
+
+def sweep(args):
+    header("", "measured", "required")
+    xy, val, _ = draw((0, 0.4, 1, 1.6), 768, 743, 0)
+    rates = "train.sweep.lr_head=[0.0001,0.0003,0.001,0.003,0.01,0.02,0.05,0.1]"
+    decays = "train.sweep.weight_decay=[0.001,0.01,0.03,0.1,0.3,1,3,10]"
+    rest = "train.sweep.ordinal=null", "train.early_stopping.enabled=false"
+    cfg = config.load("configs/probe.yaml", [rates, decays, *rest])
+    torch.set_num_threads(1)  # the fastest for both
+    parts = features_of(*xy), features_of(*val)
+    at_once = timed(train.fit, cfg, 0, *parts, torch.device("cpu"))[0]
+    tensors = [torch.from_numpy(values) for values in (*xy, *val)]
+    ratio = timed(one_after_the_other, heads.settings_of(cfg), *tensors)[0] / at_once
+    what = "64 heads at once, against one after the other"
+    check(what, f"{ratio:.1f}x faster", "at least 15x", ratio >= 15)
+
+    def encode():
+        book, encoder = ledger.read(cfg), features.open_encoder(cfg)
+        samples = book.of("train") + book.of("val")
+        features.encode(cfg, book, samples, encoder, device.get("cpu"))
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"paths.run_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
+        cfg = config.load("configs/demo.yaml", paths)
+        phantom.prepare(cfg)
+        alone = timed(encode)[0]
+        cfg.paths.cache_dir = f"{folder}/another"
+        ratio = timed(train.main, 0, cfg)[0] / alone
+    what = "the demo's probe, against its encoding alone"
+    check(what, f"{ratio:.2f}x the time", "at most 1.1x", ratio <= 1.1)
+
+
+PROBE = "--config configs/demo.yaml train.sweep=null train.class_weights="
+WAYS = {
+    "linear probe, uniform loss": PROBE + "none",
+    "linear probe, balanced weights": PROBE + "auto",
+    "linear probe, stratified sampling": PROBE + "none data.sampler=stratified",
+    "fine-tuned, balanced weights": "--config configs/demo.yaml --config configs/finetune.yaml",
+}
+
+
+def train_and_evaluate(folder, arguments, seed):
+    """-> eval_test.json."""
+    run = f"{folder}/{seed}"
+    list(script("train.py", *arguments.split(), f"seed={seed}", f"paths.run_dir={run}"))
+    list(script("eval.py", "--ckpt", run, "--split", "test"))
+    with open(f"{run}/eval_test.json", encoding="utf-8") as f:
+        return json.load(f)
+
+
+def finetune(args):
+    number = args.seeds or 3
+    spread = lambda values: f"{np.mean(values):.3f} ± {np.std(values, ddof=number > 1):.3f}"
+    names = "balanced accuracy", "macro F1", *(f"F1 {name}" for name in ledger.CLASS_NAMES)
+    header(f"on test, {number} seeds", *names, "above chance")
+    for name, arguments in WAYS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = [train_and_evaluate(folder, arguments, 1 + n) for n in range(number)]
+        above = sum(r["balanced_accuracy"] > r["chance_band"][1] for r in found)
+        scores = [(r["balanced_accuracy"], r["macro_f1"], *r["f1_per_class"]) for r in found]
+        row(name, *map(spread, zip(*scores)), f"{above} of {number}")
+    (low, high), majority = found[-1]["chance_band"], found[-1]["majority"]
+    scores = f"{majority['balanced_accuracy']:.3f}", f"{majority['macro_f1']:.3f}"
+    print(f"\nmajority class: {' and '.join(scores)}; chance band {low:.3f} to {high:.3f}")
+
+
+if __name__ == "__main__":
+    rows = dict(type=int, nargs="+", default=(743,), help="of learn, in training")
+    dims = dict(type=int, nargs="+", default=(64, 768), help="of learn")
+    seeds = dict(type=int, help="how many, of learn (10) and finetune (3)")
+    options = {"--rows": rows, "--features": dims, "--seeds": seeds}
+    bench(__doc__, {"learn": learn, "sweep": sweep, "finetune": finetune}, options)

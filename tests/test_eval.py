@@ -1,0 +1,291 @@
+import csv
+import json
+import os
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    TINY,
+    TUNE,
+    assert_scores_are_scikit_learns,
+    content,
+    copy_of,
+    edit,
+    evaluate,
+    quick,
+    read_predictions,
+    read_run,
+    tables,
+    trained,
+    triton,
+)
+from scipy.optimize import minimize
+from sklearn.metrics import log_loss
+
+import data
+import eval as evaluation
+import ledger
+import model
+import runs
+import train
+
+SPLITS = pytest.mark.parametrize("split", ["val", "test"])
+
+
+@pytest.fixture(scope="module")
+def scored(written, tmp_path_factory):
+    """{split: result} of a run, and its folder."""
+    run = copy_of(trained(written, "train.epochs=3"), tmp_path_factory.mktemp("scored"))
+    return {split: evaluate(run, split)[0] for split in ("val", "test")}, run
+
+
+# ------------------------------------------------------------------------------ scores and tables
+
+
+@SPLITS
+def test_every_participant_of_the_split_with_oct_is_scored(scored, written, split):
+    ids, y, _ = read_predictions(f"{scored[1]}/predictions_{split}.csv")
+    people = {row["participant_id"]: row for row in tables(written)[0]}
+    of_split = [
+        i
+        for i, row in people.items()
+        if row["recommended_split"] == split and row["retinal_oct"] == "TRUE"
+    ]
+    assert sorted(ids) == sorted(of_split)
+    assert [ledger.CLASSES[k] for k in y] == [people[i]["study_group"] for i in ids]
+
+
+@SPLITS
+def test_the_scores_are_scikit_learns(scored, split):
+    _, y, p = read_predictions(f"{scored[1]}/predictions_{split}.csv")
+    assert_scores_are_scikit_learns(scored[0][split], y, p)
+
+
+@SPLITS
+def test_a_result_is_what_the_file_says(scored, split):
+    result = json.loads(content(f"{scored[1]}/eval_{split}.json"))
+    assert result == scored[0][split]
+    names = {"majority_baseline", "chance_band", "ci95", "predicted_counts", "alarms"}
+    assert names | {"confusion_matrix"} <= set(result)
+
+
+def test_random_answers_are_those_of_trainings_shares(scored):
+    results, run = scored
+    with open(f"{run}/ledger.csv", newline="") as f:
+        rows = [row for row in csv.DictReader(f) if row["status"] == "used"]
+    trained_on = [int(row["label"]) for row in rows if row["split"] == "train"]
+    prior = np.bincount(trained_on, minlength=4) / len(trained_on)
+    _, y, _ = read_predictions(f"{run}/predictions_val.csv")
+    expected = (prior * np.bincount(y, minlength=4) / len(y)).sum()
+    assert results["val"]["random"]["accuracy"] == pytest.approx(expected)
+
+
+# ----------------------------------------------------------------------------------------- groups
+
+
+def decade(row):
+    low = int(float(row["age"])) // 10 * 10
+    return f"{low} to {low + 9}"
+
+
+@pytest.mark.parametrize(
+    "name, group_of",
+    [("site", lambda row: row["clinical_site"]), ("age", decade)],
+    ids=["site", "age"],
+)
+def test_groups_are_those_of_the_tables(scored, written, name, group_of):
+    results, run = scored
+    ids, y, p = read_predictions(f"{run}/predictions_val.csv")
+    people = {row["participant_id"]: row for row in tables(written)[0]}
+    members, groups = defaultdict(list), results["val"]["subgroups"][name]
+    for n, i in enumerate(ids):
+        members[group_of(people[i])].append(n)
+    assert {g["group"]: g["n"] for g in groups} == {g: len(rows) for g, rows in members.items()}
+    for g in groups:
+        rows = members[g["group"]]
+        right = p[rows].argmax(1) == y[rows]
+        recalls = [right[y[rows] == k].mean() for k in np.unique(y[rows])]
+        assert g["balanced_accuracy"] == pytest.approx(np.mean(recalls)) and g["small"]
+
+
+def test_the_scanner_is_a_group(scored):
+    groups = scored[0]["val"]["subgroups"]["scanner"]
+    assert [g["group"] for g in groups] == ["topcon_triton"]
+
+
+def test_sides_are_groups_and_every_volume_is_scored(scored, written):
+    results, run = scored
+    ids, _, _ = read_predictions(f"{run}/predictions_val.csv")
+    manifest = triton(tables(written)[1])
+    sides = [row["laterality"] for row in manifest if row["participant_id"] in ids]
+    result, groups = results["val"], results["val"]["subgroups"]["laterality"]
+    assert {g["group"] for g in groups} == set(sides)
+    assert sum(g["n"] for g in groups) <= len(sides)
+    assert result["per_volume"]["n"] == len(sides) == result["volumes"]
+    assert result["per_volume"]["participants"] == len(ids)
+
+
+@pytest.mark.parametrize(
+    "age, band", [("49", "40 to 49"), ("50.5", "50 to 59"), ("", "unknown"), ("n/a", "unknown")]
+)
+def test_an_age_that_is_no_number_is_its_own_group(age, band):
+    assert evaluation.age_band(age) == band
+
+
+# ------------------------------------------------------------------------------------ calibration
+
+
+def flattened(p, T):
+    return p ** (1 / T) / (p ** (1 / T)).sum(axis=1, keepdims=True)
+
+
+def test_the_temperature_is_fitted_on_validation_of_the_same_checkpoint(written, tmp_path):
+    run = copy_of(trained(written, "train.epochs=3"), tmp_path)
+    _, y, p = read_predictions(f"{run}/predictions_val.csv")
+    loss = lambda t: log_loss(y, flattened(p, np.exp(t[0])), labels=range(4))
+    best = minimize(loss, [0.0]).x[0]
+    os.remove(f"{run}/predictions_val.csv")  # the checkpoint itself knows
+    result, _ = evaluate(run, "test")
+    assert result["temperature"] == pytest.approx(min(max(np.exp(best), 0.05), 20), rel=1e-2)
+
+
+def test_calibrated_scores_are_of_the_flattened_answers(scored):
+    results, run = scored
+    _, y, p = read_predictions(f"{run}/predictions_test.csv")
+    result = results["test"]
+    expected = log_loss(y, flattened(p, result["temperature"]), labels=range(4))
+    assert result["calibrated"]["log_loss"] == pytest.approx(expected)
+    assert result["log_loss"] == pytest.approx(log_loss(y, p, labels=range(4)))
+
+
+# ------------------------------------------------------------------------------- which checkpoint
+
+
+def test_the_last_checkpoint_does_not_pass_for_the_best(written, tmp_path):
+    more = ["train.epochs=15", "train.lr_head=0.02", "train.early_stopping.enabled=false"]
+    run = copy_of(trained(written, *more), tmp_path)
+    _, best, last = read_run(quick(written, tmp_path))
+    before = content(f"{run}/predictions_val.csv")
+    result, folder = evaluate(f"{run}/last.pt", "val")
+    assert result["epoch"] == 15 != best["epoch"] and folder == f"{run}/last"
+    assert result["log_loss"] == pytest.approx(last["val_loss"])
+    assert os.path.exists(f"{folder}/eval_val.json")
+    assert not os.path.exists(f"{run}/eval_val.json")
+    assert content(f"{run}/predictions_val.csv") == before
+
+
+@pytest.fixture()
+def tuned(written, tmp_path):
+    """The folder of a fine-tuning run."""
+    return copy_of(trained(written, *TUNE, "train.save_every=2"), tmp_path)
+
+
+def test_the_best_of_a_fine_tuning_run_is_scored_with_its_encoder(written, tuned, tmp_path):
+    history, best, _ = read_run(quick(written, tmp_path))
+    before = read_predictions(f"{tuned}/predictions_val.csv")[2]
+    result, _ = evaluate(tuned, "val")
+    assert np.array_equal(before, read_predictions(f"{tuned}/predictions_val.csv")[2])
+    assert result["epoch"] == best["epoch"] > 1
+    highest = max(record["val/balanced_accuracy"] for record in history)
+    assert result["balanced_accuracy"] == pytest.approx(highest)
+
+
+def test_predictions_of_a_fine_tuned_encoder_computed_by_hand(written, tuned, tmp_path):
+    cfg = quick(written, tmp_path)
+    best, encoder, answers = read_run(cfg)[1], model.load_encoder(TINY), {}
+    encoder.load_state_dict(best["encoder"])
+    head = best["head"]
+    for s in ledger.read(cfg).of("val"):
+        x = data.preprocess(data.read_dicom(s.path), (16, 64, 64)).half().float()
+        with torch.no_grad():
+            feature = (encoder(x[None, None])[0].mean(0) - head["mean"]) / head["std"]
+            hidden = feature @ head["hidden_weight"][0].T + head["hidden_bias"][0]
+            logits = torch.nn.functional.gelu(hidden) @ head["weight"][0].T + head["bias"][0]
+        answers.setdefault(s.participant_id, []).append(logits.softmax(0).numpy())
+    ids, _, p = read_predictions(f"{tuned}/predictions_val.csv")
+    assert np.abs(p - np.stack([np.mean(answers[i], axis=0) for i in ids])).max() < 1e-5
+
+
+def test_the_last_of_a_fine_tuning_run_is_scored_with_its_encoder(written, tuned, tmp_path):
+    last = read_run(quick(written, tmp_path))[2]
+    result, _ = evaluate(f"{tuned}/last.pt", "val")
+    assert result["log_loss"] == pytest.approx(last["val_loss"]) and result["epoch"] == 3
+
+
+def test_a_fine_tuned_encoder_that_lacks_a_weight_is_refused(tuned, tmp_path):
+    last = torch.load(f"{tuned}/last.pt", weights_only=True)
+    del last["encoder"]["norm.bias"]
+    torch.save(last, tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match="broken.pt: not loaded: .*norm.bias"):
+        evaluate(str(tmp_path / "broken.pt"), "val")
+
+
+# ----------------------------------------------------------------------------------------- alarms
+
+
+def test_overfitting_raises_an_alarm(written, tmp_path):
+    more = [
+        "train.epochs=40",
+        "train.lr_head=0.05",
+        "train.class_weights=none",
+        "train.early_stopping.enabled=false",
+        "data.batch_size=8",
+    ]
+    cfg = quick(written, tmp_path, *more)
+    train.main(0, cfg)
+    last = read_run(cfg)[2]
+    assert last["train_balanced_accuracy"] - last["val_balanced_accuracy"] > 0.2
+    result, _ = evaluate(f"{cfg.paths.run_dir}/last.pt", "test")
+    assert any("more than 0.2 below: overfitting" in alarm for alarm in result["alarms"])
+
+
+@pytest.fixture()
+def moved(written, dataset, tmp_path):
+    """A run on the data set `dataset`, and a participant of training whom that now has in test."""
+    run = copy_of(trained(written), tmp_path)
+    saved = torch.load(f"{run}/{runs.BEST}", weights_only=True)
+    saved["config"]["paths"]["data"] = str(dataset)
+    torch.save(saved, f"{run}/{runs.BEST}")
+    participant = saved["train_participants"][0]
+
+    def move(line):
+        return line.replace("\ttrain\t", "\ttest\t") if line.startswith(participant) else line
+
+    edit(dataset / "participants.tsv", lambda text: "".join(map(move, text.splitlines(True))))
+    return run, participant
+
+
+def test_tables_that_changed_are_refused(moved):
+    message = (
+        "participants.tsv in .* changed since .* was trained; put that back, train again, or name "
+        "the other data"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate(moved[0], "test")
+
+
+def test_participants_that_moved_from_train_to_test_raise_an_alarm(moved, dataset):
+    run, participant = moved
+    result, _ = evaluate(run, "test", [f"paths.data={dataset}"])
+    assert f"1 participants of test were trained on: {participant}" in result["alarms"]
+    other = f"participants.tsv of {dataset} is not what this run was trained with"
+    assert other in result["alarms"]
+
+
+def test_missing_participants_raise_an_alarm(dataset, tmp_path):
+    cfg = quick(dataset, tmp_path, "data.max_missing=1")
+    train.main(0, cfg)
+    victim = ledger.read(cfg).of("test")[0].participant_id
+    for s in ledger.read(cfg).of("test"):
+        if s.participant_id == victim:
+            os.remove(s.path)
+    result, _ = evaluate(cfg.paths.run_dir, "test")
+    message = "1 labelled participants of test have no volume and are not scored"
+    assert message in result["alarms"]
+    other = next(s for s in ledger.read(cfg).of("test") if s.participant_id != victim)
+    os.remove(other.path)
+    result, _ = evaluate(cfg.paths.run_dir, "test")
+    message = f"1 participants of test lack some of their volumes: {other.participant_id}"
+    assert message in result["alarms"]

@@ -1,0 +1,412 @@
+import contextlib
+import csv
+import functools
+import io
+import json
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEMO, copy_of, evaluate, features_of, quick, read_predictions, read_run, trained
+from sklearn.metrics import balanced_accuracy_score
+
+import config
+import features
+import ledger
+import repeats
+import train
+
+GRID = {"lr_head": [0.003, 0.03], "weight_decay": [0.01, 3.0], "ordinal": [False, True]}
+SWEPT = [
+    "train.epochs=12",
+    *(f"train.sweep.{name}={json.dumps(values)}" for name, values in GRID.items()),
+]
+
+
+def rows_of(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture()
+def fits(monkeypatch):
+    """The Features of train and of val of every call of train.fit."""
+    calls, fit = [], train.fit
+
+    def note(cfg, seed, train_set, val_set, *args, **named):
+        calls.append((train_set, val_set))
+        return fit(cfg, seed, train_set, val_set, *args, **named)
+
+    monkeypatch.setattr(train, "fit", note)
+    return calls
+
+
+# ---------------------------------------------------------------------------------------- a sweep
+
+
+def test_validation_chooses(written):
+    folder = trained(written, *SWEPT)
+    rows = rows_of(f"{folder}/run/sweep.csv")
+    assert [row["chosen"] for row in rows] == ["True"] + ["False"] * 7
+
+
+def test_a_sweep_says_how_many_heads_it_tried(written, tmp_path, capsys):
+    train.main(0, quick(written, tmp_path, *SWEPT))
+    assert "8 heads (network) on 58 volumes" in capsys.readouterr().out
+
+
+def test_a_sweep_leaves_what_a_run_leaves_and_its_table(written):
+    names = {"sweep.csv", "last.pt", "metrics.jsonl", "config.yaml", "provenance.json"}
+    assert names | {"ledger.csv"} <= set(os.listdir(trained(written, *SWEPT) / "run"))
+
+
+def test_eval_scores_the_chosen_head(written, tmp_path):
+    run = copy_of(trained(written, *SWEPT), tmp_path)
+    best = rows_of(f"{run}/sweep.csv")[0]
+    before = read_predictions(f"{run}/predictions_val.csv")
+    result, _ = evaluate(run, "val")
+    assert np.abs(before[2] - read_predictions(f"{run}/predictions_val.csv")[2]).max() < 1e-6
+    assert result["balanced_accuracy"] == pytest.approx(float(best["val_balanced_accuracy"]))
+    assert result["log_loss"] == pytest.approx(float(best["val_loss"]), abs=1e-6)
+
+
+def test_a_finished_sweep_is_left_as_it_is(written, tmp_path, capsys):
+    run = copy_of(trained(written, *SWEPT), tmp_path)
+    stamp = os.stat(f"{run}/sweep.csv").st_mtime_ns
+    train.main(0, quick(written, tmp_path, *SWEPT, "train.resume=auto"))
+    assert "holds this run, finished" in capsys.readouterr().out
+    assert os.stat(f"{run}/sweep.csv").st_mtime_ns == stamp
+
+
+def test_a_single_head_leaves_no_table_of_an_earlier_sweep(written, tmp_path):
+    run = copy_of(trained(written, *SWEPT), tmp_path)
+    train.main(0, quick(written, tmp_path, "train.epochs=12"))
+    assert not os.path.exists(f"{run}/sweep.csv")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "model.unfreeze_at_epoch=1",
+            "train.sweep tries heads on the features of a frozen encoder, and this one is to "
+            "train; set train.sweep=null",
+        ),
+        (
+            "train.sweep.lr_head=0.1",
+            "train.sweep.lr_head must be a list of values to try, .*, or null",
+        ),
+        ("train.sweep.loss=[hinge]", "train.sweep.loss must be .*one of ce, focal"),
+        ("train.sweep.lr=[1]", "unknown key 'train.sweep.lr'"),
+    ],
+)
+def test_a_sweep_needs_a_frozen_encoder_and_lists(override, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(DEMO, [override])
+
+
+def test_null_is_no_sweep():
+    assert any(vars(config.load(DEMO).train.sweep).values())
+    assert not any(vars(config.load(DEMO, ["train.sweep=null"]).train.sweep).values())
+    cfg = config.load(DEMO, ["train.sweep=null", "model.unfreeze_at_epoch=1"])
+    assert cfg.model.unfreeze_at_epoch == 1
+
+
+# ------------------------------------------------------------------------------------------ seeds
+
+TWO_RATES = "train.sweep.lr_head=[0.003,0.03]"
+SEEDS = ["train.seeds=[5,6,7]", TWO_RATES]
+
+
+@pytest.fixture(scope="module")
+def alone(written, tmp_path_factory):
+    """The configurations of three runs, each with a seed of its own."""
+    folder = tmp_path_factory.mktemp("seeds")
+    cfgs = [quick(written, folder / str(n), f"seed={n}", TWO_RATES) for n in (5, 6, 7)]
+    for cfg in cfgs:
+        train.main(0, cfg)
+    return cfgs
+
+
+def test_the_table_of_a_sweep_has_every_seed(written):
+    rows = rows_of(f"{trained(written, *SEEDS)}/run/sweep.csv")
+    assert [row["seed"] for row in rows] == ["5", "5", "6", "6", "7", "7"]
+    assert sum(row["chosen"] == "True" for row in rows) == 3
+
+
+def test_the_runs_head_is_that_of_the_first_seed(written, alone):
+    mine = read_run(quick(written, trained(written, *SEEDS)))[1]["head"]
+    expected = read_run(alone[0])[1]["head"]
+    assert mine.keys() == expected.keys()
+    assert all(torch.equal(p, mine[name]) for name, p in expected.items())
+
+
+def test_a_run_says_how_much_its_seeds_vary(written, tmp_path, alone, capsys):
+    train.main(0, quick(written, tmp_path, *SEEDS))
+    values = [read_run(cfg)[1]["val_balanced_accuracy"] for cfg in alone]
+    spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    assert f"over 3 seeds: val balanced accuracy {spread}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_seeds_are_the_runs_that_they_would_be_alone(written, tmp_path, alone, split):
+    scores = [evaluate(cfg.paths.run_dir, split)[0] for cfg in alone]
+    result, _ = evaluate(copy_of(trained(written, *SEEDS), tmp_path), split)
+    assert result["seeds"]["seeds"] == [5, 6, 7]
+    assert result["balanced_accuracy"] == scores[0]["balanced_accuracy"]
+    for name in ("balanced_accuracy", "log_loss"):
+        values, spread = [score[name] for score in scores], result["seeds"][name]
+        assert spread["each"] == pytest.approx(values)
+        assert spread["mean"] == pytest.approx(np.mean(values))
+        assert spread["sd"] == pytest.approx(np.std(values, ddof=1))
+
+
+# ------------------------------------------------------------------------------- cross-validation
+
+
+@pytest.fixture(scope="module")
+def folded(written, tmp_path_factory):
+    """A run with three folds and two seeds: its configuration, the Features that every fit was
+    given, the splits that were encoded, what it printed, and {participant: label} of train and
+    val."""
+    cfg = quick(written, tmp_path_factory.mktemp("cv"), "data.cv=3", "train.seeds=[1,2]")
+    fitted, splits, printed = [], set(), io.StringIO()
+    fit, encode = train.fit, features.encode
+
+    def note_fit(cfg, seed, train_set, val_set, *args, **named):
+        fitted.append((train_set, val_set))
+        return fit(cfg, seed, train_set, val_set, *args, **named)
+
+    def note_encode(cfg, book, samples, *args, **named):
+        splits.update(s.split for s in samples)
+        return encode(cfg, book, samples, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(train, "fit", note_fit)
+        patch.setattr(features, "encode", note_encode)
+        train.main(0, cfg)
+    book = ledger.read(cfg)
+    everybody = {s.participant_id: s.label for s in book.of("train") + book.of("val")}
+    return cfg, fitted, splits, printed.getvalue(), everybody
+
+
+def held_out_by(folded):
+    """The participants whom each fold neither trained on nor chose by."""
+    _, fitted, _, _, everybody = folded
+    parts = [set(a.participants) | set(b.participants) for a, b in fitted[2:]]
+    return [set(everybody) - part for part in parts]
+
+
+def test_cross_validation_fits_every_fold_of_every_seed(folded):
+    assert len(folded[1]) == 2 + 2 * 3  # the run's own, for each seed, and the folds
+
+
+def test_cross_validation_never_touches_test(folded):
+    assert folded[2] == {"train", "val"}
+
+
+def test_cross_validation_holds_every_participant_out_once(folded):
+    held, everybody = held_out_by(folded), set(folded[4])
+    for of_seed in (held[:3], held[3:]):
+        assert set.union(*of_seed) == everybody and sum(map(len, of_seed)) == len(everybody)
+    assert held[:3] != held[3:]
+
+
+def test_the_three_parts_of_a_fold_are_disjoint_and_have_all_volumes(folded):
+    cfg, fitted, _, _, _ = folded
+    book = ledger.read(cfg)
+    volumes = Counter(s.participant_id for s in book.of("train") + book.of("val"))
+    for trains, chooses in fitted[2:]:
+        assert not set(trains.participants) & set(chooses.participants)
+        assert len(trains.samples) == sum(volumes[i] for i in trains.participants)
+
+
+def test_every_class_is_spread_over_the_folds(folded):
+    everybody = folded[4]
+    for held in held_out_by(folded):
+        for label in range(4):
+            number = sum(k == label for k in everybody.values())
+            mine = sum(everybody[i] == label for i in held)
+            assert number // 3 <= mine <= -(-number // 3)
+
+
+def test_predictions_of_cross_validation_are_of_everybody(folded):
+    cfg, everybody = folded[0], folded[4]
+    ids, y, _ = read_predictions(f"{cfg.paths.run_dir}/predictions_cv.csv")
+    assert sorted(ids) == sorted(everybody) and [everybody[i] for i in ids] == y.tolist()
+
+
+def test_the_score_of_a_fold_is_that_of_whom_it_held_out(folded):
+    cfg = folded[0]
+    ids, y, p = read_predictions(f"{cfg.paths.run_dir}/predictions_cv.csv")
+    rows = rows_of(f"{cfg.paths.run_dir}/cv.csv")
+    assert len(rows) == 6
+    for row, held in list(zip(rows, held_out_by(folded)))[:3]:  # predictions are the first seed's
+        mine = [n for n, i in enumerate(ids) if i in held]
+        score = balanced_accuracy_score(y[mine], p[mine].argmax(axis=1))
+        assert float(row["held_out_balanced_accuracy"]) == pytest.approx(score)
+        assert int(row["participants"]) == len(held)
+
+
+def test_a_run_says_what_cross_validation_came_to(folded):
+    cfg, _, _, printed, everybody = folded
+    _, y, p = read_predictions(f"{cfg.paths.run_dir}/predictions_cv.csv")
+    score = balanced_accuracy_score(y, p.argmax(axis=1))
+    assert (
+        f"3-fold cross-validation, seed 1: balanced accuracy {score:.3f} on {len(everybody)} "
+        "participants"
+    ) in printed
+
+
+def test_cross_validation_needs_every_class_in_every_fold(written, tmp_path):
+    message = "data.cv=9 needs as many participants of every class in train and val"
+    with pytest.raises(ValueError, match=message):
+        train.main(0, quick(written, tmp_path, "data.cv=9"))
+
+
+def test_cross_validation_trains_on_views_and_scores_without(written, tmp_path, fits):
+    more = ["data.augment.flip=true", "data.augment_views=2", "train.epochs=2"]
+    train.main(0, quick(written, tmp_path, "data.cv=3", *more))
+    assert [(a.views.shape[1], b.x.ndim) for a, b in fits] == [(3, 2)] * 4
+
+
+def test_a_head_learns_nothing_of_whom_it_is_scored_on(configure):
+    """With labels at random, cross-validation falls to chance; choosing on the held-out fold would
+    not."""
+    cfg = configure(
+        "/none",
+        "model.emb_dim=128",
+        "train.epochs=20",
+        "train.sweep.lr_head=[0.001,0.01,0.1]",
+        "train.sweep.weight_decay=[0.01,1]",
+        "data.cv=3",
+    )
+    fit = functools.partial(train.fit, dev=torch.device("cpu"))
+    rng, scores = np.random.default_rng(0), []
+    for seed in range(6):
+        y = rng.permutation(np.repeat(range(4), 40))
+        everybody = features_of(rng.standard_normal((160, 128)).astype(np.float32), y)
+        parts = everybody.rows(list(range(120))), everybody.rows(list(range(120, 160)))
+        held = repeats.held_out(repeats.cross_validate(fit, cfg, [seed], *parts), seed)
+        scores.append(balanced_accuracy_score(held.y_true, held.p.argmax(axis=1)))
+    assert abs(np.mean(scores) - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 160 / 6), scores
+
+
+# ----------------------------------------------------------------------------------------- floors
+
+
+@pytest.fixture(scope="module")
+def floored(written, tmp_path_factory):
+    """A run with floors: its configuration, and the Features that the three fits were given."""
+    cfg = quick(written, tmp_path_factory.mktemp("floors"), "eval.floors=true", TWO_RATES)
+    fitted, fit = [], train.fit
+
+    def note(cfg, seed, train_set, val_set, *args, **named):
+        fitted.append((train_set, val_set))
+        return fit(cfg, seed, train_set, val_set, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", note)
+        train.main(0, cfg)
+    return cfg, fitted
+
+
+def labels_of(*parts):
+    return [part.labels.tolist() for part in parts]
+
+
+def test_a_floor_is_a_probe_on_a_random_encoder(floored):
+    (mine, mine_val), (random, random_val), _ = floored[1]
+    assert labels_of(mine, mine_val) == labels_of(random, random_val)
+    assert mine.x.shape == random.x.shape and not torch.allclose(mine.x, random.x)
+
+
+def test_a_floor_is_a_probe_on_shuffled_labels(floored):
+    (mine, mine_val), _, (shuffled, shuffled_val) = floored[1]
+    assert torch.equal(mine.x, shuffled.x)
+    assert not torch.equal(mine.labels, shuffled.labels)
+    assert not torch.equal(mine_val.labels, shuffled_val.labels)
+
+
+def test_volumes_of_a_participant_keep_one_shuffled_label(floored):
+    (mine, _), _, (shuffled, _) = floored[1]
+    assert len({(s.participant_id, s.label) for s in shuffled.samples}) == len(mine.participants)
+    assert sorted(shuffled.participants.values()) == sorted(mine.participants.values())
+
+
+@pytest.fixture(scope="module")
+def scored(floored):
+    """The result of the run with floors on test, twice."""
+    return [evaluate(floored[0].paths.run_dir, "test")[0] for _ in range(2)]
+
+
+def test_the_floors_of_a_result_are_compared_with_the_run(scored):
+    result = scored[0]
+    assert set(result["floors"]) == {"random encoder", "shuffled labels"}
+    for floor in result["floors"].values():
+        difference = result["balanced_accuracy"] - floor["balanced_accuracy"]
+        assert 0 <= floor["balanced_accuracy"] <= 1
+        assert floor["difference"] == pytest.approx(difference)
+
+
+def test_a_floor_that_is_not_shown_to_be_worse_raises_an_alarm(scored):
+    for name, floor in scored[0]["floors"].items():
+        is_said = any(
+            "not shown to be better" in alarm and name.split()[0] in alarm
+            for alarm in scored[0]["alarms"]
+        )
+        assert is_said == (floor["p_value"] >= 0.05 or floor["difference"] <= 0)
+
+
+def test_scoring_again_gives_the_same_floors(scored):
+    assert scored[0] == scored[1]
+
+
+def test_floors_need_a_frozen_encoder(configure):
+    message = "eval.floors trains probes to compare with, and this encoder is to train"
+    with pytest.raises(ValueError, match=message):
+        configure("/none", "eval.floors=true", "model.freeze_encoder=false")
+
+
+# ----------------------------------------------------------------------------- what means nothing
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["train.seeds=[1,2]", "model.freeze_encoder=false"],
+            "train.seeds and data.cv repeat the head, on the features of a frozen encoder",
+        ),
+        (["data.cv=5", "model.unfreeze_at_epoch=1"], "train.seeds and data.cv repeat the head"),
+        (
+            ["model.head.kind=knn", "model.head.hidden=8"],
+            "model.head.hidden=8 means nothing to model.head.kind=knn",
+        ),
+        (
+            ["model.head.kind=knn", "model.pool_method=attentive"],
+            "model.pool_method=attentive means nothing to model.head.kind=knn",
+        ),
+        (
+            ["model.head.kind=logistic_regression", "train.loss=focal"],
+            "train.loss=focal means nothing to model.head.kind=logistic_regression",
+        ),
+        (
+            ["model.head.kind=logistic_regression", "train.seeds=[1,2]"],
+            r"train.seeds=\[1, 2\] means nothing to",
+        ),
+        (
+            ["model.head.kind=knn", "train.sweep.lr_head=[1]"],
+            "train.sweep means nothing to model.head.kind=knn",
+        ),
+        (
+            ["model.head.kind=knn", "model.freeze_encoder=false"],
+            "model.head.kind=knn is for the features of a frozen encoder",
+        ),
+    ],
+)
+def test_what_means_nothing_is_refused(configure, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        configure("/none", *overrides)
