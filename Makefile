@@ -7,7 +7,8 @@ RUN = runs/cls_$(CKPT)$(if $(filter-out probe,$(MODE)),_$(MODE))
 CONFIGS = --config configs/$(CKPT).yaml$(if $(filter-out probe,$(MODE)), --config configs/$(MODE).yaml)
 NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)_$(MODE))
 
-.PHONY: probe finetune sweep preview check setup setup-xla test test-slow test-xla bench bench-limits bench-times tpu-setup tpu-train tpu-fetch clean
+.PHONY: probe finetune sweep preview check setup setup-xla lint test test-slow test-xla \
+    bench bench-limits bench-times tpu-setup tpu-train tpu-fetch clean
 
 probe finetune: setup
 	.venv/bin/python train.py $(CONFIGS) paths.run_dir=$(RUN)$(NAME)$(if $(RESUME), train.resume=$(RESUME))
@@ -44,6 +45,11 @@ setup-xla: .venv-xla/installed
 	.venv-xla/bin/pip install -r requirements-tpu.txt
 	touch $@
 
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/shellcheck scripts/*.sh .ci/run
+
 test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "not slow and not browser" tests
 
@@ -57,52 +63,25 @@ test-xla: setup-xla
 bench: bench-limits bench-times
 
 bench-limits: setup
-	.venv/bin/python bench/decode.py
-	.venv/bin/python bench/stream.py
-	.venv/bin/python bench/processes.py --processes 2 4
-	.venv/bin/python bench/augment.py
-	.venv/bin/python bench/step.py
-	.venv/bin/python bench/checkpoint.py
-	.venv/bin/python bench/heads.py --seeds 2 --features 64
+	.venv/bin/python bench/reading.py decode
+	.venv/bin/python bench/reading.py stream
+	.venv/bin/python bench/scaling.py processes --processes 2 4
+	.venv/bin/python bench/reading.py augment
+	.venv/bin/python bench/encoder.py step
+	.venv/bin/python bench/encoder.py checkpoint
+	.venv/bin/python bench/probing.py learn --seeds 2 --features 64
 
 bench-times: setup
-	.venv/bin/python bench/sweep.py
-	.venv/bin/python bench/evaluate.py
-	.venv/bin/python bench/encoder.py --depth 2
-	.venv/bin/python bench/volumes.py
-	.venv/bin/python bench/growth.py
+	.venv/bin/python bench/probing.py sweep
+	.venv/bin/python bench/scaling.py evaluate
+	.venv/bin/python bench/encoder.py forward --depth 2
+	.venv/bin/python bench/reading.py volumes
+	.venv/bin/python bench/scaling.py growth
 	.venv/bin/python bench/cost.py
 
-# A TPU pod, from your own machine: the same command line on every host. DRY=1 only prints. TPU and ZONE name the TPU VM.
-TPU ?= TPU-NAME
-ZONE ?= ZONE
-GCLOUD = gcloud compute tpus tpu-vm
-ON_ALL = $(GCLOUD) ssh $(TPU) --zone=$(ZONE) --worker=all --command
-XLA = cd octprobe && PJRT_DEVICE=TPU .venv-xla/bin/python
-
-define do
-@echo '$(1)'
-$(if $(DRY),,@$(1))
-
-endef
-
-tpu-setup:
-	$(call do,git archive --format=tar.gz --output=octprobe.tar.gz HEAD)
-	$(call do,$(GCLOUD) scp octprobe.tar.gz .env $(TPU): --zone=$(ZONE) --worker=all)
-	$(call do,$(ON_ALL)="sudo apt-get update && sudo apt-get install -y make python3.11 python3.11-venv")
-	$(call do,$(ON_ALL)="mkdir -p octprobe/runs && tar xzf octprobe.tar.gz -C octprobe && mv .env octprobe && cd octprobe && make setup-xla")
-	$(call do,$(ON_ALL)="octprobe/.venv-xla/bin/pip install torch_xla[tpu]==2.9.0")
-
-tpu-train:
-	$(if $(wildcard $(RUN)),$(call do,$(GCLOUD) scp --recurse $(RUN) $(TPU):octprobe/runs --zone=$(ZONE) --worker=all))
-	$(call do,$(ON_ALL)="$(XLA) train.py $(CONFIGS) device.backend=xla paths.run_dir=$(RUN)$(NAME) train.resume=auto")
-	$(call do,$(GCLOUD) scp --recurse $(TPU):octprobe/$(RUN) runs --zone=$(ZONE) --worker=0)
-	$(call do,$(GCLOUD) scp --recurse $(RUN) $(TPU):octprobe/runs --zone=$(ZONE) --worker=all)
-	$(call do,$(ON_ALL)="$(XLA) eval.py --ckpt $(RUN) --split val && PJRT_DEVICE=TPU .venv-xla/bin/python eval.py --ckpt $(RUN) --split test")
-	$(call do,$(GCLOUD) scp --recurse $(TPU):octprobe/$(RUN) runs --zone=$(ZONE) --worker=0)
-
-tpu-fetch:
-	$(call do,$(GCLOUD) scp --recurse $(TPU):octprobe/$(RUN) runs --zone=$(ZONE) --worker=0)
+# A TPU pod, from your own machine: TPU and ZONE name it, DRY=1 only prints
+tpu-setup tpu-train tpu-fetch:
+	scripts/tpu.sh $(@:tpu-%=%)
 
 clean:
 	rm -rf demo runs cache

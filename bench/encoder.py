@@ -137,8 +137,9 @@ def forward(args):
 
 def step_alone(backend, precision, checkpoints, depth):
     """-> seconds, peak GB, norm of the gradient."""
-    dev, volume, cfg = device.get(backend), torch.randn(1, 1, *SIZE).half(), settings(precision)
-    encoder, cfg.train.sweep.ordinal = build(depth).to(dev).requires_grad_(True).train(), None
+    dev, cfg = device.get(backend), settings(precision)
+    encoder, volume = build(depth).to(dev), torch.randn(1, 1, *SIZE).half()
+    encoder.requires_grad_(True).train()
     encoder.checkpoint = device.checkpointing(dev) if checkpoints else None
     bank = heads.Heads(DIM, 4, heads.settings_of(cfg)).to(dev)
     optimizer = heads.Optimizer(cfg, bank, encoder)

@@ -130,7 +130,8 @@ def by_scanner(args):
                 whole, decoding, bare = np.median(rounds, axis=0)
                 name = f"{scanner} {'x'.join(map(str, shape))} {syntax}"
                 cells = f"{os.path.getsize(path) / 1e6:.0f} MB", f"{whole:.2f} s"
-                row(name, *cells, f"{decoding / whole:.0%}", f"{decoding / bare:.1f}x")
+                against = "-" if np.isnan(bare) else f"{decoding / bare:.1f}x"
+                row(name, *cells, f"{decoding / whole:.0%}", against)
 
 
 def serve(folder, rate, pipe):

@@ -143,7 +143,7 @@ def growth(args):
 
 def another_run(folder, run, seed):
     """A copy of a run's results with other answers, as eval.py would leave it."""
-    found, rng = compare.open_results(run, "test"), np.random.default_rng(seed)
+    found, rng = compare.open_results(run, run, "test"), np.random.default_rng(seed)
     p = found.p * rng.uniform(0.5, 2, found.p.shape)
     predictions = heads.Predictions(found.ids, found.y_true, p / p.sum(axis=1, keepdims=True))
     table = f"{folder}/predictions_test.csv"

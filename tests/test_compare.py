@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from helpers import (
 from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score
 
+import compare
 import metrics
 import runs
 import train
@@ -35,18 +37,17 @@ def rows_of(path):
 # ---------------------------------------------------------------------------------------- compare
 
 
-@pytest.fixture()
-def two(tmp_path, command):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
     """A good run and a bad one that have the same participants in another order: the answers
-    (159, 4) of both, and what --compare bad good says."""
+    (159, 4) of both, and what is said of bad and good."""
+    folder = tmp_path_factory.mktemp("two")
     good, bad = answers(0.7, 0), answers(0.2, 1)
     order = np.random.default_rng(2).permutation(len(LABELS_159))
     ids = [str(1000 + i) for i in order]
-    write_results(tmp_path / "bad", bad)
-    write_results(tmp_path / "good", good[order], LABELS_159[order], ids)
-    job = command("eval.py", "--compare", tmp_path / "bad", tmp_path / "good")
-    assert job.returncode == 0, job.stderr
-    return good, bad, job.stdout
+    write_results(folder / "bad", bad)
+    write_results(folder / "good", good[order], LABELS_159[order], ids)
+    return good, bad, compare.compare([folder / "bad", folder / "good"], "test")
 
 
 def test_two_runs_and_the_sentence(two):
@@ -74,6 +75,19 @@ def test_equal_runs_are_not_told_apart_and_three_are_corrected_by_holm(tmp_path,
     assert job.returncode == 0 and job.stdout.count("by Holm over 3 pairs") == 3
     assert re.search("no difference between [ab] and [ab] is shown", job.stdout)
     assert "c is better than a" in job.stdout and "c is better than b" in job.stdout
+
+
+@pytest.fixture(scope="module")
+def a_and_b(tmp_path_factory):
+    """A folder with two runs that can be compared; to be copied."""
+    folder = tmp_path_factory.mktemp("a_and_b")
+    for n, name in enumerate("ab"):
+        write_results(folder / name, answers(0.5, n))
+    return folder
+
+
+def test_what_belongs_together_is_compared(a_and_b, command):
+    assert command("eval.py", "--compare", a_and_b / "a", a_and_b / "b").returncode == 0
 
 
 def edit_table(change):
@@ -146,26 +160,23 @@ def edit_file(name, old, new):
         "no file",
     ],
 )
-def test_what_does_not_belong_together_is_refused(tmp_path, command, change, message):
-    a, b = (write_results(tmp_path / name, answers(0.5, n)) for n, name in enumerate("ab"))
-    assert command("eval.py", "--compare", a, b).returncode == 0
-    change(b)
-    job = command("eval.py", "--compare", a, b)
+def test_what_does_not_belong_together_is_refused(a_and_b, tmp_path, command, change, message):
+    copy = shutil.copytree(a_and_b, tmp_path / "copy")
+    change(copy / "b")
+    job = command("eval.py", "--compare", copy / "a", copy / "b")
     assert job.returncode == 1 and not job.stdout
     assert re.search(message, job.stderr), job.stderr
 
 
 @pytest.mark.parametrize("others", [[], ["b/../a"]], ids=["one", "the same one twice"])
-def test_a_comparison_needs_two_runs(tmp_path, command, others):
-    a = write_results(tmp_path / "a", answers(0.5, 0))
-    job = command("eval.py", "--compare", a, *(tmp_path / other for other in others))
+def test_a_comparison_needs_two_runs(a_and_b, command, others):
+    job = command("eval.py", "--compare", a_and_b / "a", *(a_and_b / other for other in others))
     assert "--compare needs two or more different run folders" in job.stderr
 
 
 @pytest.mark.parametrize("what", ["--leaderboard", "--compare"])
-def test_neither_takes_settings(tmp_path, command, what):
-    a = write_results(tmp_path / "a", answers(0.5, 0))
-    job = command("eval.py", what, a, "data.max_missing=1")
+def test_neither_takes_settings(a_and_b, command, what):
+    job = command("eval.py", what, a_and_b / "a", "data.max_missing=1")
     assert job.returncode == 1 and "data.max_missing=1" in job.stderr and not job.stdout
 
 
@@ -178,15 +189,16 @@ def test_other_volumes_of_the_same_participants_are_noted(tmp_path, command):
     ) in command("eval.py", "--compare", a, b).stdout
 
 
-@pytest.fixture()
-def real(written, tmp_path):
+@pytest.fixture(scope="module")
+def real(written, tmp_path_factory):
     """The folders of two runs that were trained and scored on both splits."""
-    folders = []
-    for n, more in enumerate(([], ["model.encoder=target"])):
-        folder = copy_of(trained(written, "train.epochs=2", *more), tmp_path / str(n))
+    folders, parent = [], tmp_path_factory.mktemp("real")
+    for name, more in (("context", []), ("target", ["model.encoder=target"])):
+        run = copy_of(trained(written, "train.epochs=2", *more), parent)
         for split in ("val", "test"):
-            evaluate(folder, split)
-        folders.append(os.rename(folder, f"{folder}{n}") or f"{folder}{n}")
+            evaluate(run, split)
+        folders.append(os.path.join(parent, name))
+        os.rename(run, folders[-1])
     return folders
 
 
@@ -199,10 +211,12 @@ def test_real_runs_are_compared_on_either_split(real, command):
 
 def test_a_run_that_was_trained_again_must_be_scored_again(real, written, tmp_path, command):
     """What was evaluated is of a checkpoint that is there no longer."""
-    train.main(0, quick(written, tmp_path, "train.epochs=2", f"paths.run_dir={real[0]}"))
-    job = command("eval.py", "--compare", *real)
+    again, other = shutil.copytree(real[0], tmp_path / "again"), real[1]
+    assert command("eval.py", "--compare", again, other).returncode == 0
+    train.main(0, quick(written, tmp_path, "train.epochs=2", f"paths.run_dir={again}"))
+    job = command("eval.py", "--compare", again, other)
     assert job.returncode == 1
-    assert "run0 has no eval_test.json; run eval.py --ckpt" in job.stderr
+    assert "again has no eval_test.json; run eval.py --ckpt" in job.stderr
 
 
 # ------------------------------------------------------------------------------------ leaderboard
@@ -210,21 +224,21 @@ def test_a_run_that_was_trained_again_must_be_scored_again(real, written, tmp_pa
 SKILLS = {"worse": (0.1, 0), "good": (0.7, 1), "as_good": (0.69, 1)}
 
 
-@pytest.fixture()
-def board(tmp_path, command):
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
     """The leaderboard of three runs that can be compared, one that cannot and one that was not
-    scored: the folder, the rows of its table, what the command says."""
+    scored: the folder, the rows of its table, what is said."""
+    folder = tmp_path_factory.mktemp("board")
     collapse = "model collapse: class 3 never predicted"
     floor = {"random encoder": {"balanced_accuracy": 0.31}}
     changes = {"worse": {"alarms": [collapse]}, "good": {"floors": floor}, "as_good": {}}
     for name, skill in SKILLS.items():
-        write_results(tmp_path / name, answers(*skill), **changes[name])
-    write_results(tmp_path / "elsewhere", answers(0.9, 4)[:100], LABELS_159[:100])
-    (tmp_path / "untested").mkdir()
-    (tmp_path / "notes.txt").write_text("")
-    job = command("eval.py", "--leaderboard", *sorted(tmp_path.iterdir()))
-    assert job.returncode == 0, job.stderr
-    return tmp_path, rows_of(tmp_path / "leaderboard.csv"), job.stdout
+        write_results(folder / name, answers(*skill), **changes[name])
+    write_results(folder / "elsewhere", answers(0.9, 4)[:100], LABELS_159[:100])
+    (folder / "untested").mkdir()
+    (folder / "notes.txt").write_text("")
+    said = compare.leaderboard(sorted(folder.iterdir()), "test")
+    return folder, rows_of(folder / "leaderboard.csv"), said
 
 
 def test_the_leaderboard_ranks(board):

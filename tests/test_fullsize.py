@@ -1,4 +1,5 @@
-"""What makes the full size bearable gives the same numbers as the plain way; how fast it is, bench/ says."""
+"""What makes the full size bearable gives the same numbers as the plain way; how fast it is, bench/
+says."""
 
 import os
 import threading
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import device
 import model
 import phantom
 
@@ -16,24 +18,25 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("scale", [0.3, 1, 3])  # attention from even to sharp
-@pytest.mark.parametrize("tokens", [1, 129, 500])  # below, just above and not a multiple of the chunk
+@pytest.mark.parametrize("tokens", [1, 129, 500])  # below, above and no multiple of the chunk
 def test_bfloat16_attention_on_cpu(tokens, scale):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, tokens, 64)
     q, k = q * scale, k * scale + 2  # an offset that all keys share
     exact = F.scaled_dot_product_attention(q, k, v)
     q, k, v = (x.bfloat16() for x in (q, k, v))
-    out, usual = model.attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    out, usual = device.attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
     assert out.shape == exact.shape and out.dtype == torch.bfloat16
-    assert relative(out, exact) <= max(1e-2, 2 * relative(usual, exact))  # its scores are rounded, the usual kernel's are not
+    # its scores are rounded, the usual kernel's are not
+    assert relative(out, exact) <= max(1e-2, 2 * relative(usual, exact))
     with torch.inference_mode():
-        assert torch.equal(model.attend(q * 1, k * 1, v * 1), out)
+        assert torch.equal(device.attention(q * 1, k * 1, v * 1), out)
 
 
 def test_bfloat16_attention_leaves_the_threads_as_they_were():
     q = torch.randn(1, 4, 20, 64).bfloat16()
     before, later = torch.get_num_threads(), []
-    model.attend(q, q, q)
+    device.attention(q, q, q)
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
@@ -42,7 +45,7 @@ def test_bfloat16_attention_leaves_the_threads_as_they_were():
 
 def test_a_gradient_goes_through_bfloat16_attention():
     q = torch.randn(1, 2, 20, 64).bfloat16().requires_grad_()
-    model.attend(q, q, q).sum().backward()
+    device.attention(q, q, q).sum().backward()
     assert q.grad.abs().sum() > 0
 
 
@@ -66,14 +69,24 @@ def test_bfloat16_tokens_are_near_those_of_float32():
             assert relative(net(x), exact) <= 1e-2
 
 
-def test_a_checkpoint_with_the_optimizers_state(tmp_path):
+@pytest.fixture()
+def with_optimizer(tmp_path):
+    """Paths of the same encoder's checkpoint, without and with the optimizer's state."""
     plain, whole = (str(tmp_path / name) for name in ("plain.pt", "whole.pt"))
     phantom.write_encoder(plain, (8, 32, 32), 64, 1)
     phantom.write_encoder(whole, (8, 32, 32), 64, 1, optimizer=True)
     assert os.path.getsize(whole) > 1.8 * os.path.getsize(plain)
-    a, b = model.load_encoder(plain), model.load_encoder(whole)
+    return plain, whole
+
+
+def test_a_checkpoint_with_the_optimizers_state_holds_the_same_encoder(with_optimizer):
+    a, b = map(model.load_encoder, with_optimizer)
     assert model.weights_hash(a) == model.weights_hash(b)
-    with open(whole, "r+b") as f:  # nothing of the loaded encoder lies in the file
+
+
+def test_nothing_of_a_loaded_encoder_lies_in_the_file(with_optimizer):
+    a, b = map(model.load_encoder, with_optimizer)
+    with open(with_optimizer[1], "r+b") as f:
         f.truncate(0)
     assert model.weights_hash(b) == model.weights_hash(a)
     assert all(p.requires_grad and p.is_leaf and p.device.type == "cpu" for p in b.parameters())

@@ -10,6 +10,7 @@ import pytest
 from helpers import answers, content, copy_of, quick, trained, write_results
 from PIL import Image
 
+import compare
 import eval as evaluation
 import ledger
 import report
@@ -131,26 +132,21 @@ def pages(written, tmp_path_factory):
     train.main(0, cfg)
     for split in ("val", "test"):
         evaluation.evaluate_run(cfg.paths.run_dir, split)
-    return {"report": (folder / "run" / "report.html", 8)}
-
-
-@pytest.fixture()
-def board(tmp_path, command):
     floors = {name: {"balanced_accuracy": 0.3} for name in ("random encoder", "shuffled labels")}
     for seed, skill in enumerate((0.3, 0.35, 0.8)):
         name = f"a_run_with_a_rather_long_name_{seed}"
-        write_results(tmp_path / "board" / name, answers(skill, seed), floors=floors)
-    folders = list((tmp_path / "board").iterdir())
-    assert command("eval.py", "--leaderboard", *folders).returncode == 0
-    return tmp_path / "board" / "leaderboard.html", 1
+        write_results(folder / "board" / name, answers(skill, seed), floors=floors)
+    compare.leaderboard(list((folder / "board").iterdir()), "test")
+    report_page, board_page = folder / "run/report.html", folder / "board/leaderboard.html"
+    return {"report": (report_page, 8), "leaderboard": (board_page, 1)}
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280], ids=["a phone", "a desk"])
 @pytest.mark.parametrize("name", ["report", "leaderboard"])
-def test_pages_fit_a_phone_and_a_desk(pages, board, tmp_path, name, width):
+def test_pages_fit_a_phone_and_a_desk(pages, tmp_path, name, width):
     assert CHROMIUM, "this test looks at the pages in chromium: apt-get install chromium"
-    page, pictures = pages["report"] if name == "report" else board
+    page, pictures = pages[name]
     (own, shown, out, scrolls, told, images), picture = seen(page, width, tmp_path)
     assert own <= shown and not out and not scrolls, (own, shown, out, scrolls)
     assert told == images == pictures  # all shown, each with its text
@@ -161,6 +157,6 @@ def test_pages_fit_a_phone_and_a_desk(pages, board, tmp_path, name, width):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("name", ["report", "leaderboard"])
-def test_pages_open_offline(pages, board, name):
-    text = (pages["report"] if name == "report" else board)[0].read_text()
+def test_pages_open_offline(pages, name):
+    text = pages[name][0].read_text()
     assert not re.search(r"(src|href)=.?(http|//|file)", text) and "<script" not in text

@@ -24,7 +24,6 @@ from sklearn.utils.class_weight import compute_class_weight
 
 import config
 import data
-import device
 import heads
 import ledger
 import model
@@ -358,22 +357,6 @@ def test_every_knob_turns_something(written, tmp_path, change):
     one_epoch = ["model.unfreeze_at_epoch=0", "train.epochs=1"]
     train.main(0, quick(written, tmp_path, *TUNE, change, *one_epoch))
     assert largest_change(tmp_path, trained(written, *TUNE, *one_epoch)) > 1e-6
-
-
-def test_checkpointing_is_used_where_asked_for(written, tmp_path, monkeypatch):
-    calls = []
-
-    def checkpointing(dev):
-        return lambda block, *args: calls.append(1) or block(*args)
-
-    monkeypatch.setattr(device, "checkpointing", checkpointing)
-    train.main(0, quick(written, tmp_path, *TUNE, "train.epochs=2"))
-    # one epoch of 58 volumes, ten a step, four at once; the last ones are padding
-    blocks, micro_batches = 2, 6 * 3
-    assert len(calls) == blocks * micro_batches
-    more = ["train.epochs=2", "train.activation_checkpointing=false"]
-    train.main(0, quick(written, tmp_path, *TUNE, *more))
-    assert len(calls) == blocks * micro_batches
 
 
 def test_every_epoch_sees_another_view(written, tmp_path, monkeypatch):
