@@ -27,7 +27,7 @@ sweep: setup
 	[ -z "$$failed" ] || { echo "FAILED, and not in the leaderboard:$$failed; what they print is above"; exit 1; }
 
 preview: setup
-	.venv/bin/python data.py $(CONFIGS) --preview runs/preview_$(CKPT).png
+	.venv/bin/python scripts/preview.py $(CONFIGS) runs/preview_$(CKPT).png
 
 check: setup
 	.venv/bin/python data.py --config configs/$(CKPT).yaml

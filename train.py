@@ -78,7 +78,8 @@ def main(rank, cfg):
     train_set, val_set = features.encode_for_training(cfg, book, encoder, dev)
 
     if config.trains_one_head(cfg):
-        needed = {"head", "wandb", "optimizer", "progress"}  # what last.pt must hold to be resumed
+        # what last.pt must hold to be resumed
+        needed = {"head", "wandb", "optimizer", "progress", "epoch", "step"}
         run = runs.start(cfg, book, encoder, train_set, val_set, dev, needed)
         fit(cfg, cfg.seed, train_set, val_set, dev, encoder, run)
     else:  # several heads, or a reference, on the features of the frozen encoder

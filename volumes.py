@@ -35,6 +35,8 @@ def read_dicom(path_or_file, size=None):
     import pydicom
     from pydicom.pixels import iter_pixels
 
+    import jpeg  # noqa: F401  (it tells pydicom how to decode JPEG)
+
     is_path = isinstance(path_or_file, (str, os.PathLike))
     name = path_or_file if is_path else getattr(path_or_file, "name", "the file")
     try:

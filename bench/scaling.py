@@ -144,8 +144,10 @@ def growth(args):
 def another_run(folder, run, seed):
     """A copy of a run's results with other answers, as eval.py would leave it."""
     found, rng = compare.open_results(run, run, "test"), np.random.default_rng(seed)
-    p = found.p * rng.uniform(0.5, 2, found.p.shape)
-    predictions = heads.Predictions(found.ids, found.y_true, p / p.sum(axis=1, keepdims=True))
+    p = np.array(list(found.p_of.values()))
+    p = p * rng.uniform(0.5, 2, p.shape)
+    labels = np.array(list(found.label_of.values()))
+    predictions = heads.Predictions(list(found.label_of), labels, p / p.sum(axis=1, keepdims=True))
     table = f"{folder}/predictions_test.csv"
     files.write(table, runs.predictions_csv(predictions))
     result = found.result | {"predictions_sha256": files.sha256(table)}
