@@ -1,15 +1,16 @@
 """What the whole job costs: AI-READI's 743 + 159 + 159 participants with OCT, one or two volumes
 each; on this machine, one GPU of the H200's class, and a v4-32.
 
-    .venv/bin/python bench/cost.py                              # three minutes on two cores
-    .venv/bin/python bench/cost.py --assume network=12 gpu_share=0.3
+    .venv/bin/python bench/cost.py                                      # three minutes on two cores
+    .venv/bin/python bench/cost.py --network 12 --gpu_share 0.3
 
 Measured here, now: the full-size encoder's forward pass in bf16; decoding and preprocessing a
 Triton volume on one core; the sweep of configs/probe.yaml on so many features, with reading these
-from the cache and hashing the encoder. All else is ASSUMED, below. A first pass fetches, decodes
-and encodes every volume once; here decoding and encoding share the cores, elsewhere the host
-decodes while the accelerator computes. Further probes, whatever head, rate or seed, read cached
-features. Nothing is required.
+from the cache and hashing the encoder. All else is ASSUMED: network in MB/s, peak in TFLOP/s, share
+of the peak that the encoder reaches, cores that decode, each as fast as one here; the TPU's cores
+and network are each host's. A first pass fetches, decodes and encodes every volume once; here
+decoding and encoding share the cores, elsewhere the host decodes while the accelerator computes.
+Further probes, whatever head, rate or seed, read cached features.
 """
 
 import os
@@ -19,7 +20,7 @@ import tempfile
 import numpy as np
 import torch
 from encoder import DIM, SIZE, build, encode_alone, flop
-from measure import apart, bench, header, row, timed
+from measure import apart, bench, row, timed
 from probing import features_of
 from reading import SYNTAXES, write_volume
 
@@ -29,19 +30,7 @@ import model
 import train
 import volumes
 
-PARTICIPANTS = {"train": 743, "val": 159, "test": 159}
-ASSUMED = {
-    "network": 50,  # MB/s that this machine fetches
-    "gpu_peak": 989,  # TFLOP/s in bf16, dense (H200's data sheet)
-    "gpu_share": 0.4,  # of the peak that the encoder reaches
-    "gpu_cores": 16,  # that decode, on the GPU's host; each as fast as one here
-    "gpu_network": 300,  # MB/s that its host fetches
-    "tpu_peak": 16 * 275,  # TFLOP/s of the slice in bf16: 16 chips
-    "tpu_share": 0.4,
-    "tpu_hosts": 4,
-    "tpu_cores": 60,  # that decode, on each host
-    "tpu_network": 300,  # MB/s that each host fetches
-}
+TRAIN, VAL, TEST = 743, 159, 159
 
 
 def measure_decoding(syntax):
@@ -58,60 +47,70 @@ def measure_probe(each):
     """Seconds of a further probe: hash the encoder, read features from the cache, train and choose
     among the heads of configs/probe.yaml. each: volumes of a participant."""
     cfg = config.load("configs/probe.yaml", ["train.early_stopping.enabled=false"])
-    counts, encoder = [PARTICIPANTS[split] * each for split in ("train", "val")], build(12)
+    encoder, paths = build(12), []
     with tempfile.TemporaryDirectory() as folder:
-        paths = [f"{folder}/{i}.npy" for i in range(sum(counts))]
-        for path in paths:
-            files.save_array(path, torch.randn(DIM).numpy())
+        for i in range(each * (TRAIN + VAL)):
+            paths.append(f"{folder}/{i}.npy")
+            files.save_array(paths[i], torch.randn(DIM).numpy())
 
         def probe():
             model.weights_hash(encoder)
             x = np.stack([files.load_array(path, np.float32, (DIM,)) for path in paths])
-            parts = [
-                features_of(part, np.arange(len(part)) % 4) for part in np.split(x, counts[:1])
-            ]
+            x = np.split(x, [each * TRAIN])
+            parts = [features_of(part, np.arange(len(part)) % 4) for part in x]
             train.fit(cfg, 0, *parts, torch.device("cpu"))
 
         return timed(probe)[0]
 
 
-def cost(args):
-    assumed = ASSUMED | dict(pair.split("=") for pair in args.assume)
-    at = {name: float(value) for name, value in assumed.items()}
+def cost(
+    network=50.0,
+    gpu_peak=989.0,  # H200's data sheet, dense bf16
+    gpu_share=0.4,
+    gpu_cores=16,
+    gpu_network=300.0,
+    tpu_peak=16 * 275.0,  # 16 chips
+    tpu_share=0.4,
+    tpu_hosts=4,
+    tpu_cores=60,
+    tpu_network=300.0,
+):
+    assumed = ", ".join(f"{name} {value:g}" for name, value in locals().items())
     with tempfile.TemporaryDirectory() as folder:
         [(encode, *_)] = apart(encode_alone, "bf16", 12, f"{folder}/tokens.pt")
     decoding = {syntax: apart(measure_decoding, syntax)[0] for syntax in SYNTAXES}
     measure_probe(1)  # imports
-    probes, work, cores = {n: measure_probe(n) for n in (1, 2)}, flop(12) / 1e12, os.cpu_count()
+    probes, cores = [measure_probe(each) for each in (1, 2)], os.cpu_count()
+    gpu, tpu = (flop(12) / 1e12 / n for n in (gpu_peak * gpu_share, tpu_peak * tpu_share))
     print(f"MEASURED here ({cores} cores): encoder {encode:.1f} s a volume")
     for syntax, (spent, size) in decoding.items():
-        print(f"  {syntax}: {spent:.2f} core-seconds and {size:.0f} MB a volume")
-    print(f"ASSUMED: {', '.join(f'{name} {value:g}' for name, value in at.items())}\n")
-    gpu, tpu = work / at["gpu_peak"] / at["gpu_share"], work / at["tpu_peak"] / at["tpu_share"]
-    hosts = at["tpu_hosts"]
+        print(f"  {syntax}: {spent:.2f} core-seconds, {size:.0f} MB a volume")
+    print(f"ASSUMED: {assumed}\n")
     machines = {  # seconds a volume of the encoder, cores that decode, MB/s
-        "this machine, measured a volume": (encode, cores, at["network"]),
-        "one H200-class GPU, extrapolated": (gpu, at["gpu_cores"], at["gpu_network"]),
-        "v4-32, extrapolated": (tpu, hosts * at["tpu_cores"], hosts * at["tpu_network"]),
+        "this machine, measured a volume": (encode, cores, network),
+        "one H200-class GPU, extrapolated": (gpu, gpu_cores, gpu_network),
+        "v4-32, extrapolated": (tpu, tpu_hosts * tpu_cores, tpu_hosts * tpu_network),
     }
     parts = "network", "decode", "encoder"
-    header("machine", "volumes", "files", "first pass", "bound by", *parts, "any further probe")
-    for machine, (encoding, cores, network) in machines.items():
-        for each, (syntax, (spent, size)) in (
-            (n, item) for n in (1, 2) for item in decoding.items()
-        ):
-            count = each * sum(PARTICIPANTS.values())
-            hours = [count * s / 3600 for s in (size / network, spent / cores, encoding)]
-            shares_cores = machine.startswith("this")
-            whole = max(hours[0], hours[1] + hours[2]) if shares_cores else max(hours)
-            cells = f"{whole:.2g} h", parts[np.argmax(hours)], *(f"{h:.2g} h" for h in hours)
-            row(machine, count, syntax, *cells, f"{probes[each]:.0f} s here")
-    print(
-        "\nThe replaced system, as its users reported it: 6 to 10 minutes a volume in every epoch, "
-        "106 to 177 h an epoch; 2 to 3 h for 50 epochs were hoped for."
-    )
+    row("hours", "volumes", "files", "first pass", "bound by", *parts, "a further probe, s, here")
+    for machine, (encoding, cores, rate) in machines.items():
+        for count in (TRAIN + VAL + TEST) * np.array([1, 2]):
+            for syntax, (spent, size) in decoding.items():
+                hours = [count * s / 3600 for s in (size / rate, spent / cores, encoding)]
+                shared = machine.startswith("this")
+                whole = max(hours[0], hours[1] + hours[2]) if shared else max(hours)
+                bound, probe = parts[np.argmax(hours)], probes[count > 1061]
+                row(
+                    machine,
+                    count,
+                    syntax,
+                    f"{whole:.2g}",
+                    bound,
+                    *(f"{h:.2g}" for h in hours),
+                    f"{probe:.1f}",
+                )
+    row("the replaced system, as its users reported it: 6 to 10 minutes a volume, in every epoch")
 
 
 if __name__ == "__main__":
-    assume = dict(nargs="+", default=[], metavar="NAME=NUMBER", help=f"among {', '.join(ASSUMED)}")
-    bench(__doc__, {"cost": cost}, {"--assume": assume})
+    bench(__doc__, cost=cost)

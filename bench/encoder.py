@@ -8,16 +8,13 @@
 
 forward: as `make probe` runs it on the CPU, against the same network with the whole matrix of
 attention in memory, softmax(q k^T) v in float32, as V-JEPA's own code writes it; "q scaled" saves
-that one pass over the scores. Each way runs in a process of its own. Required: bf16 4.5 times
-faster, float32 and bf16 in at most a sixth of the memory, tokens equal to 1e-4 and 1e-2 of their
-norm. Half of the reference's time is the system's, which zeroes 12 GB in every block: beside other
-processes the ratio falls, from 8 to 4.
+that one pass over the scores. Each way runs in a process of its own. Half of the reference's time
+is the system's, which zeroes 12 GB in every block: beside other processes the ratio falls.
 step: forward, backward, clipping and AdamW of one volume, with and without activation
-checkpointing; weights, gradients and AdamW's state (1.5 GB) count. Required: half the memory, the
-same gradients.
+checkpointing; weights, gradients and AdamW's state (1.5 GB) count.
 checkpoint: model.load_encoder of a file with the optimizer's moments, not in the page cache, in
-four processes at once, as on a TPU host. Required: each has at most 0.5 GB more private memory at
-any time (Private_Dirty of smaps_rollup: clean pages are shared), and the file is read once.
+four processes at once, as on a TPU host. Private memory is Private_Dirty of smaps_rollup, at any
+time: clean pages are shared.
 gpu: volumes/s in bf16 by batch (aim: 45 % of the matrix product), and the feature pass from cached
 volumes (aim: 90 % of the encoder's rate).
 """
@@ -30,7 +27,7 @@ import threading
 
 import torch
 import torch.nn.functional as F
-from measure import apart, bench, check, header, of_process, peak_gb, require, row, timed
+from measure import apart, bench, figure, of_process, peak_gb, timed
 
 import config
 import data
@@ -82,57 +79,47 @@ def q_scaled(q, k, v):
 
 
 ATTENTION = {"materialised": materialised, "q scaled": q_scaled}  # else the product's own
-WAYS = (*ATTENTION, "float32", "bf16")
 
 
 def encode_alone(way, depth, path):
-    """-> seconds, peak GB, FLOP/s of a matrix product, seconds by layer; writes the tokens."""
-    dev, encoder, spent = device.get("cpu"), build(depth), {}
+    """-> seconds, peak GB, FLOP/s of a matrix product, share of attention; writes the tokens."""
+    dev, encoder, spent = device.get("cpu"), build(depth), []
     precision, dtype = ("bf16", torch.bfloat16) if way == "bf16" else ("fp32", torch.float32)
     volume = torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(1)).half()
+    own = ATTENTION.get(way, device.attention)
 
-    def watched(name, call):
-        def run(*args):
-            took, out = timed(call, *args)
-            spent[name] = spent.get(name, 0) + took
-            return out
+    def attention(*qkv):
+        took, out = timed(own, *qkv)
+        spent.append(took)
+        return out
 
-        return run
-
-    device.attention = watched("attention", ATTENTION.get(way, device.attention))
-    for name, layer in encoder.named_modules():
-        if name == "patch_embed" or not list(layer.children()):
-            layer.forward = watched(name.split(".")[-1], layer.forward)
+    device.attention = attention
     encoder.register_forward_hook(lambda _, args, tokens: torch.save(tokens.float(), path))
     rate = matmul_rate(dev, dtype, 2048)
     took = timed(lambda: features.begin(settings(precision), encoder, volume, dev).cpu())[0]
-    return took, peak_gb(), max(rate, matmul_rate(dev, dtype, 2048)), spent
+    return took, peak_gb(), max(rate, matmul_rate(dev, dtype, 2048)), sum(spent) / took
 
 
-def forward(args):
-    work, results = flop(args.depth), {way: [] for way in WAYS}
+def forward(depth=12):
+    results, tokens = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for way in ("bf16", "materialised", "bf16", "q scaled", "bf16", "float32"):
-            results[way] += apart(encode_alone, way, args.depth, f"{folder}/{way}.pt")
-        tokens = {way: torch.load(f"{folder}/{way}.pt") for way in WAYS}
-    print(f"{os.cpu_count()} cores, {args.depth} blocks, {work / 1e12:.2f} TFLOP a volume\n")
-    rates = "GFLOP/s", "of a matrix product's", "largest shares of the time"
-    header("forward", "time", "faster", "memory", "share", "difference", *rates)
-    took = {way: statistics.mean(result[0] for result in results[way]) for way in WAYS}
-    for way in WAYS:
-        faster, rate = took["materialised"] / took[way], work / took[way]
-        _, memory, limit, _ = map(max, zip(*(r[:3] + (0,) for r in results[way])))
-        share = memory / results["materialised"][0][1]
-        difference = (tokens[way] - tokens["materialised"]).norm() / tokens["materialised"].norm()
-        spent = sorted(((s, name) for name, s in results[way][0][3].items()), reverse=True)
-        parts = ", ".join(f"{name} {s / results[way][0][0]:.0%}" for s, name in spent[:4])
-        cells = f"{took[way]:.1f} s", f"{faster:.1f}x", f"{memory:.2f} GB", f"{share:.0%}"
-        rates = f"{rate / 1e9:.0f}", f"{rate / limit:.0%} of {limit / 1e9:.0f}", parts
-        row(way, *cells, f"{difference:.1e}", *rates)
-        require(f"{way}: 4.5 times faster", way != "bf16" or faster >= 4.5)
-        require(f"{way}: a sixth of the memory", way in ATTENTION or share <= 1 / 6)
-        require(f"{way}: the same tokens", difference <= (1e-2 if way == "bf16" else 1e-4))
-    print(f"\nbf16 against q scaled: {took['q scaled'] / took['bf16']:.1f}x")
+            results[way] = results.get(way, []) + apart(encode_alone, way, depth, f"{folder}/{way}")
+        tokens = {way: torch.load(f"{folder}/{way}") for way in results}
+    mean = {way: [statistics.mean(n) for n in zip(*found)] for way, found in results.items()}
+    slow, memory, *_ = mean["materialised"]
+    figure("materialised: seconds", slow)
+    figure("bf16: times faster", slow / mean["bf16"][0], at_least=4.5)
+    figure("bf16: times faster than q scaled", mean["q scaled"][0] / mean["bf16"][0])
+    for way, tolerance in (("float32", 1e-4), ("bf16", 1e-2)):
+        took, peak, limit, share = mean[way]
+        rate, difference = flop(depth) / took, tokens[way] - tokens["materialised"]
+        difference = (difference.norm() / tokens["materialised"].norm()).item()
+        figure(f"{way}: share of {memory:.2f} GB, the peak of memory", peak / memory, at_most=1 / 6)
+        figure(f"{way}: difference of the tokens, relative", difference, at_most=tolerance)
+        figure(f"{way}: GFLOP/s", rate / 1e9)
+        figure(f"{way}: share of a matrix product's {limit / 1e9:.0f} GFLOP/s", rate / limit)
+        figure(f"{way}: share of attention in the time", share)
 
 
 def step_alone(backend, precision, checkpoints, depth):
@@ -158,16 +145,15 @@ def step_alone(backend, precision, checkpoints, depth):
     return took, peak, norms[-1]
 
 
-def step(args):
-    header(f"{args.backend}, {args.precision}", "peak memory", "time", "norm of the gradient")
-    ways = args.backend, args.precision
-    off, on = (
-        apart(step_alone, *ways, checkpoints, args.depth)[0] for checkpoints in (False, True)
+def step(backend="cpu", precision="fp32", depth=12):
+    (off, memory_off, norm_off), (on, memory_on, norm_on) = (
+        apart(step_alone, backend, precision, checkpoints, depth)[0]
+        for checkpoints in (False, True)
     )
-    for name, (took, peak, norm) in (("no checkpointing", off), ("activation checkpointing", on)):
-        row(name, f"{peak:.1f} GB", f"{took:.2f} s, {took / off[0]:.2f}x", f"{norm:.5f}")
-    require("half the memory", on[1] < off[1] / 2)
-    require("the same gradients", abs(on[2] / off[2] - 1) < 1e-2)
+    figure(f"{backend}, {precision}, no checkpointing: GB", memory_off)
+    figure("activation checkpointing: GB", memory_on, at_most=memory_off / 2)
+    figure("its time, against none", on / off)
+    figure("difference of the gradients' norm, relative", abs(norm_on / norm_off - 1), at_most=0.01)
 
 
 def samples_below(folder, count):
@@ -175,70 +161,64 @@ def samples_below(folder, count):
     samples = []
     for i in range(count):
         path, split = f"{folder}/{i}", ledger.SPLITS[i % 3]
-        files.write(path, str(i)) if not os.path.exists(path) else None
-        source = data.b2.Object(path, 1)
-        samples.append(ledger.Sample(str(i), split, 0, "", "L", path, source))
+        samples.append(ledger.Sample(str(i), split, 0, "", "L", path, data.b2.Object(path, 1)))
     return samples
 
 
-def fill_cache(folder, samples, size):
+def fill_cache(folder, count, size):
+    samples = samples_below(folder, count)
     kept = data.Volumes(samples, size, f"{folder}/cache")
     for i, sample in enumerate(samples):
+        files.write(sample.path, str(i))
         files.write(kept.note(i), files.checksum(sample.path, "sha1"))
         path = os.path.join(kept.folder, kept.key(i) + ".npy")
         files.save_array(path, torch.randn(size).half().numpy())
 
 
-def gpu(args):
-    dev, encoder, best = device.get("cuda"), build(args.depth).to("cuda"), 0
+def gpu(depth=12, count=64):
+    dev, encoder, rates = device.get("cuda"), build(depth).to("cuda"), []
     limit = matmul_rate(dev, torch.bfloat16, 8192)
-    print(f"{device.describe(dev)}: {limit / 1e12:.0f} TFLOP/s in products of 8192 x 8192\n")
-    header("bf16", "volumes/s", "share of the matrix product", "peak memory")
     for batch in (1, 2, 4, 8, 16):
         x = torch.randn(batch, 1, *SIZE, device=dev)
         torch.cuda.reset_peak_memory_stats()
         with torch.no_grad(), device.autocast(dev, "bf16"):
             times = [seconds(lambda x=x: encoder(x), dev) for _ in range(6)]
-        rate = batch / statistics.median(times[2:])  # the first ones choose kernels
-        memory, share = torch.cuda.max_memory_allocated() / 1e9, rate * flop(args.depth) / limit
-        row(f"batch {batch}", f"{rate:.1f}", f"{share:.0%}", f"{memory:.1f} GB")
-        best = max(best, rate)
-    cfg, count, whole = settings("bf16"), 64, features.Encoder(encoder, SIZE, "0" * 64)
+        rates.append(batch / statistics.median(times[2:]))  # the first ones choose kernels
+        figure(f"batch {batch}: volumes/s", rates[-1])
+        figure(f"batch {batch}: share of a matrix product's rate", rates[-1] * flop(depth) / limit)
+        figure(f"batch {batch}: GB", torch.cuda.max_memory_allocated() / 1e9)
+    cfg, whole = settings("bf16"), features.Encoder(encoder, SIZE, "0" * 64)
     with tempfile.TemporaryDirectory() as folder:
+        fill_cache(folder, count, SIZE)
         samples, cfg.paths.cache_dir = samples_below(folder, count), f"{folder}/cache"
-        fill_cache(folder, samples, SIZE)
         book = ledger.Ledger([], samples)
         rate = count / timed(features.encode, cfg, book, samples, whole, dev)[0]
-    row("feature pass", f"{rate:.1f}", f"{rate / best:.0%} of the best batch", "-")
+    figure("feature pass: share of the best batch's rate", rate / max(rates))
 
 
 def load(path, processes, barrier):
     """-> seconds, private GB before, at most that much more, GB that the disk was asked for."""
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))  # as device.launch does
     private = lambda: of_process("smaps_rollup", "Private_Dirty") / 1e6
-    samples, is_done = [], threading.Event()
+    before, disk, is_done, most = private(), of_process("io", "read_bytes"), threading.Event(), [0]
 
     def sample():
         while not is_done.wait(0.05):
-            samples.append(private())
+            most[0] = max(most[0], private())
 
-    before, disk, watcher = (
-        private(),
-        of_process("io", "read_bytes"),
-        threading.Thread(target=sample),
-    )
+    watcher = threading.Thread(target=sample)
     barrier.wait()
     watcher.start()
     took, encoder = timed(model.load_encoder, path)
     is_done.set()
     watcher.join()
-    cost = max(*samples, private()) - before
+    cost = max(most[0], private()) - before
     barrier.wait()  # the others are still to load: what is shared stays shared
     return took, before, cost, (of_process("io", "read_bytes") - disk) / 1e9
 
 
-def checkpoint(args):
-    barrier = multiprocessing.get_context("spawn").Barrier(args.processes)
+def checkpoint(processes=4):
+    barrier = multiprocessing.get_context("spawn").Barrier(processes)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/encoder.pt"
         phantom.write_encoder(path, SIZE, DIM, 12, optimizer=True)
@@ -246,20 +226,13 @@ def checkpoint(args):
         with open(path, "rb") as f:  # out of the page cache
             os.fsync(f.fileno())
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        results = apart(load, path, args.processes, barrier, count=args.processes)
+        results = apart(load, path, processes, barrier, count=processes)
     took, before, cost, _ = map(max, zip(*results))
+    figure(f"private memory beside {before:.2f} GB before, GB each", cost, at_most=0.5)
     disk = sum(result[3] for result in results)
-    header(f"loading {size:.2f} GB on {args.processes} processes", "measured", "required")
-    check("more private memory, each", f"{cost:.2f} GB", "at most 0.5", cost <= 0.5)
-    check("read from the disk, by all", f"{disk:.2f} GB", f"at most {size:.2f}", disk <= 1.1 * size)
-    row("the slowest; private memory before", f"{took:.1f} s; {before:.2f} GB", "-")
+    figure(f"read from the disk by all {processes}, of {size:.2f} GB", disk, at_most=1.1 * size)
+    figure("seconds of the slowest", took)
 
 
 if __name__ == "__main__":
-    depth = dict(type=int, default=12, help="of forward, step, gpu")
-    processes = dict(type=int, default=4, help="of checkpoint")
-    backend = dict(choices=("cpu", "cuda"), default="cpu", help="of step")
-    precision = dict(choices=("fp32", "bf16"), default="fp32", help="of step")
-    parts = {"forward": forward, "step": step, "checkpoint": checkpoint, "gpu": gpu}
-    options = {"--depth": depth, "--processes": processes, "--backend": backend}
-    bench(__doc__, parts, options | {"--precision": precision})
+    bench(__doc__, forward=forward, step=step, checkpoint=checkpoint, gpu=gpu)

@@ -37,7 +37,7 @@ def train_encoder(folder, name, epochs):
     print(f"{name}: validation balanced accuracy {accuracy:.3f} on its own participants")
 
 
-def train_encoders(args):
+def train_encoders():
     with tempfile.TemporaryDirectory() as folder:
         phantom.write_dataset(f"{folder}/data", 200, seed=1)
         train_encoder(folder, "short", 3)
@@ -45,4 +45,4 @@ def train_encoders(args):
 
 
 if __name__ == "__main__":
-    bench(__doc__, {"train": train_encoders})
+    bench(__doc__, train=train_encoders)

@@ -1,10 +1,12 @@
-"""What the benches share: times, memory, processes of their own, tables, requirements.
+"""What the benches share: the command line, figures and what is required of them, time, memory,
+and processes of their own.
 
 Import it before the repository's own files, which it puts on sys.path. Benches run in its root.
 """
 
 import argparse
 import contextlib
+import inspect
 import multiprocessing
 import os
 import subprocess
@@ -13,42 +15,42 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.chdir(ROOT)
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 MISSED = []  # requirements that are not met
 
 
-def bench(doc, parts, options=None):
-    """A bench's command line: runs one of its parts {name: function of args}; exit status 1 where
-    a requirement is not met. options: {name: arguments of add_argument}."""
+def bench(doc, **parts):
+    """The command line of a bench: a part, whose keywords are options. Exit status 1 where a
+    requirement is not met."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
-    parser.add_argument("part", choices=parts, nargs="?" if len(parts) == 1 else None)
-    for name, arguments in (options or {}).items():
-        parser.add_argument(name, **arguments)
-    args = parser.parse_args()
-    parts[args.part or min(parts)](args)
+    commands = parser.add_subparsers(dest="part", required=True)
+    for name, part in parts.items():
+        command = commands.add_parser(name)
+        for option, parameter in inspect.signature(part).parameters.items():
+            default = parameter.default
+            kind = dict(type=type(default), default=default)
+            if isinstance(default, tuple):
+                kind |= dict(type=type(default[0]), nargs="+")
+            command.add_argument(f"--{option}", **kind)
+    args = vars(parser.parse_args([*(parts if len(parts) == 1 else ()), *sys.argv[1:]]))
+    parts[args.pop("part")](**args)
     sys.exit(f"not met: {'; '.join(MISSED)}" if MISSED else 0)
 
 
-def require(what, is_met):
-    if not is_met:
-        MISSED.append(what)
-
-
-def header(*names):
-    """The head of a Markdown table."""
-    row(*names)
-    print("|---" * len(names) + "|", flush=True)
-
-
 def row(*cells):
+    """A row of a Markdown table."""
     print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
-def check(what, measured, required, is_met):
-    """A row, and a requirement."""
-    row(what, measured, required)
-    require(what, is_met)
+def figure(what, measured, at_most=None, at_least=None):
+    """A row of the table of figures: what is measured, the number, what is required of it."""
+    required = [f"at most {at_most:g}"] if at_most is not None else []
+    required += [f"at least {at_least:g}"] if at_least is not None else []
+    row(what, f"{measured:.3g}", *required)
+    is_met = at_most is None or measured <= at_most
+    if not is_met or at_least is not None and measured < at_least:
+        MISSED.append(what)
 
 
 def timed(job, *args):

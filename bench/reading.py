@@ -1,34 +1,31 @@
 """Volumes on their way: from a file's bytes, or from a B2, to what an encoder takes.
 
     .venv/bin/python bench/reading.py decode
-    .venv/bin/python bench/reading.py volumes --syntax RLELossless     # two minutes on two cores
+    .venv/bin/python bench/reading.py volumes --syntaxes RLELossless     # two minutes on two cores
     .venv/bin/python bench/reading.py stream
     .venv/bin/python bench/reading.py augment
 
 decode: a synthetic Triton volume to (64, 384, 384) by volumes.py, against decoding all frames,
 float32, z-score, trilinear resize, z-score; one thread, each way in processes of its own, in turn.
-Required: 3.0 (uncompressed) and 1.7 (JPEG 2000) times faster, less than half the memory, the same
-tensor to 1e-4.
-volumes: from file to cached tensor at four scanners' real geometries, one thread; and decoding
-against openjpeg alone on the same frames. Nothing is required.
-stream: a B2 of our own on loopback, in its own process, and the real b2sdk.
+volumes: from file to cached tensor at four scanners' real geometries, one thread; decoding as a
+share of that, and against openjpeg alone on the same frames.
+stream: a B2 of our own on loopback, and the real b2sdk in another process.
 augment: a volume on one core, in the demo against training its encoder on that volume with all
 cores, and at full size against preprocessing a file, which happens only once.
 """
 
 import contextlib
-import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
 import torch
 import torch.nn.functional as F
-from measure import ROOT, apart, bench, check, header, peak_gb, require, row, timed
+from measure import apart, bench, figure, peak_gb, row, timed
 
 import b2
 import config
@@ -81,8 +78,7 @@ def decode_alone(way, path):
     return statistics.median(seconds), peak_gb() - before
 
 
-def decode(args):
-    header("256x992x512", "plain", "ours", "faster", "required", "memory", "required", "difference")
+def decode():
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/volume.dcm"
         for syntax, required in zip(SYNTAXES, (3.0, 1.7)):
@@ -90,12 +86,9 @@ def decode(args):
             difference = (plain(path) - ours(path)).abs().max().item()
             rounds = [[apart(decode_alone, way, path)[0] for way in (plain, ours)] for _ in "123"]
             (a, memory_a), (b, memory_b) = np.median(rounds, axis=0)
-            times = f"{a:.2f} s", f"{b:.2f} s", f"{a / b:.1f}x", f"{required}x"
-            memory = f"{memory_b:.2f} of {memory_a:.2f} GB, {memory_b / memory_a:.0%}", "below 50 %"
-            row(syntax, *times, *memory, f"{difference:.1e}")
-            require(f"{syntax}: speed", a / b >= required)
-            require(f"{syntax}: memory", memory_b < memory_a / 2)
-            require(f"{syntax}: same tensor", difference < 1e-4)
+            figure(f"{syntax}: times faster than the plain way", a / b, at_least=required)
+            figure(f"{syntax}: share of its {memory_a:.2f} GB", memory_b / memory_a, at_most=0.5)
+            figure(f"{syntax}: largest difference", difference, at_most=1e-4)
 
 
 def openjpeg_alone(path, wanted):
@@ -118,97 +111,86 @@ def cached_tensor(path, folder, shape):
     return timed(make)[0], timed(volumes.read_dicom, path, SIZE)[0], bare
 
 
-def by_scanner(args):
+def by_scanner(syntaxes=SYNTAXES, times=3):
     torch.set_num_threads(1)
-    header("DICOM to cached tensor", "file", "time", "of it decoding", "decoding against openjpeg")
+    row("DICOM to cached tensor", "MB", "seconds", "of it decoding", "decoding against openjpeg")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/volume.dcm"
-        for syntax in args.syntax:
+        for syntax in syntaxes:
             for scanner, shape in GEOMETRY.items():
                 write_volume(path, scanner, syntax)
-                rounds = [cached_tensor(path, folder, shape) for _ in range(args.times)]
+                rounds = [cached_tensor(path, folder, shape) for _ in range(times)]
                 whole, decoding, bare = np.median(rounds, axis=0)
                 name = f"{scanner} {'x'.join(map(str, shape))} {syntax}"
-                cells = f"{os.path.getsize(path) / 1e6:.0f} MB", f"{whole:.2f} s"
-                against = "-" if np.isnan(bare) else f"{decoding / bare:.1f}x"
-                row(name, *cells, f"{decoding / whole:.0%}", against)
-
-
-def serve(folder, rate, pipe):
-    """A B2 of the files of folder; answers with the number of requests so far."""
-    sys.path.insert(0, os.path.join(ROOT, "tests"))
-    from b2_server import B2Server, Fault
-
-    with B2Server(folder) as server:
-        server.fault = lambda kind, *_: Fault(rate=rate) if kind == "download" and rate else None
-        pipe.send((server.url, server.key_id, server.key))
-        while pipe.recv():
-            pipe.send(len(server.requests))
+                shares = f"{decoding / whole:.0%}", f"{decoding / bare:.2f}"
+                row(name, f"{os.path.getsize(path) / 1e6:.0f}", f"{whole:.2f}", *shares)
 
 
 @contextlib.contextmanager
-def store(folder, rate=0):
-    """serve() in a process of its own, and the environment that b2.py needs for it -> a function
-    that says how many requests there were."""
-    pipe, other = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, rate, other))
-    process.start()
-    names = "B2_REALM", "B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"
-    os.environ.update(zip(names, pipe.recv()))
-    b2.renew()
-    yield lambda: (pipe.send(True), pipe.recv())[1]
-    pipe.send(False)
-    process.join()
+def store(folder, rate=None):
+    """A B2 of the files of folder, and the environment that b2.py needs for it in a new process ->
+    when it was asked for something. Each connection is throttled to `rate` bytes a second."""
+    from b2_server import B2Server, Fault
+
+    asked = []
+
+    def fault(kind, *_):
+        asked.append(time.monotonic())
+        return Fault(rate=rate) if rate and kind == "download" else None
+
+    with B2Server(folder) as server:
+        server.fault = fault
+        names = "B2_REALM", "B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"
+        os.environ.update(zip(names, (server.url, server.key_id, server.key)))
+        yield asked
 
 
-def connections(folder, number=16, size=50_000_000, rate=20e6):
-    """How many times a single stream's rate `number` objects at once come, where each connection
-    is throttled to `rate` bytes a second."""
-    os.makedirs(f"{folder}/objects")
-    for i in range(number):
-        files.write(f"{folder}/objects/{i}", os.urandom(size))
-    with store(f"{folder}/objects", rate), ThreadPoolExecutor(number) as pool:
-        found = list(b2.find_all([f"b2://bucket/{i}" for i in range(number)]).values())
-        one, _ = timed(b2.fetch, found[0], f"{folder}/one")
+def fetch(folder, number):
+    """How many times a single stream's rate `number` objects at once come."""
+    b2.ENV_FILE = os.devnull
+    found = list(b2.find_all([f"b2://bucket/{i}" for i in range(number)]).values())
+    one, _ = timed(b2.fetch, found[0], f"{folder}/one")
+    with ThreadPoolExecutor(number) as pool:
         fetch_all = lambda: list(pool.map(lambda source: b2.fetch(source, f"{folder}/many"), found))
         return number * one / timed(fetch_all)[0]
 
 
-def epochs(folder):
+def two_epochs(folder):
     """-> number of volumes; growth of memory in windows of 8 volumes, from the first tenth of an
-    epoch (the window was full twice by then) to its end; requests of a second epoch."""
-    phantom.write_dataset(f"{folder}/data", participants=90, scale=(1 / 8, 1 / 8, 1 / 8))
-    overrides = ["paths.data=b2://bucket", f"paths.cache_dir={folder}/cache"]
-    overrides += ["data.num_workers=0", "data.prefetch=8"]
-    with store(f"{folder}/data") as requests:
-        cfg = config.load("configs/demo.yaml", overrides)
-        book, peaks = ledger.read(cfg), []
-        kept = data.Volumes(book.samples, (64, 192, 192), cfg.paths.cache_dir)
-        order = range(len(book.samples))
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")  # the peak of memory begins anew
-        for _, _, volume in data.stream(kept, book, order, cfg):
-            peaks.append(peak_gb())
-            window = 8 * volume.nbytes / 1e9
-        before = requests()
-        for _ in data.stream(kept, book, order, cfg):
-            pass
-        growth = (peaks[-1] - peaks[len(order) // 10]) / window
-        return len(order), growth, requests() - before
-
-
-def stream(args):
+    epoch (the window was full twice by then) to its end; when a second epoch began and ended."""
     b2.ENV_FILE = os.devnull
-    header("streaming", "measured", "required")
+    overrides = f"""paths.data=b2://bucket paths.cache_dir={folder}/cache data.num_workers=0
+        data.prefetch=8""".split()
+    cfg = config.load("configs/demo.yaml", overrides)
+    book, peaks = ledger.read(cfg), []
+    kept = data.Volumes(book.samples, (64, 192, 192), cfg.paths.cache_dir)
+    order = range(len(book.samples))
+    for _, _, volume in data.stream(kept, book, order, cfg):
+        window = 8 * volume.nbytes / 1e9
+        peaks.append(peak_gb())
+    began = time.monotonic()
+    for _ in data.stream(kept, book, order, cfg):
+        pass
+    growth = (peaks[-1] - peaks[len(order) // 10]) / window
+    return len(order), growth, began, time.monotonic()
+
+
+def stream():
     with tempfile.TemporaryDirectory() as folder:
-        ratio = connections(folder)
-    what = "16 objects of 50 MB at 20 MB/s a connection, against one after the other"
-    check(what, f"{ratio:.1f}x faster", "at least 7x", ratio >= 7)
+        os.mkdir(f"{folder}/objects")
+        for i in range(16):
+            files.write(f"{folder}/objects/{i}", os.urandom(50_000_000))
+        with store(f"{folder}/objects", rate=20e6):
+            [ratio] = apart(fetch, folder, 16)
+    figure(
+        "16 objects of 50 MB at 20 MB/s a connection: times one stream's rate", ratio, at_least=7
+    )
     with tempfile.TemporaryDirectory() as folder:
-        count, growth, requests = epochs(folder)
-    what = f"growth of memory while {count} volumes pass a window of 8"
-    check(what, f"{growth:.1f} windows", "at most 2", growth <= 2)
-    check("requests of a second epoch", requests, 0, requests == 0)
+        phantom.write_dataset(f"{folder}/data", participants=90, scale=(1 / 8, 1 / 8, 1 / 8))
+        with store(f"{folder}/data") as asked:
+            [(count, growth, began, ended)] = apart(two_epochs, folder)
+    figure(f"growth of memory over {count} volumes, in windows of 8", growth, at_most=2)
+    figure("requests of a second epoch", sum(began < at < ended for at in asked), at_most=0)
 
 
 def mean_seconds(job, times):
@@ -217,7 +199,7 @@ def mean_seconds(job, times):
     return statistics.mean(timed(job, i)[0] for i in range(1, times + 1))
 
 
-def augment(args):
+def augment():
     threads, encoder = torch.get_num_threads(), model.ViT3D(128, 4, 144).train()
     encoder.checkpoint = device.checkpointing(torch.device("cpu"))
     volume, full = torch.randn(1, 16, 96, 96).half(), torch.randn(1, *SIZE).half()
@@ -225,17 +207,12 @@ def augment(args):
     training = mean_seconds(train, 30)
     torch.set_num_threads(1)
     ratio = mean_seconds(lambda i: data.augment(volume, data.USUAL, str(i)), 30) / training
-    header("augmenting a volume on 1 core", "share of the time", "required")
-    what = f"demo, against training the encoder on {threads} cores"
-    check(what, f"{ratio:.2f}", "at most 1", ratio <= 1)
+    figure(f"demo: share of the time of training on {threads} cores", ratio, at_most=1)
     scan = np.random.default_rng(0).integers(0, 255, GEOMETRY["Triton"], np.uint8)
     ratio = mean_seconds(lambda i: data.augment(full, data.USUAL, str(i)), 3)
     ratio /= mean_seconds(lambda _: volumes.preprocess(scan, SIZE), 2)
-    row("64x384x384, against preprocessing 256x992x512 on 1", f"{ratio:.2f}", "-")
+    figure("64x384x384: share of the time of preprocessing 256x992x512", ratio)
 
 
 if __name__ == "__main__":
-    parts = {"decode": decode, "volumes": by_scanner, "stream": stream, "augment": augment}
-    syntax = dict(nargs="+", default=SYNTAXES, help="of volumes: names of pydicom.uid")
-    times = dict(type=int, default=3, help="of volumes: rounds, whose medians count")
-    bench(__doc__, parts, {"--syntax": syntax, "--times": times})
+    bench(__doc__, decode=decode, volumes=by_scanner, stream=stream, augment=augment)

@@ -1,18 +1,16 @@
 """How time, memory and results depend on how much there is: processes, volumes, heads, runs.
 
     .venv/bin/python bench/scaling.py processes     # 1, 2, 4 and 16 on the demo data
-    .venv/bin/python bench/scaling.py growth        # two minutes on two cores
+    .venv/bin/python bench/scaling.py growth        # two minutes on two cores; --processes 1 2 4 8
     .venv/bin/python bench/scaling.py evaluate      # three minutes, most of them for the data
 
 processes: feature pass, 50 epochs and predictions of several processes, against one; the machine
-may have fewer cores. Required: predictions are equal to 1e-5.
+may have fewer cores.
 growth: the feature pass (the demo's encoder, preprocessed volumes from the cache, one thread a
-process; each row is a run of its own) by volumes and processes; training heads (20 epochs, 768
-features, one thread) by heads, participants and classes. A line, time = fixed + slope x number, is
-fitted. Required of the feature pass: it follows its line (R^2 0.95), and its memory grows by less
-than a tenth from the first row to the last.
+process; each row is a run of its own) by volumes and by processes; training heads (20 epochs, 768
+features, one thread) by heads, participants and classes. Each table is fitted by a line.
 evaluate: eval.evaluate_run of a probe with eval.floors on as many participants as AI-READI has, the
-features at hand: all intervals, floors, plots, report. Then compare.compare of 20 runs.
+features at hand: all intervals, floors, plots, report. Then compare.compare of 20 copies.
 """
 
 import json
@@ -24,7 +22,7 @@ import time
 import numpy as np
 import torch
 from encoder import fill_cache, samples_below
-from measure import apart, bench, check, header, peak_gb, require, row, script, timed
+from measure import apart, bench, figure, peak_gb, row, script, timed
 from probing import features_of
 
 import compare
@@ -33,11 +31,9 @@ import device
 import eval as evaluation
 import features
 import files
-import heads
 import ledger
 import model
 import phantom
-import runs
 import train
 
 SIZE = (16, 96, 96)
@@ -57,16 +53,16 @@ def train_demo(folder, count):
     return encoded - began, trained - trains, predictions
 
 
-def processes(args):
-    header(f"processes ({os.cpu_count()} cores)", "feature pass", "50 epochs", "difference")
+def by_processes(processes=(2, 4, 16)):
     with tempfile.TemporaryDirectory() as folder:
-        first = train_demo(folder, 1)
-        for count in args.processes or (2, 4, 16):
+        encoding, training, first = train_demo(folder, 1)
+        for count in (count for count in processes if count > 1):
             encoded, trained, predictions = train_demo(folder, count)
-            difference = np.abs(predictions - first[2]).max()
-            times = f"{encoded / first[0]:.2f}x", f"{trained / first[1]:.1f}x"
-            row(count, *times, f"{difference:.1e}")
-            require(f"{count} processes: equal to 1e-5", difference <= 1e-5)
+            difference = np.abs(predictions - first).max()
+            name = f"{count} processes on {os.cpu_count()} cores, against 1"
+            figure(f"{name}: time of the feature pass", encoded / encoding)
+            figure(f"{name}: time of 50 epochs", trained / training)
+            figure(f"{name}: largest difference in predictions", difference, at_most=1e-5)
 
 
 def encode_in_replica(rank, cfg):
@@ -92,20 +88,9 @@ def feature_pass(folder, count, replicas):
         return json.load(f)
 
 
-def print_growth(what, numbers, values):
-    """-> R^2 of the line."""
-    slope, fixed = np.polyfit(numbers, values, 1)
-    left = np.square(np.array(values) - fixed - slope * np.array(numbers)).sum()
-    fit = 1 - left / np.square(values - np.mean(values)).sum()
-    times = ", ".join(f"{value / values[0]:.2f}" for value in values)
-    line = f"{fixed / values[0]:.2f} + {slope / values[0]:.4f} n"
-    row(what, ", ".join(map(str, numbers)), times, f"{line}, R^2 {fit:.4f}", f"{values[0]:.2f} s")
-    return fit
-
-
 def train_heads(num_heads, participants, num_classes):
     """Seconds of train.fit."""
-    ledger.CLASSES = tuple(map(str, range(num_classes)))  # the only place that says how many
+    ledger.CLASSES = tuple(map(str, range(num_classes)))  # what says how many there are
     torch.manual_seed(0)
     labels = [torch.arange(n) % num_classes for n in (participants, 159)]
     parts = [features_of(torch.randn(len(y), 768) + 0.03 * y[:, None], y) for y in labels]
@@ -116,49 +101,41 @@ def train_heads(num_heads, participants, num_classes):
     return timed(train.fit, cfg, 0, *parts, torch.device("cpu"))[0]
 
 
-def growth(args):
-    header("", "number", "time against the first", "line", "the first")
+def print_line(what, took):
+    """A row of times {number: seconds}, and of the line fitted to them -> R^2."""
+    numbers, values = np.array(list(took)), np.array(list(took.values()))
+    slope, fixed = np.polyfit(numbers, values, 1)
+    fit = 1 - np.square(values - fixed - slope * numbers).sum() / values.var() / len(values)
+    first, times = values[0], ", ".join(f"{n}: {s / values[0]:.2f}" for n, s in took.items())
+    line = f"{fixed / first:.2f} + {slope / first:.4f} n, R² {fit:.4f}"
+    row(what, times, line, f"the first took {first:.2f} s")
+    return fit
+
+
+def growth(volumes=(50, 100, 200, 400), processes=(1, 2)):
     with tempfile.TemporaryDirectory() as folder:
-        fill_cache(folder, samples_below(folder, max(args.volumes)), SIZE)
-        rounds = [[feature_pass(folder, n, 1) for n in args.volumes] for _ in "12"]
+        fill_cache(folder, max(volumes), SIZE)
+        rounds = [[feature_pass(folder, n, 1) for n in volumes] for _ in "12"]
         took, memory = np.min(rounds, axis=0).T
-        fit = print_growth("feature pass, by volumes", args.volumes, took)
-        require("the feature pass follows a line", fit >= 0.95)
-        grown = memory[-1] / memory[0]
-        row("its memory", "", f"{grown:.2f} from first to last", "", f"{memory[0]:.2f} GB")
-        require("flat memory", grown <= 1.1)
-        replicas = args.processes or (1, 2)
-        took = [feature_pass(folder, max(args.volumes), count)[0] for count in replicas]
-        print_growth(f"the same, by processes ({os.cpu_count()} cores)", replicas, took)
+        fit = print_line("feature pass, volumes", dict(zip(volumes, took)))
+        figure("R² of that line", fit, at_least=0.95)
+        figure("its memory, the last against the first", memory[-1] / memory[0], at_most=1.1)
+        took = {n: feature_pass(folder, max(volumes), n)[0] for n in processes}
+        print_line(f"feature pass, processes on {os.cpu_count()} cores", took)
     torch.set_num_threads(1)
     train_heads(8, 743, 4)  # imports, and the allocator's first pages
-    for what, cases in (
-        ("training, by heads", {n: (n, 743, 4) for n in (8, 16, 32, 64, 128)}),
-        ("training, by participants", {n: (24, n, 4) for n in (250, 500, 1000, 2000)}),
-        ("training, by classes", {n: (24, 743, n) for n in (2, 4, 8, 16)}),
-    ):
-        took = [min(train_heads(*case) for _ in "12") for case in cases.values()]
-        print_growth(what, list(cases), took)
+    for what, cases in {
+        "training, heads": {n: (n, 743, 4) for n in (8, 16, 32, 64, 128)},
+        "training, participants": {n: (24, n, 4) for n in (250, 500, 1000, 2000)},
+        "training, classes": {n: (24, 743, n) for n in (2, 4, 8, 16)},
+    }.items():
+        print_line(what, {n: min(train_heads(*case) for _ in "12") for n, case in cases.items()})
 
 
-def another_run(folder, run, seed):
-    """A copy of a run's results with other answers, as eval.py would leave it."""
-    found, rng = compare.open_results(run, run, "test"), np.random.default_rng(seed)
-    p = np.array(list(found.p_of.values()))
-    p = p * rng.uniform(0.5, 2, p.shape)
-    labels = np.array(list(found.label_of.values()))
-    predictions = heads.Predictions(list(found.label_of), labels, p / p.sum(axis=1, keepdims=True))
-    table = f"{folder}/predictions_test.csv"
-    files.write(table, runs.predictions_csv(predictions))
-    result = found.result | {"predictions_sha256": files.sha256(table)}
-    files.write(f"{folder}/eval_test.json", json.dumps(result))
-    return folder
-
-
-def evaluate(args):
+def evaluate(participants=1067):
     with tempfile.TemporaryDirectory() as folder:
-        phantom.write_dataset(f"{folder}/data", participants=1067, scale=(1 / 32, 1 / 32, 1 / 32))
-        encoder, run = f"{folder}/encoder.pt", f"{folder}/run"
+        scale, encoder, run = (1 / 32, 1 / 32, 1 / 32), f"{folder}/encoder.pt", f"{folder}/run"
+        phantom.write_dataset(f"{folder}/data", participants=participants, scale=scale)
         phantom.write_encoder(encoder, image_size=(8, 32, 32), dim=64, depth=1)
         overrides = f"""demo.dir=null paths.data={folder}/data paths.checkpoint_path={encoder}
             paths.cache_dir={folder}/cache paths.run_dir={run} model.emb_dim=64
@@ -166,17 +143,12 @@ def evaluate(args):
         timed(train.main, 0, config.load("configs/demo.yaml", overrides))
         timed(evaluation.evaluate_run, run, "test")  # encodes
         one, (result, _) = timed(evaluation.evaluate_run, run, "test")
-        others = [another_run(f"{folder}/runs/{n}", run, n) for n in range(20)]
+        others = [shutil.copytree(run, f"{folder}/runs/{n}") for n in range(20)]
         twenty, text = timed(compare.compare, others, "test")
-    header("", "measured", "required")
-    what = f"evaluating {result['n']} participants, {result['volumes']} volumes"
-    check(what, f"{one:.1f} s", "at most 10 s", one <= 10)
-    what = f"comparing 20 runs, {text.count('McNemar')} pairs"
-    check(what, f"{twenty:.1f} s", "at most 30 s", twenty <= 30)
+    what = f"evaluating {result['n']} participants, {result['volumes']} volumes: seconds"
+    figure(what, one, at_most=10)
+    figure(f"comparing 20 runs, {text.count('McNemar')} pairs: seconds", twenty, at_most=30)
 
 
 if __name__ == "__main__":
-    volumes = dict(type=int, nargs="+", default=(50, 100, 200, 400), help="of growth")
-    several = dict(type=int, nargs="+", help="of processes (2 4 16) and growth (1 2)")
-    parts = {"processes": processes, "growth": growth, "evaluate": evaluate}
-    bench(__doc__, parts, {"--volumes": volumes, "--processes": several})
+    bench(__doc__, processes=by_processes, growth=growth, evaluate=evaluate)

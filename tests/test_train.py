@@ -272,6 +272,46 @@ def test_it_overfits_eight_volumes(dataset, tmp_path):
     assert history[-1]["train/balanced_accuracy"] == 1
 
 
+@pytest.fixture()
+def one_block():
+    """An encoder with a single block, so that its rate of drop-path is the whole of it, and 400
+    volumes that are all the same."""
+    torch.manual_seed(0)
+    encoder = model.load_encoder(TINY)
+    encoder.blocks, encoder.drop_path = encoder.blocks[:1], 0.3
+    return encoder, torch.randn(1, 1, *SIZE).expand(400, -1, -1, -1, -1)
+
+
+@torch.no_grad()
+def test_drop_path_skips_nothing_in_evaluation(one_block):
+    encoder, volume = one_block
+    tokens = encoder(volume[:2])
+    assert torch.equal(tokens[0], tokens[1])
+
+
+@torch.no_grad()
+def test_drop_path_skips_branches_in_training(one_block):
+    encoder, volume = one_block
+    tokens = encoder.train()(volume, model.Noise(3, torch.arange(400), 400))
+    values, counts = tokens.mean(dim=(1, 2)).round(decimals=4).unique(return_counts=True)
+    assert len(values) == 4  # both branches, either, none
+    shares = sorted((counts / 400).tolist())
+    assert shares == pytest.approx([0.09, 0.21, 0.21, 0.49], abs=0.08)
+
+
+@torch.no_grad()
+def test_drop_path_by_itself_draws_from_torchs_generator(one_block):
+    encoder, volume = one_block
+    encoder.train()
+    assert not torch.equal(encoder(volume[:8]), encoder(volume[:8]))
+
+
+def test_drop_path_keeps_the_expectation():
+    kept = model.Noise(3, torch.arange(100_000), 100_000).keep(0.3, (), layer=0)
+    assert kept.mean() == pytest.approx(1, abs=0.01)
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.7])
+
+
 def test_attentive_fine_tuning(written, tmp_path):
     cfg = quick(written, tmp_path, *ATTENTIVE, "model.unfreeze_at_epoch=1", "train.epochs=3")
     train.main(0, cfg)
