@@ -1,7 +1,7 @@
 """Record what train.py and eval.py compute on small data, or compare with an earlier recording.
 
     python tests/recorded.py record FILE.json.gz            # run every case, write what it computed
-    python tests/recorded.py check FILE.json.gz [CASE ...]  # run again; exit status 1 where it moved
+    python tests/recorded.py check FILE.json.gz [CASE ...] # run again; exit status 1 if it moved
 
 A recording says what a change to the code must leave as it is, to 1e-6. The cases go through the
 commands alone, so the same script records any version of the code. tests/fixtures/recorded.json.gz

@@ -41,7 +41,7 @@ def arguments(root, folder, *more):
     return ["--config", "configs/demo.yaml", *settings(root, folder), *MLP, *more]
 
 
-def run(root, folder, *more, timeout=150):
+def run(root, folder, *more, timeout=400):
     """train.py in a process of its own -> what it printed."""
     process = start("train.py", *arguments(root, folder, *more))
     output, errors = process.communicate(timeout=timeout)
