@@ -91,12 +91,7 @@ def test_any_number_of_processes_gives_one_result(written, tmp_path, processes):
 @pytest.mark.parametrize("processes", [2, 5])
 def test_processes_do_not_change_a_fine_tuning_run(written, tmp_path, processes):
     alone = trained(written, *TUNE, "train.save_every=2")
-    more = [*TUNE, warm(written), f"device.processes={processes}"]
-    process = start(
-        "train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path), *more
-    )
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    tune(written, tmp_path, f"device.processes={processes}")
     assert np.abs(predictions(tmp_path) - predictions(alone)).max() < 1e-5
     (one, _, last), (many, _, other) = (
         read_run(quick(written, folder)) for folder in (alone, tmp_path)
@@ -111,12 +106,7 @@ def test_processes_do_not_change_a_fine_tuning_run(written, tmp_path, processes)
 def test_a_stratified_epoch_is_the_same_for_any_number_of_processes(written, tmp_path):
     more = ["data.sampler=stratified", "train.class_weights=none", "train.epochs=2"]
     alone = trained(written, *TUNE, *more)
-    more += [warm(written), "device.processes=3"]
-    process = start(
-        "train.py", "--config", "configs/demo.yaml", *settings(written, tmp_path), *more
-    )
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    tune(written, tmp_path, *more, "device.processes=3")
     assert np.abs(predictions(alone) - predictions(tmp_path)).max() < 1e-5
 
 
@@ -211,7 +201,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_what_replicas_do_together(tmp_path, processes):
     (tmp_path / "script.py").write_text(REPLICAS)
     script = [sys.executable, tmp_path / "script.py", str(processes)]
@@ -261,7 +251,9 @@ def wait_for_end(pids, seconds):
     "how, code, message, has_traceback",
     [
         ("raise ValueError('no such thing')", 1, "error: no such thing\n", False),
-        ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug\n", True),
+        pytest.param(
+            "raise RuntimeError('a bug')", 1, "RuntimeError: a bug\n", True, marks=pytest.mark.slow
+        ),
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
             1,

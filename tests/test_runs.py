@@ -252,7 +252,7 @@ def arguments(root, folder, *more):
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3, 4, 5))]
 )
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(written, command, tmp_path, seed):
     """Killed at a random moment, and (the odd ones) in the midst of a save."""
