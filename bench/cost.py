@@ -13,6 +13,7 @@ decoding and encoding share the cores, elsewhere the host decodes while the acce
 Further probes, whatever head, rate or seed, read cached features.
 """
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -58,6 +59,7 @@ def measure_probe(each):
             x = np.stack([files.load_array(path, np.float32, (DIM,)) for path in paths])
             x = np.split(x, [each * TRAIN])
             parts = [features_of(part, np.arange(len(part)) % 4) for part in x]
+            torch.set_num_threads(1)  # as repeats.fit_all does
             train.fit(cfg, 0, *parts, torch.device("cpu"))
 
         return timed(probe)[0]
@@ -80,7 +82,7 @@ def cost(
         [(encode, *_)] = apart(encode_alone, "bf16", 12, f"{folder}/tokens.pt")
     decoding = {syntax: apart(measure_decoding, syntax)[0] for syntax in SYNTAXES}
     measure_probe(1)  # imports
-    probes, cores = [measure_probe(each) for each in (1, 2)], os.cpu_count()
+    probes, cores = {each: measure_probe(each) for each in (1, 2)}, os.cpu_count()
     gpu, tpu = (flop(12) / 1e12 / n for n in (gpu_peak * gpu_share, tpu_peak * tpu_share))
     print(f"MEASURED here ({cores} cores): encoder {encode:.1f} s a volume")
     for syntax, (spent, size) in decoding.items():
@@ -92,23 +94,15 @@ def cost(
         "v4-32, extrapolated": (tpu, tpu_hosts * tpu_cores, tpu_hosts * tpu_network),
     }
     parts = "network", "decode", "encoder"
-    row("hours", "volumes", "files", "first pass", "bound by", *parts, "a further probe, s, here")
+    row("hours", "volumes", "files", "first pass", *parts, "bound by", "a further probe, s, here")
     for machine, (encoding, cores, rate) in machines.items():
-        for count in (TRAIN + VAL + TEST) * np.array([1, 2]):
-            for syntax, (spent, size) in decoding.items():
-                hours = [count * s / 3600 for s in (size / rate, spent / cores, encoding)]
-                shared = machine.startswith("this")
-                whole = max(hours[0], hours[1] + hours[2]) if shared else max(hours)
-                bound, probe = parts[np.argmax(hours)], probes[count > 1061]
-                row(
-                    machine,
-                    count,
-                    syntax,
-                    f"{whole:.2g}",
-                    bound,
-                    *(f"{h:.2g}" for h in hours),
-                    f"{probe:.1f}",
-                )
+        for each, (syntax, (spent, size)) in itertools.product((1, 2), decoding.items()):
+            count = each * (TRAIN + VAL + TEST)
+            hours = [count * s / 3600 for s in (size / rate, spent / cores, encoding)]
+            shared = machine.startswith("this")
+            whole = max(hours[0], hours[1] + hours[2]) if shared else max(hours)
+            cells = [f"{h:.2g}" for h in (whole, *hours)]
+            row(machine, count, syntax, *cells, parts[np.argmax(hours)], f"{probes[each]:.1f}")
     row("the replaced system, as its users reported it: 6 to 10 minutes a volume, in every epoch")
 
 

@@ -87,6 +87,7 @@ def swept(train_xy, val, test, seed):
 
 def learn(rows=(743,), features=(64, 768), seeds=10):
     warnings.filterwarnings("ignore", category=UserWarning)
+    torch.set_num_threads(1)  # as repeats.fit_all does
     for means, number, dim in itertools.product(
         ((0, 0.4, 1, 1.6), (0, 0.2, 0.5, 0.8)), rows, features
     ):

@@ -156,13 +156,14 @@ def test_nothing_is_compiled_after_the_first_steps(written, tmp_path):
     same."""
     more = ["data.batch_size=13", "train.epochs=6", "model.head.hidden=8"]
     encoding, training = compiled_after(*settings(written, tmp_path), *more)
-    steps = len(training) // 6
-    assert steps * 6 == len(training) and steps >= 4
-    first, later = training[:steps], training[steps:]
+    epoch, step = len(training) // 6, 2  # step_done before a micro-batch, and after the step
+    assert epoch * 6 == len(training) and epoch >= 4 * step
+    first, later = training[:epoch], training[epoch:]
     assert len(set(encoding[2:])) == 1  # eval of the encoder, one volume a time
-    assert len(set(first[2:])) == 1  # training, with the last batch that is not full
+    # after two steps: training, with the last batch that is not full
+    assert len(set(first[2 * step - 1 :])) == 1
     # from the second epoch on, predictions of val and train between them
-    assert len(set(later[2:])) == 1
+    assert len(set(later[2 * step - 1 :])) == 1
 
 
 def test_fine_tuning_compiles_nothing_after_its_first_steps(written, tmp_path):
@@ -172,11 +173,13 @@ def test_fine_tuning_compiles_nothing_after_its_first_steps(written, tmp_path):
     encoding, training = compiled_after(*settings(written, tmp_path), *more)
     with open(tmp_path / "run" / "ledger.csv") as f:
         val = sum(int(line.split(",")[4]) for line in f if ",val," in line)
-    # four micro-batches a step: 4, 4, 4 and one with three of padding
-    steps = 4 * math.ceil((len(encoding) - val) / 13)
-    first, rest = training[:steps], training[steps:]
-    assert len(rest) == 2 * steps + 3 * val
-    assert len(set(first[8:])) == 1  # training
+    # step_done before each of four micro-batches (4, 4, 4 and one with three of padding), and after
+    # the step
+    step = 4 + 1
+    epoch = step * math.ceil((len(encoding) - val) / 13)
+    first, rest = training[:epoch], training[epoch:]
+    assert len(rest) == 2 * epoch + 3 * val
+    assert len(set(first[2 * step - 1 :])) == 1  # training, after two steps
     assert set(rest[:val]) == {first[-1]}  # validation: the same graph as in the feature pass
     # from the second epoch on; between them, the end of the first
     assert len(set(rest[val:])) == 1
