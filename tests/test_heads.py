@@ -249,7 +249,7 @@ def heads_of(folder):
         return list(csv.DictReader(f))
 
 
-# An open fault: several attentive heads with a hidden layer drift from each head alone (0.583 against
+# An open fault: several attentive heads with a hidden layer drift from each alone (0.583 against
 # 0.595 of validation loss after 12 epochs at a learning rate of 0.03).
 KNOWN_FAULT = pytest.mark.xfail(reason="several attentive MLPs drift from each alone", strict=False)
 
