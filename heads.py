@@ -12,7 +12,6 @@ head becomes what it would be alone. To write another head, change Heads: whatev
 alone.
 """
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -178,9 +177,11 @@ def start(cfg, seed, train, num_classes):
     bank.register_buffer("drawn_log_prior", (counts / counts.sum()).log(), persistent=False)
 
     with torch.no_grad():
-        solution = functools.cache(lambda is_ordinal: last_layer(bank, train, is_ordinal))
+        # before any head is written: an MLP starts from the random weights of the first
+        kinds = {h["ordinal"] for h in bank.settings}
+        solutions = {is_ordinal: last_layer(bank, train, is_ordinal) for is_ordinal in kinds}
         for g, h in enumerate(bank.settings):
-            bank.weight[g], bias = solution(h["ordinal"])
+            bank.weight[g], bias = solutions[h["ordinal"]]
             bank.bias[g] = bias + best_constant(bank.drawn_log_prior, weights[g], h["loss"])
             if h["loss"] == "logit_adjustment":
                 bank.log_prior[g] = bank.drawn_log_prior
@@ -200,7 +201,8 @@ def last_layer(bank, train, is_ordinal):
     An MLP's stay random: on its small random hidden units, the solution would need huge weights.
     """
     if bank.hidden_weight is not None:
-        return (ordinal(bank.weight[0]) if is_ordinal else bank.weight[0]), bank.bias[0]
+        weight, bias = bank.weight[0].clone(), bank.bias[0].clone()  # the caller writes to these
+        return (ordinal(weight) if is_ordinal else weight), bias
     views, num_classes = train.views.shape[1], bank.weight.shape[1]
     x = (train.views.flatten(0, 1) - bank.mean) / bank.std  # (volumes * views, C) or (..., T, C)
     if bank.query is not None:

@@ -189,8 +189,11 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
         # until the encoder trains, patience begins anew: at first, training it costs some score
         reset_patience = epoch <= unfreeze_epoch <= epochs
         improved = progress.update(summary, reset_patience)  # indices of heads
-        for name, p in bank.named_parameters():
-            best_parameters[name][improved] = p.detach()[improved]
+        if (
+            not run
+        ):  # a run has its best head on the disk; on XLA this would compile another program
+            for name, p in bank.named_parameters():
+                best_parameters[name][improved] = p.detach()[improved]
         finished.append(summary)
         if run:
             run.save_epoch(summary, train_set)

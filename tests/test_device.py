@@ -279,7 +279,12 @@ def test_the_others_end_with_it(tmp_path, how, code, message, has_traceback):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_nobody_outlives_the_parent(tmp_path, number):
     (tmp_path / "script.py").write_text(DIES.format(root=ROOT, how="pass"))
