@@ -10,6 +10,7 @@ is and its type; configs/base.yaml gives every key its default and says what it 
 or a value of the wrong type stops the run with a ValueError that names the key.
 """
 
+import argparse
 import difflib
 import math
 import os
@@ -406,6 +407,20 @@ def read(path, children=(), overlay=None):
             "first, or remove its base:"
         )
     return read(os.path.join(os.path.dirname(path), str(base)), (*children, path)) | own
+
+
+def parser(description, **positional):
+    """The command line that every script has: --config FILE, positional arguments with their help,
+    and overrides."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    config_help = "configuration file; repeatable, later files override earlier ones"
+    parser.add_argument("--config", required=True, action="append", help=config_help)
+    for name, what in positional.items():
+        parser.add_argument(name, help=what)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser
 
 
 def load(path, overrides=()):

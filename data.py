@@ -8,7 +8,6 @@
 read_dicom and preprocess are those of volumes.py. scripts/preview.py draws what augmentation does.
 """
 
-import argparse
 import contextlib
 import itertools
 import math
@@ -313,17 +312,7 @@ def main():
     import config
     import phantom
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config",
-        required=True,
-        action="append",
-        help="configuration file; a second one lies over the first",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args()
+    args = config.parser(__doc__).parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
     phantom.prepare(cfg)
     book = ledger.read(cfg)

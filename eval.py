@@ -12,7 +12,6 @@ A row is a participant: probabilities are averaged over both eyes and repeated s
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -69,7 +68,7 @@ def evaluate_run(ckpt, split, overrides=()):
         "encoder_sha256": encoder.sha256,
         "checkpoint_sha256": files.sha256(opened.path),
         "labels_sha256": book.sha256[ledger.LABELS],
-        "predictions_sha256": hashlib.sha256(table.encode()).hexdigest(),
+        "predictions_sha256": files.hashed(table),
         **score(opened, book, found.samples, volumes[0], predictions),
     }
     if "val_predictions" in saved:  # not in a checkpoint that was saved within an epoch

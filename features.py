@@ -10,7 +10,6 @@ mean (C,).
 """
 
 import contextlib
-import hashlib
 import itertools
 import math
 import os
@@ -164,7 +163,7 @@ class Kept:
         self.folder = os.path.join(os.path.expanduser(cfg.paths.cache_dir), "features", name)
         if view:
             how = f"{data.AUGMENTATION} {data.strengths(cfg)} {cfg.seed} {view}"
-            self.folder += os.sep + hashlib.sha256(how.encode()).hexdigest()[:16]
+            self.folder += os.sep + files.hashed(how)[:16]
         files.remove_abandoned(self.folder, 60)  # nobody takes so long to write a feature
 
     def path(self, key):

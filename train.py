@@ -20,7 +20,6 @@ the augmentation              data.augment
 which head and epoch is best  progress.better
 """
 
-import argparse
 import contextlib
 import math
 import random
@@ -189,9 +188,9 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
         # until the encoder trains, patience begins anew: at first, training it costs some score
         reset_patience = epoch <= unfreeze_epoch <= epochs
         improved = progress.update(summary, reset_patience)  # indices of heads
-        if (
-            not run
-        ):  # a run has its best head on the disk; on XLA this would compile another program
+        # A run has its best head on the disk already, and on XLA the copy would compile another
+        # program.
+        if not run:
             for name, p in bank.named_parameters():
                 best_parameters[name][improved] = p.detach()[improved]
         finished.append(summary)
@@ -283,13 +282,7 @@ def check_classes(cfg, book):
 
 
 def command():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    config_help = "configuration file; repeatable, later files override earlier ones"
-    parser.add_argument("--config", required=True, action="append", help=config_help)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args()
+    args = config.parser(__doc__).parse_intermixed_args()
     # flush every line, so that a log file has output and progress bars in order
     sys.stdout.reconfigure(line_buffering=True)
     cfg = config.load(args.config, args.overrides)

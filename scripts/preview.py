@@ -7,7 +7,6 @@ plane (frames, columns; mean over rows). Left as it is, then as a training encod
 several epochs.
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -60,17 +59,7 @@ def draw_views(axes, cfg, key, volume):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config",
-        required=True,
-        action="append",
-        help="configuration file; a second one lies over the first",
-    )
-    parser.add_argument("path", help="file to write, for example views.png")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = config.parser(__doc__, path="file to write, for example views.png")
     args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
     if not data.strengths(cfg):
