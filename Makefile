@@ -30,7 +30,7 @@ preview: setup
 	.venv/bin/python scripts/preview.py $(CONFIGS) runs/preview_$(CKPT).png
 
 check: setup
-	.venv/bin/python data.py --config configs/$(CKPT).yaml
+	.venv/bin/python data.py$(if $(DEEP), --deep) --config configs/$(CKPT).yaml
 
 setup: .venv/installed
 setup-xla: .venv-xla/installed

@@ -5,7 +5,7 @@
     path = local("b2://bucket/encoders/a.pt", "cache")      # both; a local path comes back as it is
 
 Backblaze B2 needs B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY, from the environment or a file .env
-beside this one; B2_REALM is another endpoint's URL. gs:// needs the package gcsfs.
+beside this one; B2_REALM is another endpoint's URL. gs:// needs requirements-gcs.txt.
 
 Temporary failures (a reset, a stall, 503, 429, a damaged transfer) are tried again until `deadline`
 seconds have passed without progress: TimeoutError. What cannot get better stops at once: Absent (no
@@ -168,10 +168,15 @@ def b2_bucket(name):
 def gs_files():
     import fsspec
 
+    # Read by gcsfs when it is imported: else it asks over gRPC what kind of bucket this is, which
+    # takes minutes where gRPC is blocked. Whoever has a zonal bucket sets it to true.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         return fsspec.filesystem("gs")
     except ImportError:
-        raise ValueError("gs:// needs the package gcsfs: pip install gcsfs") from None
+        raise ValueError(
+            "gs:// needs the package gcsfs: pip install -r requirements-gcs.txt"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------ finding

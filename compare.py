@@ -6,7 +6,6 @@
 Only runs that were scored on the same participants with the same labels can be compared.
 """
 
-import json
 import os
 import pathlib
 from dataclasses import dataclass
@@ -18,6 +17,12 @@ import metrics
 from ledger import CLASS_NAMES, LABELS
 from report import draw_leaderboard, number, png, render, span, text_table
 from runs import BEST
+
+# what a comparison or the leaderboard reads of eval_SPLIT.json
+KINDS = dict.fromkeys(("balanced_accuracy", "log_loss"), float) | {"n": int}
+KINDS |= dict.fromkeys(("data", "scanner", "anatomic_region"), str)
+KINDS |= dict.fromkeys(("labels_sha256", "encoder_sha256"), str)
+KINDS |= {"alarms": list, "chance_band": list, "ci95": dict, "majority": dict, "random": dict}
 
 
 @dataclass
@@ -37,24 +42,39 @@ def open_results(name, folder, split):
     table, checkpoint = path.with_name(f"predictions_{split}.csv"), path.with_name(BEST)
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no eval_{split}.json; {again}")
-    try:
-        result = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {again}") from error
+    result = files.json_object(path.read_bytes(), path, again)
     if result.get("split") != split:
         raise ValueError(f"{path} is about split {result.get('split')}; {again}")
     if not table.is_file() or files.sha256(table) != result.get("predictions_sha256"):
         raise ValueError(f"{table} is not what {path} was computed from; {again}")
     if checkpoint.is_file() and files.sha256(checkpoint) != result.get("checkpoint_sha256"):
         raise ValueError(f"{checkpoint} is not the checkpoint that {path} is about; {again}")
-    row_of = {row["participant_id"]: row for row in files.read_csv(table)}
+    unusable = [key for key, kind in KINDS.items() if not isinstance(result.get(key), kind)]
+    if unusable:
+        raise ValueError(f"{path} has no {files.first_few(unusable)} that can be used; {again}")
+    try:
+        return Results(name, result, *read_predictions(table))
+    except ValueError as error:
+        raise ValueError(f"{error}; {again}") from error
+
+
+def read_predictions(table):
+    """predictions_SPLIT.csv -> {participant: class}, {participant: probabilities (K,)}. ValueError
+    where it holds anything else."""
     columns = [f"p{k}" for k in range(len(CLASS_NAMES))]
-    return Results(
-        name,
-        result,
-        label_of={i: int(row["y_true"]) for i, row in row_of.items()},
-        p_of={i: [float(row[column]) for column in columns] for i, row in row_of.items()},
-    )
+    label_of, p_of = {}, {}
+    for row in files.read_csv(table, ["participant_id", "y_true", *columns]):
+        participant = row["participant_id"]
+        try:
+            label, p = int(row["y_true"]), [float(row[column]) for column in columns]
+        except ValueError as error:
+            raise ValueError(f"{table}: participant {participant}: {error}") from error
+        if not (0 <= label < len(CLASS_NAMES) and np.isfinite(p).all()):
+            raise ValueError(f"{table}: participant {participant} has class {label} and {p}")
+        if participant in label_of:
+            raise ValueError(f"{table}: participant {participant} is there twice")
+        label_of[participant], p_of[participant] = label, p
+    return label_of, p_of
 
 
 def open_all(folders, split):
@@ -62,9 +82,15 @@ def open_all(folders, split):
     folders share that."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return [
-        open_results(name if names.count(name) == 1 else str(folder), folder, split)
+        open_results(printable(name if names.count(name) == 1 else folder), folder, split)
         for name, folder in zip(names, folders)
     ]
+
+
+def printable(folder):
+    """A folder's name or path as text. What no terminal, page or picture could show is escaped:
+    line breaks, bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(folder))
 
 
 def reason_not_comparable(a, b):
@@ -155,7 +181,8 @@ def leaderboard(folders, split):
     missing = [folder for folder in folders if not os.path.exists(folder)]
     if missing:
         raise FileNotFoundError(f"--leaderboard: {missing[0]} is not there; name run folders")
-    folders = [f for f in folders if os.path.isdir(f)]  # runs/* also has leaderboard.md
+    # runs/* also has leaderboard.md; a folder that is named twice is one run
+    folders = list({os.path.realpath(f): f for f in folders if os.path.isdir(f)}.values())
     scored = [f for f in folders if os.path.exists(os.path.join(f, f"eval_{split}.json"))]
     if not scored:
         again = f"run eval.py --ckpt RUN --split {split} first"
@@ -176,7 +203,7 @@ def leaderboard(folders, split):
     ]
     notes = [f"{name}: not compared, for it has {why}" for name, why in reasons.items() if why]
     notes += [f"{run.name}: ALARM: {alarm}" for run in runs for alarm in run.result["alarms"]]
-    notes += [f"not scored on {split}: {folder}" for folder in folders if folder not in scored]
+    notes += [f"not scored on {split}: {printable(f)}" for f in folders if f not in scored]
 
     content = {"about": about, "runs": (header, rows), "notes": notes}
     text = render("leaderboard.md", **content)

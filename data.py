@@ -1,6 +1,7 @@
 """Samples -> preprocessed volumes: cached, in the order of the epoch, augmented.
 
     python data.py --config configs/single_domain_01.yaml      # the ledger: who is missing, and why
+    python data.py --deep --config FILE      # and opens every volume once: what are they, in truth?
 
     volumes = Volumes(book.of("train"), (64, 384, 384), "cache")
     for i, key, volume in stream(volumes, book, order, cfg): ...    # volume (1, D, H, W) float16
@@ -9,7 +10,9 @@ read_dicom and preprocess are those of volumes.py. scripts/preview.py draws what
 """
 
 import contextlib
+import copy
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -24,12 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import b2
+import facts
 import files
 import ledger
 from ledger import CLASS_NAMES
-from volumes import PREPROCESSING, Unreadable, decode_volume, preprocess, read_dicom  # noqa: F401
+from volumes import PREPROCESSING, Unreadable, decode, decode_volume, preprocess, read_dicom  # noqa: F401
 
 # ------------------------------------------------------------------------ volumes, with their cache
 
@@ -41,11 +46,12 @@ class Volumes:
     by the file's content, size and preprocessing, until cache_gb are full. After that the rest is
     read again every time: replacing volumes does not help when every epoch reads all of them. What
     comes from the disk and what was just made are the same numbers. Other processes may use the
-    same cache_dir; each volume is fetched once.
+    same cache_dir; each volume is fetched once. ids: of all participants, as facts.check takes
+    them.
     """
 
-    def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300):
-        self.samples, self.size = list(samples), tuple(size)
+    def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300, ids=()):
+        self.samples, self.size, self.ids = list(samples), tuple(size), ids
         self.cache_dir = Path(files.local_folder(cache_dir, "paths.cache_dir"))
         self.folder = self.cache_dir / "volumes"
         self.limit, self.deadline = cache_gb * 1e9, deadline
@@ -74,11 +80,20 @@ class Volumes:
         identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         return self.cache_dir / "checksums" / files.hashed(identity)
 
-    def load(self, i, decode=decode_volume):
-        """-> key, (1, D, H, W) float16. Unreadable for a volume that cannot be read; other errors
-        have other causes than the volume.
+    def facts(self, i):
+        """What the file of volume i says of itself, and its pixels; None where it has not been
+        decoded yet. Unreadable where it names another participant."""
+        key = self.key(i)
+        found = key and files.load_json(self.cache_dir / "facts" / f"{key}.json")
+        if found:
+            facts.check(self.samples[i], found, self.ids)
+        return found
 
-        decode: decode_volume, or something that runs it elsewhere.
+    def load(self, i, decode=decode):
+        """-> key, (1, D, H, W) float16. Unreadable for a volume that cannot be read, or is another
+        participant's; other errors have other causes than the volume.
+
+        decode: volumes.decode, or something that runs it elsewhere.
         """
         source = self.samples[i].source
         try:
@@ -88,23 +103,26 @@ class Volumes:
             raise Unreadable(f"{source.path} is not there any more") from None
         key = self.key(i)
         kept = self.folder / f"{key}.npy"
-        volume = files.load_array(kept, np.float16, self.size)
+        volume = self.facts(i) and files.load_array(kept, np.float16, self.size)
         if volume is None:
             # not named by the key: another size needs the same file fetched
             lock = self.cache_dir / "locks" / files.hashed(self.content(i))
             with files.locked(lock, self.stop):
                 try:
                     # another process may have made it in the meantime
-                    volume = files.load_array(kept, np.float16, self.size)
+                    volume = self.facts(i) and files.load_array(kept, np.float16, self.size)
                     if volume is None:
-                        volume = self.make(source, decode)
+                        volume, found = self.make(source, decode)
+                        note = self.cache_dir / "facts" / f"{key}.json"
+                        files.write(note, json.dumps(found))
+                        self.facts(i)  # checked
                         self.admit(kept, volume)
                 finally:
                     lock.unlink()
         return key, torch.from_numpy(volume)[None]  # (D, H, W) -> (1, D, H, W)
 
     def make(self, source, decode):
-        """Fetch, decode and preprocess -> (D, H, W) float16."""
+        """Fetch, decode and preprocess -> (D, H, W) float16, and the file's facts."""
         path = source.path
         try:
             if b2.is_remote(path):
@@ -146,8 +164,8 @@ def stream(volumes, book, order, cfg, transform=None):
     with executors(volumes, cfg) as (fetchers, decoder):
 
         def load(i):
-            decode = lambda *args: decoder.submit(decode_volume, *args).result()
-            key, volume = volumes.load(i, decode)
+            elsewhere = lambda *args: decoder.submit(decode, *args).result()
+            key, volume = volumes.load(i, elsewhere)
             return key, transform(key, volume) if transform else volume
 
         submitted = ((i, fetchers.submit(load, i)) for i in order)
@@ -308,16 +326,66 @@ def epoch_order(labels, sampler, seed, epoch):
 # ------------------------------------------------------------------------------------- the command
 
 
+def deep_check(cfg, book):
+    """Open every volume of the ledger once, into the cache; print what the files say of themselves,
+    and draw a B-scan of each scanner and protocol. Unreadable volumes are struck off the ledger."""
+    lenient = copy.deepcopy(cfg)
+    lenient.data.max_missing = len(book.samples)  # all problems are to be seen, not the first
+    cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
+    volumes = Volumes(book.samples, volume_size(cfg), *cache, book.ids)
+    order, scans = range(len(volumes.samples)), {}
+    with contextlib.closing(stream(volumes, book, order, lenient)) as arriving:
+        for i, _, volume in tqdm(arriving, "open", len(order), unit="volume"):
+            path, found = volumes.samples[i].path, volumes.facts(i)
+            book.facts[path] = found
+            what = (
+                " ".join(filter(None, [found["scanner"], found["protocol"]])) or "unknown scanner"
+            )
+            middle = volume[0, volume.shape[1] // 2]  # (1, D, H, W) -> (H, W)
+            scans.setdefault(f"{what}\n{os.path.basename(path)[:60]}", middle)
+    notes = ledger.compare_files(book, volumes.samples, facts.NOTHING)
+    print(facts.table(volumes.samples, book.facts))
+    print(
+        "\n".join([f"note: {note}" for note in notes] + ledger.unreadable_table(book).splitlines())
+    )
+    if scans:
+        path = os.path.expanduser(cfg.paths.run_dir).rstrip("/") + "_scans.png"
+        figure = facts.draw(list(scans.items()))
+        files.write(path, lambda file: figure.savefig(file, format="png", dpi=90))
+        print(f"B-scans, one of each scanner and protocol: {path}")
+
+
+def volume_size(cfg):
+    """(D, H, W) of the volumes that the config's encoder sees."""
+    import model
+
+    if cfg.data.image_size:
+        return tuple(cfg.data.image_size)
+    name = cfg.paths.checkpoint_path
+    size = model.load_encoder(
+        b2.local(name, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+    ).image_size
+    if size is None:
+        raise ValueError(
+            f"{name} does not say its image_size; set data.image_size=[depth, height, width]"
+        )
+    return size
+
+
 def main():
     import config
     import phantom
 
-    args = config.parser(__doc__).parse_intermixed_args()
+    parser = config.parser(__doc__)
+    parser.add_argument("--deep", action="store_true", help="open every volume once")
+    args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
     phantom.prepare(cfg)
     book = ledger.read(cfg)
     print(f"{book.description}: {cfg.data.scanner}, {cfg.data.anatomic_region}")
     print(ledger.table(book))
+    if args.deep:
+        deep_check(cfg, book)
     ledger.check(book, cfg.data.max_missing)
 
 

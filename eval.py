@@ -52,7 +52,7 @@ def evaluate_run(ckpt, split, overrides=()):
         raise ValueError(f"no participant of split {split} has a volume")
 
     dev = device.get(cfg.device.backend)
-    found = features.encode(cfg, book, samples, encoder, dev)
+    found = features.encode(cfg, book, samples, encoder, dev, earlier=saved["scans"])
     volumes = [heads.predict(bank, found.x)[0] for bank in banks]  # (volumes, K) by each head
     predictions, *of_other_seeds = [heads.by_participant(found.samples, p) for p in volumes]
 
@@ -232,6 +232,7 @@ def alarms(opened, book, result, predictions, changed):
     if seen:
         names = files.first_few(seen)
         found.append(f"{len(seen)} participants of {split} were trained on: {names}")
+    found += book.near_copies
     missing = book.missing(split)
     if missing:
         found.append(
@@ -259,7 +260,11 @@ def update_ledger(path, book, split):
     header, *rows = ledger.rows_for_csv(book)
     earlier = {}
     if path.exists():
-        earlier = {row["participant_id"]: list(row.values()) for row in files.read_csv(path)}
+        try:
+            table = files.read_csv(path, header)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it, and it is made anew") from error
+        earlier = {row["participant_id"]: [row[name] for name in header] for row in table}
     rows = [row if row[1] == split else earlier.get(row[0], row) for row in rows]
     files.write(path, files.csv_text([header, *rows]))
 

@@ -24,6 +24,7 @@ import b2
 import config
 import data
 import device
+import facts
 import files
 import ledger
 import model
@@ -96,12 +97,19 @@ def open_encoder(cfg):
     try:
         module = model.load_encoder(path, cfg.model.encoder)
     except ValueError as error:
-        raise ValueError(str(error).replace(path, name)) from error
+        raise ValueError(str(error).replace(path, name, 1)) from error
+    if module.assumed:
+        print(f"note: {assumptions(module.assumed)}")
     width = module.pos_embed.shape[-1]
     if width != cfg.model.emb_dim:
         raise ValueError(
             f"model.emb_dim is {cfg.model.emb_dim}, but the encoder of {name} is {width} wide; "
             f"set model.emb_dim={width}"
+        )
+    if cfg.model.pool_method == "attentive" and width % model.HEAD_DIM:
+        raise ValueError(
+            f"model.pool_method=attentive needs an encoder whose width is a multiple of "
+            f"{model.HEAD_DIM}, but that of {name} is {width} wide; set model.pool_method=mean"
         )
     size = cfg.data.image_size or module.image_size
     if size is None:
@@ -121,6 +129,19 @@ def open_encoder(cfg):
     return Encoder(module, tuple(size), model.weights_hash(module))
 
 
+def assumptions(assumed):
+    """Sentence on what is assumed of an encoder: {what its file does not say: what is used}."""
+
+    def listed(words):
+        *more, last = words
+        return f"{', '.join(more)} and {last}" if more else last
+
+    return (
+        f"the encoder's file does not say its {listed(assumed)}; assumed "
+        f"{'are' if len(assumed) > 1 else 'is'} {listed(assumed.values())}"
+    )
+
+
 def random_encoder(encoder, seed):
     """An Encoder of the same shape with random weights, which a floor is computed with."""
     like = encoder.module
@@ -132,6 +153,9 @@ def random_encoder(encoder, seed):
             like.pos_embed.shape[1],
             like.blocks[0].mlp.fc1.out_features,
             like.patch_size,
+            like.num_heads,
+            like.eps,
+            like.activation,
         )
     return Encoder(module.eval(), encoder.size, model.weights_hash(module))
 
@@ -189,12 +213,13 @@ class Kept:
             )
 
 
-def encode(cfg, book, samples, encoder, dev, view=0, again=False):
+def encode(cfg, book, samples, encoder, dev, view=0, again=False, earlier=facts.NOTHING):
     """The Features of the samples that could be read, in order; the others are struck off the
     ledger.
 
     Every volume is encoded once for ever, and replicas share the work. view: 0 is the volume as it
     is, others are augmented. again: all could be read before; ValueError if one cannot be read now.
+    earlier: facts.summary of volumes with which none of these may have its pixels in common.
     """
     kept, struck_before = Kept(cfg, encoder, view), len(book.unreadable)
     strength, transform = data.strengths(cfg), None
@@ -209,17 +234,24 @@ def encode(cfg, book, samples, encoder, dev, view=0, again=False):
     for sample in samples:
         if sample.path in reason_of:  # what this replica struck itself stays struck
             book.strike(sample, reason_of[sample.path])
+    if not again:
+        # every replica knows the files of its share
+        for part in device.gather(book.facts, dev):
+            book.facts |= part
+        for note in ledger.compare_files(book, samples, earlier):
+            print(f"note: {note}")
     ledger.check(book, cfg.data.max_missing)
     if again and reason_of:
         reason = ledger.unreadable_table(book).splitlines()[-1]
         raise ValueError(f"a volume that could be read before cannot be read now: {reason}")
-    rest = [i for i, sample in enumerate(samples) if sample.path not in reason_of]
+    left = {sample.path for sample in book.samples}
+    rest = [i for i, sample in enumerate(samples) if sample.path in left]
     if not rest:
         raise ValueError("none of the volumes could be read")
     encoded = sum(device.gather(encoded, dev))
     print(
         f"features: {encoded} volumes encoded, {len(rest) - encoded} from {cfg.paths.cache_dir}"
-        + (f", {len(reason_of)} unreadable" if reason_of else "")
+        + (f", {len(samples) - len(rest)} left out" if len(rest) < len(samples) else "")
     )
     return Features([samples[i] for i in rest], x[rest])
 
@@ -255,19 +287,27 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
     One volume at a time, so that a feature does not depend on its neighbours. book: strike off what
     cannot be read; else that is an error. kept: where features are looked for, and kept.
     """
-    volumes = data.Volumes(
-        samples, encoder.size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
-    )
+    ids = book.ids if book else ()
+    cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
+    volumes = data.Volumes(samples, encoder.size, *cache, ids)
     x, encoded = torch.zeros(len(samples), *shape_of(cfg)), 0
 
     def is_kept(i, key):
-        feature = kept.load(key) if kept and key else None
-        if feature is not None:
-            x[i] = torch.from_numpy(feature)
-        return feature is not None
+        found = volumes.facts(i) if kept else None
+        feature = kept.load(key) if found else None
+        if feature is None:
+            return False
+        book.facts[samples[i].path], x[i] = found, torch.from_numpy(feature)
+        return True
 
     mine = range(device.rank(), len(samples), device.world())
-    todo = [i for i in mine if not (kept and is_kept(i, volumes.key(i)))]
+    todo = []
+    for i in mine:
+        try:
+            if not is_kept(i, volumes.key(i)):
+                todo.append(i)
+        except data.Unreadable as error:  # its file is known, and another participant's
+            book.strike(samples[i], str(error))
     if kept and cfg.model.pool_method == "attentive":
         kept.check_room(sum(device.gather(len(todo), dev)))
     if not todo:
@@ -292,6 +332,7 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
             x[i] = torch.from_numpy(array)
             if kept:
                 files.save_array(kept.path(key), array)
+                book.facts[samples[i].path] = volumes.facts(i)
             encoded += 1
             bar.update()
     return device.all_sum(x.to(dev)).cpu(), encoded

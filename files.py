@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import io
 import itertools
+import json
 import os
 import sys
 import threading
@@ -154,10 +155,11 @@ def read_tsv(path, columns, name=None):
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             reader = csv.reader(f, delimiter="\t")
-            header = [cell.strip() for cell in next(reader, [])]
-            table = [cells for cells in reader if any(cell.strip() for cell in cells)]
+            header = [cleaned(cell) for cell in next(reader, [])]
+            table = [cells for cells in reader if any(cleaned(cell) for cell in cells)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{name} is not a tab-separated text in UTF-8: {error}") from error
+    check_header(header, name)
     for cells in table:  # a stray quotation mark joins cells and swallows rows
         if len(cells) != len(header) or any("\n" in cell or "\t" in cell for cell in cells):
             raise ValueError(
@@ -165,7 +167,7 @@ def read_tsv(path, columns, name=None):
                 "cells as the header has, or has a cell of several lines; look for a stray "
                 "quotation mark or tab there"
             )
-    rows = [dict(zip(header, cells)) for cells in table]
+    rows = [dict(zip(header, map(cleaned, cells))) for cells in table]
     for column in columns:
         spellings = (column,) if isinstance(column, str) else column
         present = [s for s in spellings if s in header]
@@ -174,14 +176,66 @@ def read_tsv(path, columns, name=None):
                 f"{name} has no column '{' or '.join(spellings)}'; found {', '.join(header)}"
             )
         for row in rows:
-            row[spellings[0]] = row[present[0]].strip()
+            value, *others = [row.pop(spelling) for spelling in present]
+            for spelling, other in zip(present[1:], others):
+                if other != value:
+                    raise ValueError(
+                        f"{name}: columns '{present[0]}' and '{spelling}' mean the same and "
+                        f"differ, first where one has '{value}' and the other '{other}'; remove or "
+                        "rename the wrong one"
+                    )
+            row[spellings[0]] = value
     return rows
 
 
-def read_csv(path):
-    """CSV file with a header -> list of dicts of texts."""
-    with open(path, encoding="utf-8", newline="") as f:
-        return list(csv.DictReader(f))
+def cleaned(cell):
+    """A cell without the white space around it, and without the byte-order mark that stands within
+    a file that was put together from several."""
+    return cell.replace("\ufeff", "").strip()
+
+
+def check_header(header, name):
+    """ValueError where a column is there twice: nobody could say which one is meant."""
+    for i, column in enumerate(header):
+        if column and column in header[:i]:
+            raise ValueError(
+                f"{name} has the column '{column}' twice, as column {header.index(column) + 1} and "
+                f"as column {i + 1}; remove or rename one of them"
+            )
+
+
+def read_csv(path, columns=()):
+    """CSV file with a header -> list of dicts of texts. ValueError naming the file where it is no
+    such table, or lacks one of the columns."""
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            reader = csv.DictReader(f)
+            rows, header = list(reader), reader.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV table in UTF-8: {error}") from error
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise ValueError(f"{path} has no column {first_few(missing)}")
+    for row in rows:
+        if None in row or None in row.values():
+            first = next(iter(row.values()))
+            raise ValueError(
+                f"{path}: the row that begins with '{first}' does not have {len(header)} cells as "
+                "the header has"
+            )
+    return rows
+
+
+def json_object(text, path, remedy):
+    """The dict that a JSON text holds. ValueError, with its file and what to do, where it holds
+    none."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object); {remedy}")
+    return found
 
 
 def csv_text(rows):
@@ -220,3 +274,12 @@ def load_array(path, dtype, shape):
     tqdm.write(f"cache file {path} is damaged; making it anew", file=sys.stderr)
     Path(path).unlink(missing_ok=True)  # missing: another process noticed too
     return None
+
+
+def load_json(path):
+    """What a JSON file holds; None where there is none, or one that is damaged."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (FileNotFoundError, ValueError):  # a power cut can cut it short
+        return None

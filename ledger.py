@@ -11,11 +11,13 @@ so that nobody is dropped without a word.
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
 import b2
+import facts
 from files import checksum, first_few, read_tsv, sha256
 
 CLASSES = (  # study_group of participants.tsv; its position is the label
@@ -27,6 +29,7 @@ CLASSES = (  # study_group of participants.tsv; its position is the label
 CLASS_NAMES = ("healthy", "pre-diabetes", "oral medication", "insulin")
 SPLITS = ("train", "val", "test")
 FLAGS = ("TRUE", "FALSE")
+NO_AGE = ("", "na", "n/a", "<na>", "nan", "none", "null", "unknown")  # how tables say: missing
 LABELS, MANIFEST = "participants.tsv", "retinal_oct/manifest.tsv"
 PARTICIPANT = ("participant_id", "person_id")  # accepted names of the column that joins the tables
 
@@ -44,11 +47,13 @@ class Row:
     volumes: int = 0
     status: str = "used"
     reason: str = ""
+    notes: str = ""  # what is odd about their volumes, and cost them none
 
 
 @dataclass
 class Sample:
-    """One volume of a participant. path: local or a URL; source: what the store holds there."""
+    """One volume of a participant. path: local or a URL; source: what the store holds there;
+    manifest: its row there."""
 
     participant_id: str
     split: str
@@ -57,6 +62,7 @@ class Sample:
     laterality: str
     path: str
     source: b2.Object = None
+    manifest: dict = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -68,6 +74,9 @@ class Ledger:
     # hashes of LABELS and MANIFEST: they tell whether two runs saw the same tables
     sha256: dict = field(default_factory=dict)
     unreadable: list = field(default_factory=list)  # (sample, reason); no longer in samples
+    ids: set = field(default_factory=set)  # facts.plain_id of all participants of both tables
+    facts: dict = field(default_factory=dict)  # {path: what the file says}, of those opened so far
+    near_copies: list = field(default_factory=list)  # facts.near_copies of those
 
     def of(self, split):
         return [s for s in self.samples if s.split == split]
@@ -80,11 +89,16 @@ class Ledger:
         if sample not in self.samples:
             return
         self.unreadable.append((sample, reason))
+        row = self.remove(sample)
+        row.status = "used" if row.volumes else "missing"
+        row.reason = "; ".join(filter(None, [row.reason, reason]))
+
+    def remove(self, sample):
+        """Take out a volume -> its participant's Row."""
         self.samples.remove(sample)
         row = next(r for r in self.rows if r.participant_id == sample.participant_id)
         row.volumes -= 1
-        row.status = "used" if row.volumes else "missing"
-        row.reason = "; ".join(filter(None, [row.reason, reason]))
+        return row
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -107,6 +121,8 @@ def read(cfg):
             ) from None
     people = read_labels(tables[LABELS], b2.join(root, LABELS))
     samples, has_rows = read_manifest(tables[MANIFEST], people, cfg, notes, b2.join(root, MANIFEST))
+    ids = {facts.plain_id(pid) for pid in [*people, *has_rows]}
+    forms = other_forms(people.keys() - has_rows, has_rows - people.keys())
     problems = find_volumes(samples, cfg, notes)
     samples_of = grouped(samples.values(), lambda sample: sample.participant_id)
 
@@ -129,7 +145,9 @@ def read(cfg):
             for problem, paths in grouped(unusable, problems.get).items()
         ]
         if pid not in has_rows:
-            reasons.append("no row in the manifest")
+            form = forms.get(pid)
+            hint = f"; it has '{form}', write ids alike in both" if form else ""
+            reasons.append(f"no row in the manifest{hint}")
         elif not samples:
             reasons.append(f"no volume of {cfg.data.scanner}, {cfg.data.anatomic_region}")
         person.reason = "; ".join(reasons)
@@ -138,7 +156,17 @@ def read(cfg):
         elif reasons:
             notes.append(f"participant {pid}: {person.reason}")
     hashes = {name: sha256(path) for name, path in tables.items()}
-    return Ledger(list(people.values()), used, notes, describe(cfg), hashes)
+    book = Ledger(list(people.values()), used, notes, describe(cfg), hashes, ids=ids)
+    for sample in used[:]:  # .../<scanner>/<participant>/<file>
+        folder = PurePath(sample.path).parent.name
+        other = facts.other_participant(folder, sample.participant_id, ids)
+        if other:
+            book.strike(
+                sample,
+                f"{shown([sample.path], cfg)} belongs to participant {other} by its folder, and to "
+                f"{sample.participant_id} by the manifest",
+            )
+    return book
 
 
 def local_copy(cfg, name):
@@ -156,7 +184,10 @@ def read_labels(path, name):
         pid, split = row["participant_id"], row["recommended_split"]
         who = f"{name}: participant {pid}"
         if not pid:
-            raise ValueError(f"{name}: a row without participant_id: {row}")
+            raise ValueError(
+                f"{name}: a row has no participant_id; fill it in, or remove the row: "
+                f"{first_few(filter(None, row.values()))}"
+            )
         row["retinal_oct"] = row["retinal_oct"].upper()
         for column, values in allowed.items():
             if row[column] not in values:
@@ -164,7 +195,8 @@ def read_labels(path, name):
                     f"{who} has unknown {column} '{row[column]}'; known are {', '.join(values)}"
                 )
         label = CLASSES.index(row["study_group"])
-        person = Row(pid, split, label, row["clinical_site"], row.get("age", ""))
+        age = checked_age(row.get("age", ""), who)
+        person = Row(pid, split, label, row["clinical_site"], age)
         if row["retinal_oct"] == "FALSE":
             person.status, person.reason = "no_oct", "retinal_oct is FALSE"
         earlier = people.setdefault(pid, person)
@@ -174,12 +206,55 @@ def read_labels(path, name):
             raise ValueError(f"{who} has two rows that differ")
     if not people:
         raise ValueError(f"{name} has no participants")
+    for ids in grouped(people, facts.plain_id).values():
+        if len(ids) > 1:
+            raise ValueError(
+                f"{name}: participants {first_few(ids)} may be one, for their ids differ only in "
+                "form; write the id of a participant alike in every row"
+            )
     return people
+
+
+def checked_age(text, who):
+    """An age as participants.tsv has it; "" where it is missing. ValueError for what is no age."""
+    if text.casefold() in NO_AGE:
+        return ""
+    try:
+        years = float(text)
+    except ValueError:
+        years = math.nan
+    if not 0 <= years < 150:
+        raise ValueError(
+            f"{who} has age '{text}'; write it as a number of years, or leave the cell empty"
+        )
+    return text
+
+
+def id_without_form(pid):
+    """What is the same for ids that differ only in form: '1001', '01001', '1001.0', '1001,0'."""
+    return facts.plain_id(pid.replace(",", ".")).casefold()
+
+
+def other_forms(ids, others):
+    """{id: that of the others which differs from it only in form}, of the ids that have one."""
+    known = {id_without_form(pid): pid for pid in others}
+    return {pid: known[id_without_form(pid)] for pid in ids if id_without_form(pid) in known}
+
+
+def how_ids_differ(unlabelled, people):
+    """An example of an id of the manifest that participants.tsv writes in another form, in words;
+    "" where there is none."""
+    forms = other_forms(sorted(unlabelled), people)
+    if not forms:
+        return ""
+    pid, other = next(iter(forms.items()))
+    return f"{LABELS} writes '{other}' and the manifest '{pid}'; write both alike"
 
 
 def read_manifest(path, people, cfg, notes, name):
     """manifest.tsv -> {path: Sample} of the configured scanner and region, and the set of
-    participants with any row. name: what messages call the file. ValueError on doubt."""
+    participants with any row, labelled or not. name: what messages call the file. ValueError on
+    doubt."""
     samples, kinds, has_rows, unlabelled = {}, Counter(), set(), set()
     wanted = (cfg.data.scanner, cfg.data.anatomic_region)
     for row in read_tsv(path, [PARTICIPANT, "anatomic_region", "laterality", "filepath"], name):
@@ -188,17 +263,18 @@ def read_manifest(path, people, cfg, notes, name):
             location = b2.join(cfg.paths.data, filepath)
         except ValueError as error:
             raise ValueError(f"{name}: participant {pid}: {error}") from None
+        has_rows.add(pid)
         if pid not in people:
             unlabelled.add(pid or "(no id)")
             continue
         # .../retinal_oct/structural_oct/<scanner>/<participant>/<file>
         kind = (PurePath(location).parent.parent.name, row["anatomic_region"])
         kinds[kind] += 1
-        has_rows.add(pid)
         if kind != wanted:
             continue
         person = people[pid]
-        sample = Sample(pid, person.split, person.label, person.site, row["laterality"], location)
+        person_is = pid, person.split, person.label, person.site
+        sample = Sample(*person_is, row["laterality"], location, manifest=row)
         earlier = samples.setdefault(location, sample)
         if earlier.participant_id != pid:
             raise ValueError(
@@ -207,8 +283,11 @@ def read_manifest(path, people, cfg, notes, name):
             )
         if earlier is not sample:
             notes.append(f"participant {pid}: {filepath} is listed twice; used once")
+    hint = how_ids_differ(unlabelled, people)
     if not kinds:
-        raise ValueError(f"{name} has no row of a participant of {LABELS}")
+        raise ValueError(
+            f"{name} has no row of a participant of {LABELS}{': ' if hint else ''}{hint}"
+        )
     if not samples:
         has = "; ".join(f"{s} '{r}' ({n})" for (s, r), n in sorted(kinds.items()))
         raise ValueError(
@@ -218,7 +297,7 @@ def read_manifest(path, people, cfg, notes, name):
     if unlabelled:
         notes.append(
             f"{len(unlabelled)} participants of the manifest are not in {LABELS}: "
-            f"{first_few(sorted(unlabelled))}"
+            f"{first_few(sorted(unlabelled))}{'; ' if hint else ''}{hint}"
         )
     return samples, has_rows
 
@@ -327,6 +406,34 @@ def check(book, max_missing):
             raise ValueError(f"no participant of split {split} has a volume")
 
 
+def compare_files(book, samples, earlier):
+    """Compare what the files of these samples say with the manifest, and their pixels with each
+    other -> notes. Copies are dealt with as files with the same bytes are. earlier: facts.summary
+    of volumes that were used elsewhere."""
+    notes, of_participant = facts.differences(samples, book.facts)
+    for row in book.rows:
+        row.notes = "; ".join(of_participant.get(row.participant_id, [])) or row.notes
+
+    def left():
+        paths = {sample.path for sample in book.samples}
+        return [sample for sample in samples if sample.path in paths]
+
+    for copies, participants in facts.same_pixels(left(), book.facts, earlier):
+        if len(participants) > 1:  # what several participants share cannot carry a label
+            for sample in copies:
+                shared = f"pixels that participants {first_few(participants)} share"
+                book.strike(sample, f"{sample.path} shows {shared}")
+            continue
+        for sample in copies[1:]:
+            book.remove(sample)
+            notes.append(
+                f"participant {sample.participant_id}: {sample.path} has the same pixels as "
+                f"{copies[0].path}; used once"
+            )
+    book.near_copies = facts.near_copies(left(), book.facts, earlier)
+    return notes + book.near_copies
+
+
 def check_classes(book, needed_by):
     """ValueError unless every class has a training volume. needed_by: the setting that needs them,
     such as "data.sampler=stratified"."""
@@ -382,5 +489,5 @@ def unreadable_table(book):
 
 def rows_for_csv(book):
     """Header, then a list of cells for every participant, as for files.csv_text."""
-    header = ["participant_id", "split", "label", "site", "volumes", "status", "reason"]
+    header = ["participant_id", "split", "label", "site", "volumes", "status", "reason", "notes"]
     return [header, *([getattr(r, name) for name in header] for r in book.rows)]

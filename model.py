@@ -8,25 +8,36 @@ To train the encoder, call encoder.train(); set encoder.drop_path and encoder.ch
 like, and give parameter_groups(...) to the optimizer.
 
 D, H, W are depth (frames), height (rows) and width (columns) of a volume; N is the number of
-tokens, C the width of the embedding. Needs torch and numpy, and device.py beside it.
+tokens, C the width of the embedding. Needs torch and numpy, and device.py, architecture.py and
+weights.py beside it.
 """
 
 import hashlib
 import math
-import pickle
 import re
-import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import architecture
 import device
+from weights import plain, read_checkpoint
 
-HEAD_DIM = 64  # width of an attention head at pretraining; the weights do not tell it
+# What the pretraining's encoders have. The weights tell none of the three: they hold where the
+# file's config is silent, which is then said.
+HEAD_DIM = 64  # width of an attention head
+EPS = 1e-5  # of LayerNorm
+GELU = "gelu"  # the exact one
+
+ACTIVATIONS = {
+    GELU: nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
 
 
 @dataclass
@@ -55,29 +66,32 @@ def any_noise(x):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads = dim // HEAD_DIM
+        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         """Tokens (B, N, C) -> (B, N, C)."""
-        # (B, N, 3 C) -> (B, N, 3, heads, 64) -> (3, B, heads, N, 64)
-        qkv = self.qkv(x).unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)
-        x = device.attention(*qkv)  # (B, heads, N, 64)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, heads, 64) -> (B, N, C)
+        # (B, N, 3 C) -> (B, N, 3, heads, C / heads) -> (3, B, heads, N, C / heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = device.attention(*qkv)  # (B, heads, N, C / heads)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, heads, C / heads) -> (B, N, C)
 
 
 class Block(nn.Module):
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, num_heads, eps, activation):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
-        self.attn = Attention(dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = nn.Sequential(
-            OrderedDict(fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, dim))
-        )
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        layers = {
+            "fc1": nn.Linear(dim, hidden),
+            "act": ACTIVATIONS[activation](),
+            "fc2": nn.Linear(hidden, dim),
+        }
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x, keep=None):
         """Tokens (B, N, C) -> (B, N, C). keep (2, B, 1, 1): drop-path factors of the branches."""
@@ -111,20 +125,35 @@ class ViT3D(nn.Module):
     (B, 1, D, H, W) float -> tokens (B, N, C). In training mode, a sample skips a block's branch
     with a probability that grows to `drop_path` at the last block (Huang et al. 2016), and
     `checkpoint` (device.checkpointing) runs each block, to compute its activations again in the
-    backward pass instead of keeping them.
+    backward pass instead of keeping them. num_heads: None for heads of width 64. activation: one of
+    ACTIVATIONS.
     """
 
     drop_path = 0.0
     checkpoint = None
 
-    def __init__(self, dim, depth, num_tokens, hidden=None, patch_size=(4, 16, 16)):
+    def __init__(
+        self,
+        dim,
+        depth,
+        num_tokens,
+        hidden=None,
+        patch_size=(4, 16, 16),
+        num_heads=None,
+        eps=EPS,
+        activation=GELU,
+    ):
         super().__init__()
         self.patch_size = tuple(patch_size)
+        self.num_heads = num_heads or dim // HEAD_DIM
+        self.eps, self.activation = eps, activation
         self.image_size = None  # (D, H, W) of the pretraining, where its checkpoint names it
+        self.assumed = {}  # on loading: what neither the weights nor the config say -> what is used
         self.patch_embed = PatchEmbed(dim, self.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim).normal_(std=0.02))
-        self.blocks = nn.ModuleList(Block(dim, hidden or 4 * dim) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        block = (dim, hidden or 4 * dim, self.num_heads, eps, activation)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, volume, noise=None):
         self.check_size(volume.shape[-3:])
@@ -162,120 +191,27 @@ class ViT3D(nn.Module):
 
 # ---- loading, strictly
 
-# Beside its weights, the pretraining saved settings and other objects. torch.load with
-# weights_only=True calls nothing but torch's own functions for tensors and what is registered for
-# it by name: inert stand-ins, so no code of the file runs, and OmegaConf need not be installed.
-
-
-class Settings(dict):
-    """Stands for an object beside the weights: keeps its arguments and state, does nothing."""
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-        if isinstance(state, dict):
-            self.update(state)
-
-
-class Array(np.ndarray):
-    """Stands for a numpy array, the form in which torch before 2.6 saved a TPU's tensors.
-
-    Numbers are kept, any other array is left empty. The dtype is made anew from its name, because
-    numpy does not check a pickled dtype's state.
-    """
-
-    def __new__(cls, *args):
-        return super().__new__(cls, 0)
-
-    def __setstate__(self, state):
-        version, shape, dtype, is_fortran, content = state
-        dtype = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1])
-        if dtype.kind in "biufc":
-            super().__setstate__((version, shape, dtype, is_fortran, content))
-
-
-STAND_INS = {
-    "collections.defaultdict": lambda *args: {},  # torch fills nothing but a true dict
-    "numpy._core.multiarray._reconstruct": Array,
-    "numpy.core.multiarray._reconstruct": Array,
-}
-INERT = (  # the beginnings of the names for which Settings stand
-    *("omegaconf.", "typing.", "pathlib.", "numpy.", "argparse.", "enum.", "datetime."),
-    *(f"builtins.{t}" for t in ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes")),
-    "torch.torch_version.",
-)
-
-
-def stand_in(name):
-    """What a checkpoint gets as the class or function `name`; ValueError if it needs none."""
-    if name in STAND_INS:
-        return STAND_INS[name]
-    if name.startswith(INERT):
-        return Settings
-    raise ValueError(
-        f"its pickle asks for {name}, which a checkpoint has no need of; refused, nothing was run"
-    )
-
-
-def plain(value):
-    """An OmegaConf value, as Settings hold it -> plain Python."""
-    if isinstance(value, Settings):
-        value = value.get("_content", value.get("_val"))
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return value
-
-
-def read_checkpoint(path):
-    """The pretraining's `torch.save` dict, tensors memory-mapped (the optimizer's are never read).
-
-    ValueError if the file is none, or if its pickle asks for more than tensors, plain containers
-    and settings. With weights_only=True, torch.load never hands a file to torch.jit.load, whatever
-    directories its zip has.
-    """
-    try:
-        # Python's reader of zip files is for two plain messages; torch has another one
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ValueError("it is a TorchScript program")
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError:
-        raise  # no such file, no permission: the message already names the path
-    except Exception as error:  # torch, zip and pickle raise a dozen types for a damaged file
-        reason = error
-        if isinstance(error, pickle.UnpicklingError):
-            # torch's message would advise weights_only=False, which runs the file's code
-            reason = "its pickle is none that torch.save writes for weights by default"
-        raise ValueError(
-            f"{path} is not a checkpoint that can be read whole and safely: {reason}"
-        ) from error
-    is_dict = isinstance(checkpoint, dict)
-    if not is_dict or not isinstance(checkpoint.get("model_state_dict"), dict):
-        found = list(checkpoint)[:10] if is_dict else type(checkpoint).__name__
-        raise ValueError(f"{path} has no 'model_state_dict'; found {found}")
-    return checkpoint
+PREFIXES = {"context": "context_encoder.", "target": "target_encoder.encoder."}
 
 
 def load_encoder(path, encoder="context"):
     """Encoder of a pretraining checkpoint, in eval mode: (B, 1, D, H, W) float -> tokens (B, N, C).
 
-    encoder: "context", or "target" (its EMA copy). Sizes come from the weights. ValueError naming
-    the keys when any is missing, unexpected, of the wrong shape or not finite: nothing is left at
-    random.
+    encoder: "context", or "target" (its EMA copy). Sizes come from the weights, and what those do
+    not tell from the file's config; what neither tells is in the encoder's `assumed`. ValueError
+    naming the keys when any is missing, unexpected, of the wrong shape or not finite (nothing is
+    left at random), or when the config contradicts itself or the weights.
     """
-    prefixes = {"context": "context_encoder.", "target": "target_encoder.encoder."}
-    if encoder not in prefixes:
+    if encoder not in PREFIXES:
         raise ValueError(f"encoder must be 'context' or 'target', not {encoder!r}")
-    prefix, checkpoint = prefixes[encoder], read_checkpoint(path)
+    prefix, checkpoint = PREFIXES[encoder], read_checkpoint(path)
     try:
+        config = plain(checkpoint.get("config"))
+        config = config if isinstance(config, dict) else {}
         state = weights_under(prefix, checkpoint["model_state_dict"])
-        model = empty_vit(prefix, state)
+        model = empty_vit(prefix, state, config)
         copy_weights(prefix, state, model)
-        set_image_size(model, checkpoint.get("config"))
+        set_image_size(model, config)
     except (ValueError, RuntimeError) as error:  # torch's own: sparse or nested tensors, say
         raise ValueError(f"{path}: {encoder} encoder not loaded: {error}") from error
     return model.eval()
@@ -297,8 +233,9 @@ def weights_under(prefix, state_dict):
     return state
 
 
-def empty_vit(prefix, state):
-    """A ViT3D of the sizes that the weights tell, without memory for its own weights."""
+def empty_vit(prefix, state, config):
+    """A ViT3D of the sizes that the weights tell and of the settings that config tells, without
+    memory for its own weights."""
 
     def shape_of(name, dimensions):
         shape = getattr(state.get(prefix + name), "shape", ())
@@ -309,16 +246,59 @@ def empty_vit(prefix, state):
     _, num_tokens, _ = shape_of("pos_embed", 3)
     dim, _, *patch_size = shape_of("patch_embed.proj.weight", 5)
     hidden, _ = shape_of("blocks.0.mlp.fc1.weight", 2)
-    if dim % HEAD_DIM:
-        raise ValueError(
-            f"width {dim} of {prefix}patch_embed.proj.weight is not a multiple of {HEAD_DIM}, "
-            "the width of a head"
-        )
     if num_tokens == 0:
         raise ValueError(f"{prefix}pos_embed is empty")
     depth = len({m[1] for k in state if (m := re.match(r"blocks\.(\d+)\.", k[len(prefix) :]))})
+    said = architecture.read(config, sizes_of(dim, depth, patch_size, hidden))
+    num_heads, assumed = heads_of(said, dim)
+    if "LayerNorm eps" not in said:
+        assumed["LayerNorm eps"] = str(EPS)
+    if "activation" not in said:
+        assumed["activation"] = "exact GELU"
+    _, eps = said.get("LayerNorm eps", (None, EPS))
+    _, activation = said.get("activation", (None, GELU))
     with torch.device("meta"):
-        return ViT3D(dim, depth, num_tokens, hidden, patch_size)
+        model = ViT3D(dim, depth, num_tokens, hidden, patch_size, num_heads, eps, activation)
+    model.assumed = assumed
+    return model
+
+
+def sizes_of(dim, depth, patch_size, hidden):
+    """What the weights have of what a config may say too, as architecture.read wants it."""
+    patch_size = tuple(patch_size)
+    return {
+        "width": (f"{dim} wide", lambda n: n == dim),
+        "depth": (f"of {depth} blocks", lambda n: n == depth),
+        # without the depth it is of rows and columns, as V-JEPA's
+        "patch size": (f"of patches {patch_size}", lambda n: n in (patch_size, patch_size[1:])),
+        "MLP ratio": (f"{hidden} wide in the MLP", lambda n: abs(n * dim - hidden) < 1),
+    }
+
+
+def heads_of(said, dim):
+    """-> (number of heads, {} or what is assumed for it). ValueError naming the keys of what a
+    config said, if that does not fit the width."""
+    heads, width = said.get("number of heads"), said.get("width of a head")
+    for key, value in filter(None, (heads, width)):
+        if dim % value:
+            raise ValueError(
+                f"its {key} is {value}, which does not divide the width {dim} of its weights; "
+                "correct its config"
+            )
+    if heads and width and heads[1] * width[1] != dim:
+        raise ValueError(
+            f"its {heads[0]} is {heads[1]} and its {width[0]} is {width[1]}, but its weights are "
+            f"{dim} wide; correct its config"
+        )
+    if heads or width:
+        return heads[1] if heads else dim // width[1], {}
+    if dim % HEAD_DIM:
+        raise ValueError(
+            f"its config does not say num_heads, and the width {dim} of its weights is not a "
+            f"multiple of {HEAD_DIM}, the usual width of a head; add num_heads to its config"
+        )
+    assumed = f"{dim // HEAD_DIM} heads of width {HEAD_DIM}"
+    return dim // HEAD_DIM, {"number of heads": assumed}
 
 
 def copy_weights(prefix, state, model):
@@ -344,9 +324,9 @@ def copy_weights(prefix, state, model):
     model.load_state_dict(copies, assign=True)
 
 
-def set_image_size(model, settings):
-    """Take over the image_size of the pretraining's settings, where they name one."""
-    size = plain(settings.get("image_size")) if isinstance(settings, dict) else None
+def set_image_size(model, config):
+    """Take over the image_size of the pretraining's config, where it names one."""
+    size = architecture.resolved(config.get("image_size"), config)
     if size is None:
         return
     if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) for n in size)):
@@ -356,8 +336,13 @@ def set_image_size(model, settings):
 
 
 def weights_hash(model):
-    """sha256 of the names, shapes and values of a model's weights."""
+    """sha256 of the names, shapes and values of a model's weights, and of what beside them decides
+    its tokens, unless that is as at the pretraining: so the hashes of such encoders, which are in
+    the names of cached features and in runs, are those of the weights alone."""
     digest = hashlib.sha256()
+    settings = model.num_heads, model.eps, model.activation
+    if settings != (model.pos_embed.shape[-1] // HEAD_DIM, EPS, GELU):
+        digest.update(repr(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().numpy())

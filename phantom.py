@@ -525,6 +525,9 @@ def write_encoder(path, image_size=(16, 96, 96), dim=128, depth=4, seed=0, optim
             "seed": seed,
             "image_size": list(image_size),
             "patch_size": patch_size,
+            "num_heads": context.num_heads,
+            "layer_norm_eps": context.eps,
+            "activation": context.activation,
         },
     }
     files.write(path, lambda file: torch.save(checkpoint, file))

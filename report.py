@@ -13,6 +13,7 @@ import base64
 import io
 import json
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -174,9 +175,17 @@ def new_figure(width, height, columns=1):
     return figure, figure.subplots(1, columns)
 
 
-def png(figure):
+def png(figure, dpi=110, margins="tight"):
+    """The bytes of a PNG. Every picture of the project is made here, so that every text stands in
+    it as it is: matplotlib would read a run's name with two dollar signs as mathematics."""
+    import matplotlib
+    from matplotlib.text import Text
+
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with matplotlib.rc_context({"text.parse_math": False}):  # of texts that drawing adds
+        figure.savefig(out, format="png", dpi=dpi, bbox_inches=margins)
     return out.getvalue()
 
 
@@ -239,10 +248,11 @@ def draw_reliability(result):
 
 
 def draw_epochs(axis, epochs, names):
-    """Curves over the records of metrics.jsonl. names {label of the curve: key of the records}."""
+    """Curves over the records of metrics.jsonl. names {label of the curve: key of the records};
+    a record that lacks a key, for another version wrote it, leaves a gap."""
     for label, name in names.items():
-        values = [epoch[name] for epoch in epochs]
-        axis.plot([epoch["epoch"] for epoch in epochs], values, label=label, marker=".")
+        x, y = ([epoch.get(key, np.nan) for epoch in epochs] for key in ("epoch", name))
+        axis.plot(x, y, label=label, marker=".")
 
 
 def draw_training(epochs, best_epoch):
@@ -294,7 +304,8 @@ def write_plots(folder, result, y_true, p):
     }
     history = folder / "metrics.jsonl"
     if history.exists():
-        epochs = [json.loads(line) for line in history.read_bytes().splitlines()]
+        lines = history.read_bytes().splitlines()
+        epochs = [files.json_object(line, history, "remove it") for line in lines]
         figures["training"] = draw_training(epochs, result["epoch"])
         figures["shares"] = draw_shares(epochs)
     for name, figure in figures.items():
@@ -317,7 +328,23 @@ def render(template, **values):
     )
     in_base64 = lambda image: base64.b64encode(image).decode()
     environment.filters |= {"number": number, "span": span, "json": json.dumps, "base64": in_base64}
+    environment.filters |= {"markdown": markdown, "markdown_cell": markdown_cell}
     return environment.get_template(template).render(values, report=sys.modules[__name__])
+
+
+def markdown(text):
+    """A text that Markdown shows as it is, also where a run's name has signs of markup."""
+    return re.sub(r"([\\`*<&$|\[\]])", r"\\\1", text)
+
+
+def markdown_cell(text):
+    """A cell of a Markdown table. A text with signs of markup stands in a code span, as it is but
+    for the | that would end the cell."""
+    if markdown(text) == text:
+        return text
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " * bool(longest)
+    return fence + space + text.replace("|", "\\|") + space + fence
 
 
 def write_report(folder):
@@ -325,6 +352,7 @@ def write_report(folder):
     ledger and the provenance."""
     folder = pathlib.Path(folder)
     results = read_json(folder / "eval_test.json", folder / "eval_val.json")
+    check_alike(results, folder)
     # Results of last.pt are in a folder of their own, below the run's.
     provenance = read_json(folder / "provenance.json", folder.parent / "provenance.json")
     page = render(
@@ -334,12 +362,27 @@ def write_report(folder):
         pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.png")},
         classes=CLASS_NAMES,
         splits=SPLITS,
-        ledger=files.read_csv(folder / "ledger.csv"),
+        ledger=files.read_csv(folder / "ledger.csv", ["split", "label", "status", "reason"]),
         provenance=provenance[0] if provenance else {},
     )
     files.write(folder / "report.html", page)
 
 
+def check_alike(results, folder):
+    """ValueError where the result of one split lacks what that of the other has: another version
+    wrote it, or it was edited."""
+    everything = set().union(*results) - {"floors", "seeds", "temperature", "calibrated"}
+    for result in results:
+        missing = sorted(everything - result.keys())
+        if missing:
+            raise ValueError(
+                f"a result in {folder} (split {result.get('split')}) lacks "
+                f"{files.first_few(missing)}; run eval.py on that split again, or remove its "
+                "eval_SPLIT.json"
+            )
+
+
 def read_json(*paths):
-    """The content of those of the files that exist."""
-    return [json.loads(path.read_bytes()) for path in paths if path.exists()]
+    """The content of those of the files that exist, as dicts."""
+    there = [path for path in paths if path.exists()]
+    return [files.json_object(path.read_bytes(), path, "remove it") for path in there]

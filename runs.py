@@ -27,6 +27,7 @@ import yaml
 import b2
 import config
 import device
+import facts
 import files
 import ledger
 import tracking
@@ -85,7 +86,8 @@ class Run:
 
     def save(self, name, content):
         """A checkpoint: the run's identity and content, with all tensors on the CPU."""
-        whole = device.to_host({**self.identity, **content})
+        scans = facts.summary(self.book.samples, self.book.facts)
+        whole = device.to_host({**self.identity, "scans": scans, **content})
         self.write(name, lambda file: torch.save(whole, file))
 
     def prepare(self):
@@ -95,8 +97,8 @@ class Run:
         files.remove_abandoned(self.folder, 0)
         if self.earlier:
             path = os.path.join(self.folder, "provenance.json")
-            with open(path, encoding="utf-8") as f:
-                provenance = json.load(f)
+            with open(path, "rb") as f:
+                provenance = files.json_object(f.read(), path, INSTEAD)
             after = {"after_epoch": self.earlier["epoch"], "after_step": self.earlier["step"]}
             provenance.setdefault("resumed", []).append(after | where_it_runs(self.dev))
         else:
@@ -234,7 +236,7 @@ class Run:
                 f"(data.max_missing={self.cfg.data.max_missing})\n"
                 f"{ledger.unreadable_table(self.book)}"
             )
-        if self.cfg.log.wandb != "disabled" and device.rank() == 0:
+        if self.wandb.run:
             saved = read_saved(os.path.join(self.folder, BEST), {"val_predictions"})
             tracking.finish(self.wandb, saved, ledger.rows_for_csv(self.book))
         device.barrier(self.dev)  # nobody ends before rank 0 has written all
@@ -383,7 +385,7 @@ def open_checkpoint(ckpt, overrides=()):
     folder, name = os.path.split(os.path.abspath(path))
     if name != BEST:  # last.pt, say: its results must not pass for those of the best checkpoint
         folder = os.path.join(folder, os.path.splitext(name)[0])
-    saved = read_saved(path, {*IDENTITY, "head", "epoch"})
+    saved = read_saved(path, {*IDENTITY, "scans", "head", "epoch"})
     return Opened(saved, config.resolve(saved["config"], overrides, path), path, folder)
 
 
@@ -411,8 +413,11 @@ def check_config(opened):
     path = os.path.join(os.path.dirname(os.path.abspath(opened.path)), "config.yaml")
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as f:
-        written = config.parse(f.read(), path)
+    try:
+        with open(path, encoding="utf-8") as f:
+            written = config.parse(f.read(), path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}; train again") from error
     changed = changed_settings(opened.saved["config"], written if isinstance(written, dict) else {})
     if changed:
         raise ValueError(

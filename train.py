@@ -39,6 +39,7 @@ import model
 import phantom
 import repeats
 import runs
+import tracking
 from progress import Epoch, Progress
 
 
@@ -59,6 +60,7 @@ def main(rank, cfg):
     # for code that you add: the randomness of this project has generators of its own
     device.seed(cfg.seed, dev)
     runs.check_folder(cfg)
+    tracking.check(cfg)
     print(
         f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: "
         f"{cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}"

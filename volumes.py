@@ -1,4 +1,4 @@
-"""A DICOM file -> one checked OCT volume, preprocessed as at the encoder's pretraining.
+"""A file -> one checked OCT volume, preprocessed as at the encoder's pretraining.
 
     volume = read_dicom("a.dcm")                      # (frames, rows, columns)
     tensor = preprocess(volume, (64, 384, 384))       # (D, H, W) float32
@@ -7,64 +7,44 @@
 Only the frames that the resize to D slices reads are decoded.
 """
 
+import base64
 import errno
+import hashlib
 import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# part of every cache key: change it when the result of preprocess() changes
-PREPROCESSING = "zscore-trilinear-float16-v1"
+import dicom
+
+# part of every cache key: change it when the result of read() or preprocess() changes
+PREPROCESSING = "zscore-trilinear-float16-v2"
 
 
 class Unreadable(ValueError):
     """A volume that is in the store and cannot be read."""
 
 
-# ------------------------------------------------------------------------------------------- DICOM
+# ----------------------------------------------------------------------------------------- reading
 
 
 def read_dicom(path_or_file, size=None):
-    """Multi-frame DICOM -> array (frames, rows, columns), rescaled where the file asks for it.
+    """Multi-frame DICOM -> array (frames, rows, columns), as dicom.read gives it.
 
     size (D, H, W): decode only the frames that preprocess(..., size) reads; the others stay zero
-    and cost neither time nor memory. Unreadable, a ValueError that names the file, when there are
-    no pixels, or not all of them, or they cannot be decoded.
+    and cost neither time nor memory. Unreadable, a ValueError that names the file, when it is no
+    structural OCT, or has no pixels, or not all of them, or they cannot be decoded.
     """
-    import pydicom
-    from pydicom.pixels import iter_pixels
+    return read(path_or_file, size)[0]
 
-    import jpeg  # noqa: F401  (it tells pydicom how to decode JPEG)
 
+def read(path_or_file, size=None):
+    """As read_dicom, and besides what the file says of itself: dicom.description, with notes."""
     is_path = isinstance(path_or_file, (str, os.PathLike))
     name = path_or_file if is_path else getattr(path_or_file, "name", "the file")
     try:
-        ds = pydicom.dcmread(path_or_file)
-        if not ds.get("PixelData"):
-            raise ValueError("no pixel data; the file is truncated or never had any")
-        if ds.get("SamplesPerPixel", 1) != 1:
-            raise ValueError(f"{ds.SamplesPerPixel} samples a pixel; OCT has 1")
-        frames = int(ds.get("NumberOfFrames") or 1)
-        stored = stored_frames(ds, frames)
-        if stored != frames:
-            raise ValueError(
-                f"NumberOfFrames is {frames}, but the pixel data holds {stored} frames"
-            )
-        wanted = range(frames)
-        if size is not None:
-            low, high, _ = taps(frames, size[0])
-            wanted = np.unique([low, high]).tolist()
-        rescales = [rescale(ds, index) for index in wanted]
-        is_rescaled = any(pair != (1, 0) for pair in rescales)
-        volume = None
-        decoded = iter_pixels(ds, indices=wanted, raw=True)
-        for index, (slope, intercept), frame in zip(wanted, rescales, decoded, strict=True):
-            if is_rescaled:
-                frame = frame.astype(np.float32) * slope + intercept
-            if volume is None:
-                volume = np.zeros((frames, *frame.shape), frame.dtype)
-            volume[index] = frame
+        return dicom.read(path_or_file, lambda frames: wanted(frames, size))
     except MemoryError:
         raise
     except Exception as error:  # pydicom and the decoders raise a dozen types for a damaged file
@@ -73,33 +53,26 @@ def read_dicom(path_or_file, size=None):
             raise
         reason = " ".join(str(error).split())
         raise Unreadable(f"{name} is not a readable OCT volume: {reason}") from error
-    return volume
 
 
-def stored_frames(ds, frames):
-    """How many frames the pixel data of a data set holds, whatever its NumberOfFrames says.
-
-    frames: what NumberOfFrames says; where several fragments make a frame, it tells them apart.
-    """
-    from pydicom.encaps import generate_fragmented_frames
-
-    if not ds.file_meta.TransferSyntaxUID.is_encapsulated:
-        return len(ds.PixelData) * 8 // (ds.Rows * ds.Columns * ds.BitsAllocated)
-    if "ExtendedOffsetTable" in ds:
-        return len(ds.ExtendedOffsetTable) // 8
-    return sum(1 for _ in generate_fragmented_frames(ds.PixelData, number_of_frames=frames))
+def wanted(frames, size=None):
+    """The frames that preprocess(..., size) reads, in ascending order; all of them without size."""
+    return np.unique(taps(frames, size[0])[:2]).tolist() if size else range(frames)
 
 
-def rescale(ds, index):
-    """Rescale slope and intercept of frame `index`: from its own functional group, the shared one,
-    or the data set; 1 and 0 where none has them."""
-    own = (ds.get("PerFrameFunctionalGroupsSequence") or [])[index : index + 1]
-    shared = (ds.get("SharedFunctionalGroupsSequence") or [])[:1]
-    sources = [ds]
-    for group in [*shared, *own]:
-        sources += group.get("PixelValueTransformationSequence") or []
-    slope, intercept = sources[-1].get("RescaleSlope"), sources[-1].get("RescaleIntercept")
-    return np.float32(slope or 1), np.float32(intercept or 0)
+def check_contrast(path, volume, size):
+    """Unreadable for a volume that shows nothing: where 99 % of the pixels that are read have fewer
+    than 4 different values, or differ by a millionth."""
+    some = wanted(len(volume), size)
+    sample = np.sort(volume[some[:: 1 + len(some) // 16], ::5, ::5], axis=None)
+    trim = len(sample) // 200
+    central = sample[trim : len(sample) - trim]
+    low, high = (float(value) for value in (central[0], central[-1]))
+    if len(np.unique(central)) < 4 or high - low <= 1e-6 * max(abs(low), abs(high)):
+        raise Unreadable(
+            f"{path} shows nothing: 99 % of its pixels are from {low:g} to {high:g}, all alike or "
+            "with fewer than 4 different values"
+        )
 
 
 # ----------------------------------------------------------------------------------- preprocessing
@@ -163,10 +136,30 @@ def normalise(out):
 
 def decode_volume(path, size):
     """DICOM file -> preprocessed volume (D, H, W), float16. Unreadable, naming the file."""
-    volume = read_dicom(path, size)
+    return decode(path, size)[0]
+
+
+def decode(path, size):
+    """As decode_volume, and besides the file's facts, with two of the preprocessed volume: the hash
+    of its pixels, and a sketch of it."""
+    volume, facts = read(path, size)
     if len(volume) == 1:
         raise Unreadable(f"{path} has a single frame; that is no volume")
     tensor = preprocess(volume, size)
-    if not torch.isfinite(tensor).all():
+    if not torch.isfinite(tensor[0, 0, 0]):  # for a single value makes them all NaN
         raise Unreadable(f"{path} has values that are not finite")
-    return tensor.numpy().astype(np.float16)
+    check_contrast(path, volume, size)
+    array = tensor.numpy().astype(np.float16)
+    return array, facts | {"pixels": hashlib.sha1(array).hexdigest(), "sketch": sketch(array)}
+
+
+def sketch(array):
+    """Z-scored volume (D, H, W) -> 1,024 of its lateral differences, at places that its size
+    decides, in sixteenths of an SD as signed bytes in base64. The layers, which all eyes share,
+    cancel in a difference along W. Its speckle and vessels remain, and another scan has others."""
+    depth, height, width = array.shape
+    random, step = np.random.default_rng(0), width // 8
+    d, h, w = (random.integers(n, size=1024) for n in (depth, height, width - step))
+    difference = array[d, h, w + step].astype(np.float32) - array[d, h, w]
+    values = np.clip(np.rint(16 * difference), -127, 127).astype(np.int8)
+    return base64.b64encode(values).decode()

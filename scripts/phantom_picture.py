@@ -15,7 +15,9 @@ from matplotlib.figure import Figure  # without pyplot: no display, no global st
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import files  # noqa: E402
 import phantom  # noqa: E402
+import report  # noqa: E402
 
 
 def picture(path, seed=5):
@@ -37,12 +39,12 @@ def picture(path, seed=5):
         axis.imshow(volume[20], cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
         axis.set_ylim(0.5 * depth + 0.7, 0.5 * depth - 0.6)
         axis.set(title=title, xlabel="mm", ylabel="depth in mm")
-    figure.savefig(path, dpi=100)
+    files.write(path, report.png(figure, dpi=100, margins=None))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", help="file to write, for example phantom.png")
+    parser.add_argument("path", help="PNG file to write, for example phantom.png")
     picture(parser.parse_args().path)

@@ -23,6 +23,7 @@ import features  # noqa: E402
 import files  # noqa: E402
 import ledger  # noqa: E402
 import phantom  # noqa: E402
+import report  # noqa: E402
 
 
 def draw(cfg, book, size, views=5):
@@ -71,7 +72,7 @@ def main():
     book = ledger.read(cfg)
     ledger.check(book, cfg.data.max_missing)
     figure = draw(cfg, book, features.open_encoder(cfg).size)
-    files.write(args.path, lambda file: figure.savefig(file, format="png", dpi=90))
+    files.write(args.path, report.png(figure, dpi=90, margins=None))
     print(f"preview: {args.path}")
 
 

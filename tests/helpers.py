@@ -17,9 +17,19 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+import imagecodecs
 import numpy as np
+import pydicom
 import pytest
 import torch
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    JPEG2000,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLosslessSV1,
+)
 from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
@@ -95,6 +105,55 @@ del sys.argv[0]
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """
+
+# ----------------------------------------------------------------------------------- DICOM files
+
+
+def codestream(syntax, frame):
+    """A frame as a JPEG of that transfer syntax."""
+    if syntax == JPEGLosslessSV1:
+        return imagecodecs.jpeg8_encode(frame, lossless=True, predictor=1)
+    if syntax == JPEGLossless:
+        return imagecodecs.jpeg8_encode(frame, lossless=True, predictor=6)
+    if syntax == JPEG2000Lossless:
+        return imagecodecs.jpeg2k_encode(frame, reversible=True, resolutions=2, codecformat="j2k")
+    # level in dB: lossy
+    return imagecodecs.jpeg2k_encode(frame, level=38, resolutions=2, codecformat="j2k")
+
+
+def write_dicom(path, volume, syntax, **elements):
+    """A minimal multi-frame ophthalmic file, each syntax by an encoder that is not the reader's."""
+    ds = pydicom.Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.77.1.5.4", "1.2.3"
+    ds.Modality = "OPT"
+    ds.NumberOfFrames, ds.Rows, ds.Columns = volume.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.PixelRepresentation = 0
+    ds.BitsAllocated = ds.BitsStored = 8 * volume.dtype.itemsize
+    ds.HighBit = ds.BitsStored - 1
+    for name, value in elements.items():
+        setattr(ds, name, value)
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    is_raw = not syntax.is_encapsulated
+    ds.file_meta.TransferSyntaxUID = syntax if is_raw else ExplicitVRLittleEndian
+    ds.PixelData = volume.tobytes()
+    ds["PixelData"].VR = "OW" if volume.dtype.itemsize > 1 else "OB"
+    if syntax in (JPEGLossless, JPEGLosslessSV1, JPEG2000, JPEG2000Lossless):
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.PixelData = encapsulate([codestream(syntax, frame) for frame in volume])
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    elif syntax.is_encapsulated:
+        ds.compress(syntax, generate_instance_uid=False)
+    ds.save_as(path, enforce_file_format=True)
+    return str(path)
+
+
+def change_dicom(path, change):
+    """Rewrite a DICOM file after change(data set)."""
+    ds = pydicom.dcmread(path)
+    change(ds)
+    ds.save_as(path)
+
 
 # --------------------------------------------------------------------------- the phantom's tables
 

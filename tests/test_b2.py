@@ -8,6 +8,7 @@ import importlib.util
 import io
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from b2_server import HEADERS, Fault
-from helpers import ROOT, read_bytes, write_bytes
+from helpers import ROOT, content, read_bytes, write_bytes
 
 import b2
 import files
@@ -612,8 +613,35 @@ def test_a_large_object_is_never_in_memory(store, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_without_gcsfs_the_error_says_what_to_install():
-    with pytest.raises(ValueError, match="gs:// needs the package gcsfs: pip install gcsfs"):
+    with pytest.raises(ValueError, match="package gcsfs: pip install -r requirements-gcs.txt"):
         b2.find("gs://bucket/key", 5)
+
+
+@pytest.mark.parametrize("own", [None, "true"])
+def test_gcsfs_is_imported_without_its_probe_of_buckets_unless_asked_for(
+    tmp_path, monkeypatch, own
+):
+    name = "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"
+    monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(name, own)
+    (tmp_path / "gcsfs.py").write_text(
+        f"""if True:
+        import os
+        from fsspec.implementations.memory import MemoryFileSystem
+        class GCSFileSystem(MemoryFileSystem):
+            when_imported = os.environ["{name}"]
+        """
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    code = "import b2; print(b2.gs_files().when_imported)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{own or 'false'}\n", done.stderr
+
+
+def test_gcsfs_and_its_pinned_requirements_go_together():
+    pinned = content(f"{ROOT}/requirements-gcs.txt")
+    assert "-c requirements-common.txt" in pinned and re.search(r"^gcsfs==[\d.]+$", pinned, re.M)
 
 
 class File(io.BytesIO):

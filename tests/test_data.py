@@ -74,13 +74,13 @@ def read_scans(monkeypatch):
     """A list of the DICOM files that are read from now on."""
     import volumes
 
-    paths, real = [], volumes.read_dicom
+    paths, real = [], volumes.read
 
     def noted(path, size):
         paths.append(path)
         return real(path, size)
 
-    monkeypatch.setattr(volumes, "read_dicom", noted)
+    monkeypatch.setattr(volumes, "read", noted)
     return paths
 
 
@@ -310,7 +310,7 @@ def test_too_little_memory_is_no_fault_of_the_volume(written, configure, monkeyp
 
     cfg = configure(written, "data.max_missing=10")
     book = ledger.read(cfg)
-    monkeypatch.setattr(data, "decode_volume", fails)
+    monkeypatch.setattr(data, "decode", fails)
     message = f"participant {book.samples[0].participant_id}: out of memory"
     with pytest.raises(OSError, match=message):
         list(data.stream(all_volumes(book, cfg), book, range(4), cfg))
@@ -318,8 +318,8 @@ def test_too_little_memory_is_no_fault_of_the_volume(written, configure, monkeyp
 
 
 def decode_slowly(monkeypatch, seconds):
-    real = data.decode_volume
-    monkeypatch.setattr(data, "decode_volume", lambda *args: time.sleep(seconds) or real(*args))
+    real = data.decode
+    monkeypatch.setattr(data, "decode", lambda *args: time.sleep(seconds) or real(*args))
 
 
 def test_stopping_does_not_wait_for_what_is_queued(written, configure, monkeypatch):

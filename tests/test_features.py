@@ -13,6 +13,7 @@ import features
 import heads
 import ledger
 import model
+import phantom
 import train
 
 CPU = torch.device("cpu")
@@ -232,6 +233,84 @@ def test_a_random_encoder_has_the_shape_and_not_the_weights(configure):
     assert random.size == encoder.size and random.sha256 != encoder.sha256
     assert random.sha256 == features.random_encoder(encoder, seed=1).sha256
     assert random.sha256 != features.random_encoder(encoder, seed=2).sha256
+
+
+# ------------------------------------------------------------- what the encoder's file does not say
+
+
+def file_with(tmp_path, config, dim=128):
+    path = tmp_path / "with_config.pt"
+    state = model.ViT3D(dim, 2, 64, num_heads=2).state_dict(prefix="context_encoder.")
+    config = {"image_size": [16, 64, 64], **config}
+    torch.save({"model_state_dict": state, "config": config}, path)
+    return f"paths.checkpoint_path={path}"
+
+
+@pytest.mark.parametrize(
+    "config, note",
+    [
+        (
+            {},
+            "note: the encoder's file does not say its number of heads, LayerNorm eps and "
+            "activation; assumed are 2 heads of width 64, 1e-05 and exact GELU\n",
+        ),
+        (
+            {"num_heads": 2, "act": "relu"},
+            "note: the encoder's file does not say its LayerNorm eps; assumed is 1e-05\n",
+        ),
+        ({"num_heads": 2, "act": "relu", "norm_eps": 1e-5}, ""),
+    ],
+)
+def test_what_is_assumed_of_the_encoder_is_printed(configure, tmp_path, capsys, config, note):
+    features.open_encoder(configure("/none", file_with(tmp_path, config)))
+    assert capsys.readouterr().out == note
+
+
+def test_the_demos_encoder_says_all(configure, tmp_path, capsys):
+    phantom.write_encoder(tmp_path / "demo.pt", image_size=(16, 64, 64))
+    features.open_encoder(configure("/none", f"paths.checkpoint_path={tmp_path}/demo.pt"))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_says_once_what_is_assumed(written, configure, capsys):
+    train.main(0, configure(written, "eval.floors=true"))
+    assert capsys.readouterr().out.count("note: the encoder's file does not say its number of") == 1
+
+
+def test_a_random_encoder_has_the_settings_too(configure, tmp_path):
+    config = {"num_heads": 4, "norm_eps": 1e-3, "act": "gelu_tanh"}
+    encoder = features.open_encoder(configure("/none", file_with(tmp_path, config)))
+    random = features.random_encoder(encoder, seed=1).module
+    assert (random.num_heads, random.eps, random.activation) == (4, 1e-3, "gelu_tanh")
+    assert random.blocks[0].attn.num_heads == 4 and random.blocks[0].mlp.act.approximate == "tanh"
+    assert random.norm.eps == random.blocks[1].norm2.eps == 1e-3
+
+
+def test_features_are_kept_by_the_settings_too(configure, tmp_path):
+    folders = set()
+    for config in ({}, {"num_heads": 2}, {"num_heads": 4}, {"norm_eps": 1e-6}, {"act": "relu"}):
+        torch.manual_seed(0)
+        cfg = configure("/none", file_with(tmp_path, config))
+        folders.add(features.Kept(cfg, features.open_encoder(cfg), view=0).folder)
+    assert len(folders) == 4  # the first two are the same encoder
+
+
+def test_tokens_whose_width_an_attentive_head_cannot_take_are_refused(configure, tmp_path):
+    path = file_with(tmp_path, {"num_heads": 2}, dim=160)
+    cfg = configure("/none", path, *ATTENTIVE, "model.emb_dim=160")
+    with pytest.raises(ValueError, match="multiple of 64, .* 160 wide; set model.pool_method=mean"):
+        features.open_encoder(cfg)
+
+
+def test_an_error_names_the_encoder_as_the_config_does(configure, tmp_path, monkeypatch):
+    """But the line that converts it has the local copy."""
+    local, name = tmp_path / "copy.pt", "b2://bucket/encoder.pt"
+    torch.save({"a": SimpleNamespace()}, local)
+    monkeypatch.setattr(features.b2, "local", lambda *args: str(local))
+    with pytest.raises(ValueError) as e:
+        features.open_encoder(configure("/none", f"paths.checkpoint_path={name}"))
+    assert str(e.value).startswith(f"{name} is not a checkpoint")
+    assert str(e.value).endswith(f"{local} {tmp_path}/copy_converted.pt")
 
 
 def test_what_killed_writers_left_is_removed_and_living_ones_are_not_disturbed(written, configure):

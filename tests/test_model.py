@@ -13,6 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 import device
@@ -67,6 +68,25 @@ def test_hashes_tell_encoders_apart():
         model.weights_hash(model.load_encoder(TINY, e)) for e in ("context", "target")
     )
     assert context != target and context == model.weights_hash(model.load_encoder(TINY, "context"))
+
+
+def test_hashes_are_of_what_decides_the_tokens():
+    """The first two are recorded: cached features and runs have them in their names."""
+    assert [model.weights_hash(model.load_encoder(TINY, e)) for e in ("context", "target")] == [
+        "e3a150be18ed0e40fbdade5f42e7f267122fbb566d690a61dceda1f8d977fd31",
+        "592610216469bbf31e9daa29e7ef1f959492c02221f7d220ae2ff6b848a30c56",
+    ]
+    state = model.ViT3D(128, 2, 8).state_dict()
+
+    def hashed(**settings):
+        net = model.ViT3D(128, 2, 8, **settings)
+        net.load_state_dict(state)
+        return model.weights_hash(net)
+
+    same = [hashed(), hashed(num_heads=2), hashed(eps=1e-5, activation="gelu")]
+    others = [hashed(num_heads=4), hashed(eps=1e-6), hashed(activation="relu")]
+    both = [hashed(num_heads=4, eps=1e-6), hashed(num_heads=4, activation="relu")]
+    assert len(set(same)) == 1 and len({*same, *others, *both}) == 6
 
 
 def test_another_depth_width_and_mlp_are_inferred(tmp_path):
@@ -400,8 +420,12 @@ def test_torchscript_never_runs_whatever_its_zip_says(script, tmp_path, disguise
     path.write_bytes(DISGUISES[disguise](archive))
     with pytest.raises(ValueError, match=re.escape(str(path))):
         model.load_encoder(str(path))
-    with pytest.raises((RuntimeError, pickle.UnpicklingError)):  # on which load_encoder relies
+    # on these load_encoder relies
+    refusals = (RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError)
+    with pytest.raises(refusals):
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with open(path, "rb") as file, pytest.raises(refusals):
+        torch.load(file, map_location="cpu", weights_only=True)
     assert not victim.exists()
 
 

@@ -8,8 +8,7 @@ import pydicom
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FIXTURES, read_bytes, write_bytes
-from pydicom.encaps import encapsulate
+from helpers import FIXTURES, change_dicom, codestream, read_bytes, write_bytes, write_dicom
 from pydicom.uid import (
     JPEG2000,
     DeflatedExplicitVRLittleEndian,
@@ -80,52 +79,6 @@ def test_nan_is_not_hidden():
 
 
 # ------------------------------------------------------------------------------------------- DICOM
-
-
-def codestream(syntax, frame):
-    """A frame as a JPEG of that transfer syntax."""
-    if syntax == JPEGLosslessSV1:
-        return imagecodecs.jpeg8_encode(frame, lossless=True, predictor=1)
-    if syntax == JPEGLossless:
-        return imagecodecs.jpeg8_encode(frame, lossless=True, predictor=6)
-    if syntax == JPEG2000Lossless:
-        return imagecodecs.jpeg2k_encode(frame, reversible=True, resolutions=2, codecformat="j2k")
-    # level in dB: lossy
-    return imagecodecs.jpeg2k_encode(frame, level=38, resolutions=2, codecformat="j2k")
-
-
-def write_dicom(path, volume, syntax, **elements):
-    """A minimal multi-frame ophthalmic file, each syntax by an encoder that is not the reader's."""
-    ds = pydicom.Dataset()
-    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.77.1.5.4", "1.2.3"
-    ds.Modality = "OPT"
-    ds.NumberOfFrames, ds.Rows, ds.Columns = volume.shape
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
-    ds.PixelRepresentation = 0
-    ds.BitsAllocated = ds.BitsStored = 8 * volume.dtype.itemsize
-    ds.HighBit = ds.BitsStored - 1
-    for name, value in elements.items():
-        setattr(ds, name, value)
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    is_raw = not syntax.is_encapsulated
-    ds.file_meta.TransferSyntaxUID = syntax if is_raw else ExplicitVRLittleEndian
-    ds.PixelData = volume.tobytes()
-    ds["PixelData"].VR = "OW" if volume.dtype.itemsize > 1 else "OB"
-    if syntax in (JPEGLossless, JPEGLosslessSV1, JPEG2000, JPEG2000Lossless):
-        ds.file_meta.TransferSyntaxUID = syntax
-        ds.PixelData = encapsulate([codestream(syntax, frame) for frame in volume])
-        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
-    elif syntax.is_encapsulated:
-        ds.compress(syntax, generate_instance_uid=False)
-    ds.save_as(path, enforce_file_format=True)
-    return str(path)
-
-
-def change_dicom(path, change):
-    """Rewrite a DICOM file after change(data set)."""
-    ds = pydicom.dcmread(path)
-    change(ds)
-    ds.save_as(path)
 
 
 SYNTAXES = pytest.mark.parametrize(

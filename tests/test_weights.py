@@ -1,0 +1,328 @@
+"""The formats of files of weights, through model.load_encoder. What a pickle may ask for, and
+TorchScript in disguise, are in test_model.py."""
+
+import collections
+import decimal
+import gzip
+import io
+import json
+import pathlib
+import pickle
+import shlex
+import struct
+import sys
+import tarfile
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import TINY
+
+import model
+
+
+@pytest.fixture()
+def checkpoint():
+    state = model.read_checkpoint(TINY)["model_state_dict"]
+    return {
+        "model_state_dict": {k: v.clone() for k, v in state.items()},
+        "config": {"image_size": [16, 64, 64]},
+    }
+
+
+def saved(content, tmp_path):
+    path = str(tmp_path / "encoder.pt")
+    torch.save(content, path)
+    return path
+
+
+def zipped(files, compression=zipfile.ZIP_STORED):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+def files_of(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+# ---- formats that are read
+
+
+def as_legacy(checkpoint, path, **options):
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False, **options)
+
+
+def as_compressed_zip(checkpoint, path):
+    torch.save(checkpoint, path)
+    pathlib.Path(path).write_bytes(zipped(files_of(path), zipfile.ZIP_DEFLATED))
+
+
+def as_big_endian(checkpoint, path):
+    torch.save(checkpoint, path)
+    files = files_of(path)
+    for name in files:
+        if name.endswith("byteorder"):
+            files[name] = b"big"
+        if "/data/" in name:
+            files[name] = np.frombuffer(files[name], "u4").byteswap().tobytes()
+    pathlib.Path(path).write_bytes(zipped(files))
+
+
+def as_safetensors(checkpoint, path):
+    config = {"format": "pt", "config": json.dumps(checkpoint["config"])}
+    safetensors.torch.save_file(checkpoint["model_state_dict"], path, config)
+
+
+def as_named_texts(checkpoint, path):
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in checkpoint["config"].items()}
+    safetensors.torch.save_file(checkpoint["model_state_dict"], path, texts)
+
+
+@pytest.mark.parametrize("name", ["encoder.pt", "encoder.safetensors", "encoder"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        torch.save,
+        as_legacy,
+        as_compressed_zip,
+        as_big_endian,
+        as_safetensors,
+        as_named_texts,
+        lambda c, path: torch.save(c, path, pickle_protocol=3),
+        lambda c, path: as_legacy(
+            {**c, "loss": np.float64(1), "seen": collections.Counter()}, path
+        ),
+        lambda c, path: torch.save({**c["model_state_dict"], "config": c["config"]}, path),
+        lambda c, path: as_legacy({**c["model_state_dict"], "config": c["config"]}, path),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_formats_that_load(checkpoint, tmp_path, write, name):
+    state = checkpoint[
+        "model_state_dict"
+    ]  # with numbers of 4 bytes alone, which as_big_endian swaps
+    checkpoint["model_state_dict"] = {k: v for k, v in state.items() if v.element_size() == 4}
+    checkpoint["config"].update(num_heads=4, norm_eps=1e-6, act="gelu")
+    path = str(tmp_path / name)
+    write(checkpoint, path)
+    loaded, expected = model.load_encoder(path), model.load_encoder(TINY).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
+    assert (loaded.num_heads, loaded.eps, loaded.assumed) == (4, 1e-6, {})
+    assert loaded.image_size == (16, 64, 64)
+
+
+def test_a_bare_state_dict_says_nothing_of_its_settings(checkpoint, tmp_path):
+    loaded = model.load_encoder(saved(checkpoint["model_state_dict"], tmp_path))
+    assert loaded.image_size is None and len(loaded.assumed) == 3
+    with pytest.raises(ValueError, match=r"no keys begin with .*; found \['norm'\]"):
+        model.load_encoder(saved({"norm.weight": torch.ones(3)}, tmp_path))
+
+
+# ---- formats that are not read
+
+
+def npz(checkpoint, path):
+    with open(path, "wb") as f:
+        np.savez(f, **{k: v.numpy() for k, v in checkpoint["model_state_dict"].items()})
+
+
+def in_tar(checkpoint, path):
+    with tarfile.open(path, "w") as archive:
+        archive.add(TINY)
+
+
+def zip_of(**contents):
+    return lambda c, path: pathlib.Path(path).write_bytes(zipped(contents))
+
+
+def npy(checkpoint, path):
+    with open(path, "wb") as f:
+        np.save(f, np.ones(3))
+
+
+def as_bytes(content):
+    return lambda c, path: pathlib.Path(path).write_bytes(content)
+
+
+def pickled(protocol):
+    return lambda c, path: as_bytes(pickle.dumps(np.ones(3), protocol))(c, path)
+
+
+TRUSTED = "if you trust its author, convert it by this line, which runs the file's code: python -c"
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (as_bytes(b""), "it is empty; copy or download it again"),
+        (as_bytes(b"\x89HDF\r\n\x1a\n" + bytes(600)), "an HDF5 file; convert it: python -c .*h5py"),
+        (npy, "a numpy array .*; give a dict"),
+        (npz, r"a numpy archive \(.npz\); convert it: python -c"),
+        (as_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:\x00"), "an ONNX graph.*; give the"),
+        (as_bytes(gzip.compress(b"x" * 999)), "compressed by gzip; unpack it with gunzip"),
+        (in_tar, "a tar archive.*; unpack it with tar -xf"),
+        (
+            as_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+            "a pointer of git-lfs.*; run git lfs pull",
+        ),
+        (as_bytes(b"\n<!DOCTYPE html><html>" + b"x" * 999), "a web page.*; copy or download it"),
+        (as_bytes(b'<?xml version="1.0"?><Error/>'), "a web page.*; copy or download it"),
+        (as_bytes(b'{"error": "not found"}\n'), "it is JSON text.*; give the file of weights"),
+        (as_bytes("Zugriff für immer verwehrt".encode() * 99), "it is text.*; give the file of"),
+        (
+            as_bytes(b"GGUF\3\0\0\0" * 99),
+            r"it begins with b'GGUF.*; save the weights by torch.save",
+        ),
+        *((pickled(p), f"it is a pickle, not a zip file.*; {TRUSTED}") for p in (0, 1, 2, 3)),
+        *((pickled(p), f"a pickle of protocol 4 or 5, .*; {TRUSTED}") for p in (4, 5)),
+        (lambda c, p: torch.save(c, p, pickle_protocol=4), f"pickle, of protocol 4, .*; {TRUSTED}"),
+        (lambda c, p: as_legacy(c, p, pickle_protocol=5), f"pickle, of protocol 5, .*; {TRUSTED}"),
+        (
+            lambda c, p: torch.save({**c, "a": decimal.Decimal(1), "b": collections.deque()}, p),
+            f"asks for collections.deque, decimal.Decimal, .*nothing was run; {TRUSTED}",
+        ),
+        (
+            lambda c, p: as_legacy({**c, "a": decimal.Decimal(1)}, p),
+            f"asks for decimal.Decimal, .*nothing was run; {TRUSTED}",
+        ),
+        (
+            lambda c, p: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), p),
+            f"a TorchScript program; {TRUSTED}.*torch.jit.load",
+        ),
+        (zip_of(weights=b"x"), r"zip file that torch.save did not write, with \['weights'\]"),
+        (zip_of(), "zip file that torch.save did not write"),
+        (
+            as_bytes(pathlib.Path(TINY).read_bytes()[:-9]),
+            "a zip file, damaged or cut short; copy or",
+        ),
+    ],
+)
+def test_other_formats_are_named_with_what_to_do(checkpoint, tmp_path, write, message):
+    path = str(tmp_path / "encoder.pt")
+    write(checkpoint, path)
+    with pytest.raises(ValueError, match=message) as e:
+        model.load_encoder(path)
+    assert str(e.value).startswith(f"{path} is not a checkpoint") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("keep", [20, 100, 0.3, 0.9, 0.9999])
+def test_a_truncated_file_of_torch_before_1_6(checkpoint, tmp_path, keep):
+    path = tmp_path / "encoder.pt"
+    as_legacy(checkpoint, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
+    with pytest.raises(
+        ValueError, match="it is damaged or cut short .*; copy or download it again"
+    ):
+        model.load_encoder(str(path))
+
+
+def with_header(change):
+    """Damage to a safetensors file: change(header, data) -> (header, data, length or None)."""
+
+    def damage(content):
+        (length,) = struct.unpack("<Q", content[:8])
+        header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+        header, data, length = change(header, data)
+        header = json.dumps(header).encode()
+        return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+    return damage
+
+
+def overlapping(header, data):
+    names = sorted(set(header) - {"__metadata__"}, key=lambda n: header[n]["data_offsets"])
+    shift = header[names[1]]["data_offsets"][0] - 4
+    width = np.subtract(*header[names[1]]["data_offsets"][::-1]).item()
+    header[names[1]]["data_offsets"] = [shift, shift + width]
+    return header, data, None
+
+
+@pytest.mark.parametrize("name", ["encoder.pt", "encoder.safetensors"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:100],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content + b"x",
+        with_header(lambda header, data: (header, data, 2**63)),
+        with_header(lambda header, data: (header, data, 100)),
+        with_header(lambda header, data: (header, data, len(json.dumps(header)) + 8)),
+        with_header(overlapping),
+        with_header(lambda header, data: ({**header, "x": {"dtype": "F32"}}, data, None)),
+        with_header(lambda header, data: ({**header, "__metadata__": {"a": 1}}, data, None)),
+    ],
+)
+def test_a_damaged_safetensors_file_is_refused_in_one_sentence(checkpoint, tmp_path, damage, name):
+    path = tmp_path / name
+    as_safetensors(checkpoint, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="a damaged safetensors file .*; copy or download") as e:
+        model.load_encoder(str(path))
+    assert "\n" not in str(e.value)
+
+
+def test_metadata_of_safetensors_that_cannot_be_used_is_refused(checkpoint, tmp_path):
+    path = str(tmp_path / "encoder.safetensors")
+    state = checkpoint["model_state_dict"]
+    for texts, message in (
+        ({"num_heads": "many"}, "config.num_heads is 'many', not a whole number"),
+        ({"num_heads": "4", "config": '{"num_heads": 2}'}, "num_heads is 4, .*num_heads is 2"),
+        ({"config": "[" * 100000}, "recursion"),
+    ):
+        safetensors.torch.save_file(state, path, texts)
+        with pytest.raises(ValueError, match=message):
+            model.load_encoder(path)
+
+
+class Omega:
+    """An object that holds its content as OmegaConf's do, and leads back to the whole."""
+
+    def __init__(self, content, parent=None):
+        self._parent = parent
+        if isinstance(content, dict):
+            self._content = {k: Omega(v, self) for k, v in content.items()}
+        else:
+            self._val = content
+
+
+SAID = {"num_heads": 4, "model": {"norm_eps": 1e-6, "x": None}, "act": "gelu"}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        npz,
+        lambda c, p: torch.save(c, p, pickle_protocol=5),
+        lambda c, p: torch.save({**c, "a": collections.deque(), "config": SAID}, p),
+        lambda c, p: torch.save({**c, "config": types.SimpleNamespace(**SAID)}, p),
+        lambda c, p: torch.save({**c, "config": {**SAID, "act": torch.nn.GELU}}, p),
+        lambda c, p: torch.save({**c, "config": Omega(SAID)}, p),
+        lambda c, p: torch.save({**c, "config": {"model": Omega(SAID)}}, p),
+        lambda c, p: as_legacy({**c, "a": collections.deque(), "config": SAID}, p),
+        lambda c, p: as_bytes(pickle.dumps({**c, "config": SAID}))(c, p),
+    ],
+)
+def test_the_line_that_converts_a_file_does(checkpoint, tmp_path, monkeypatch, write):
+    """Run in this process, which has torch already."""
+    path = str(tmp_path / "my encoder's.pt")
+    write(checkpoint, path)
+    with pytest.raises(ValueError, match="python -c") as e:
+        model.load_encoder(path)
+    line = str(e.value)[str(e.value).index("python -c") :]
+    _, _, code, *arguments = shlex.split(line)
+    assert arguments == [path, str(tmp_path / "my encoder's_converted.pt")]
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    exec(code, {})
+    loaded, expected = model.load_encoder(arguments[1]), model.load_encoder(TINY).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
+    if write is not npz and "SAID" in write.__code__.co_names:
+        assert (loaded.num_heads, loaded.eps, loaded.assumed) == (4, 1e-6, {})
