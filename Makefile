@@ -67,6 +67,7 @@ bench-limits: setup
 	.venv/bin/python bench/reading.py stream
 	.venv/bin/python bench/scaling.py processes --processes 2 4
 	.venv/bin/python bench/reading.py augment
+	.venv/bin/python bench/reading.py copies
 	.venv/bin/python bench/encoder.py step
 	.venv/bin/python bench/encoder.py checkpoint
 	.venv/bin/python bench/probing.py learn --seeds 2 --features 64
@@ -84,4 +85,4 @@ tpu-setup tpu-train tpu-fetch:
 	scripts/tpu.sh $(@:tpu-%=%)
 
 clean:
-	rm -rf demo runs cache
+	rm -rf demo demo_literature runs cache

@@ -338,16 +338,12 @@ def deep_check(cfg, book):
         for i, _, volume in tqdm(arriving, "open", len(order), unit="volume"):
             path, found = volumes.samples[i].path, volumes.facts(i)
             book.facts[path] = found
-            what = (
-                " ".join(filter(None, [found["scanner"], found["protocol"]])) or "unknown scanner"
-            )
+            kind = " ".join(filter(None, [found["scanner"], found["protocol"]]))
             middle = volume[0, volume.shape[1] // 2]  # (1, D, H, W) -> (H, W)
-            scans.setdefault(f"{what}\n{os.path.basename(path)[:60]}", middle)
+            scans.setdefault(kind or "unknown scanner", middle)  # the first of each
     notes = ledger.compare_files(book, volumes.samples, facts.NOTHING)
-    print(facts.table(volumes.samples, book.facts))
-    print(
-        "\n".join([f"note: {note}" for note in notes] + ledger.unreadable_table(book).splitlines())
-    )
+    lines = [facts.table(volumes.samples, book.facts), *(f"note: {note}" for note in notes)]
+    print("\n".join(lines + ledger.unreadable_table(book).splitlines()))
     if scans:
         path = os.path.expanduser(cfg.paths.run_dir).rstrip("/") + "_scans.png"
         figure = facts.draw(list(scans.items()))

@@ -162,7 +162,7 @@ def age_band(age):
     """Age in years, as text -> its decade as text; "unknown" where it is no number."""
     try:
         decade = int(float(age)) // 10 * 10
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of an infinite number
         return "unknown"
     return f"{decade} to {decade + 9}"
 

@@ -158,7 +158,9 @@ def read_tsv(path, columns, name=None):
             header = [cleaned(cell) for cell in next(reader, [])]
             table = [cells for cells in reader if any(cleaned(cell) for cell in cells)]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{name} is not a tab-separated text in UTF-8: {error}") from error
+        raise ValueError(
+            f"{name} is not a tab-separated text in UTF-8, save it as one: {error}"
+        ) from error
     check_header(header, name)
     for cells in table:  # a stray quotation mark joins cells and swallows rows
         if len(cells) != len(header) or any("\n" in cell or "\t" in cell for cell in cells):
@@ -172,8 +174,10 @@ def read_tsv(path, columns, name=None):
         spellings = (column,) if isinstance(column, str) else column
         present = [s for s in spellings if s in header]
         if not present:
+            commas = "; save it with tabs" if len(header) == 1 and "," in header[0] else ""
             raise ValueError(
-                f"{name} has no column '{' or '.join(spellings)}'; found {', '.join(header)}"
+                f"{name} has no column '{' or '.join(spellings)}'; found "
+                f"{', '.join(header)}{commas}"
             )
         for row in rows:
             value, *others = [row.pop(spelling) for spelling in present]

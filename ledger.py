@@ -10,7 +10,6 @@ of a participant, chosen by scanner and region. The ledger has a row for every l
 so that nobody is dropped without a word.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pathlib import PurePath
 
 import b2
 import facts
-from files import checksum, first_few, read_tsv, sha256
+from files import checksum, first_few, json_object, read_tsv, sha256
 
 CLASSES = (  # study_group of participants.tsv; its position is the label
     "healthy",
@@ -248,7 +247,7 @@ def how_ids_differ(unlabelled, people):
     if not forms:
         return ""
     pid, other = next(iter(forms.items()))
-    return f"{LABELS} writes '{other}' and the manifest '{pid}'; write both alike"
+    return f"; {LABELS} writes '{other}' and the manifest '{pid}'; write both alike"
 
 
 def read_manifest(path, people, cfg, notes, name):
@@ -285,9 +284,9 @@ def read_manifest(path, people, cfg, notes, name):
             notes.append(f"participant {pid}: {filepath} is listed twice; used once")
     hint = how_ids_differ(unlabelled, people)
     if not kinds:
-        raise ValueError(
-            f"{name} has no row of a participant of {LABELS}{': ' if hint else ''}{hint}"
-        )
+        if unlabelled and not hint:
+            hint = f"; its first id is '{min(unlabelled)}', theirs '{next(iter(people))}'"
+        raise ValueError(f"{name} has no row of a participant of {LABELS}{hint}")
     if not samples:
         has = "; ".join(f"{s} '{r}' ({n})" for (s, r), n in sorted(kinds.items()))
         raise ValueError(
@@ -297,7 +296,7 @@ def read_manifest(path, people, cfg, notes, name):
     if unlabelled:
         notes.append(
             f"{len(unlabelled)} participants of the manifest are not in {LABELS}: "
-            f"{first_few(sorted(unlabelled))}{'; ' if hint else ''}{hint}"
+            f"{first_few(sorted(unlabelled))}{hint}"
         )
     return samples, has_rows
 
@@ -372,8 +371,9 @@ def describe(cfg):
         path = local_copy(cfg, "phantom.json")
     except FileNotFoundError:
         return f"data {cfg.paths.data}"
-    with open(path, encoding="utf-8") as f:
-        return f"SYNTHETIC data {cfg.paths.data} ({json.load(f)['effect']} class effect)"
+    with open(path, "rb") as f:
+        made = json_object(f.read(), path, "write the synthetic data anew")
+    return f"SYNTHETIC data {cfg.paths.data} ({made.get('effect', 'unknown')} class effect)"
 
 
 # ----------------------------------------------------------------------------------------- checking

@@ -4,6 +4,7 @@
     .venv/bin/python bench/reading.py volumes --syntaxes RLELossless     # two minutes on two cores
     .venv/bin/python bench/reading.py stream
     .venv/bin/python bench/reading.py augment
+    .venv/bin/python bench/reading.py copies
 
 decode: a synthetic Triton volume to (64, 384, 384) by volumes.py, against decoding all frames,
 float32, z-score, trilinear resize, z-score; one thread, each way in processes of its own, in turn.
@@ -12,8 +13,11 @@ share of that, and against openjpeg alone on the same frames.
 stream: a B2 of our own on loopback, and the real b2sdk in another process.
 augment: a volume on one core, in the demo against training its encoder on that volume with all
 cores, and at full size against preprocessing a file, which happens only once.
+copies: correlations of the sketches of two scans, and of two copies of one scan
+(facts.near_copies).
 """
 
+import base64
 import contextlib
 import os
 import statistics
@@ -21,6 +25,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import imagecodecs
 import numpy as np
 import pydicom
 import torch
@@ -31,6 +36,7 @@ import b2
 import config
 import data
 import device
+import facts
 import files
 import ledger
 import model
@@ -216,5 +222,47 @@ def augment():
     figure("64x384x384: share of the time of preprocessing 256x992x512", ratio)
 
 
+def correlations(scans, others):
+    """Of the sketches of two lists of scans (frames, rows, columns) -> array of both lengths."""
+
+    def sketches(scans):
+        arrays = [volumes.preprocess(scan, (16, 96, 96)).numpy() for scan in scans]
+        texts = [volumes.sketch(array.astype(np.float16)) for array in arrays]
+        return np.array([np.frombuffer(base64.b64decode(text), np.int8) for text in texts], float)
+
+    return np.corrcoef(sketches(scans), sketches(others))[: len(scans), len(scans) :]
+
+
+def copies(people=60):
+    protocol = phantom.PROTOCOLS[0]
+    shape = tuple(n // k for n, k in zip(protocol["shape"], (8, 4, 8)))
+    scans = [
+        phantom.synthesize(
+            phantom.draw_eye(0, i, "R", 60, i % 4, "boosted"), protocol, shape, random
+        )
+        for i in range(people)
+        for random in map(np.random.default_rng, ([i, 0], [i, 1]))
+    ]
+    r = correlations(scans, scans)
+    eye = np.arange(len(scans)) // 2
+    is_same_eye = (eye[:, None] == eye) & ~np.eye(len(scans), dtype=bool)
+    figure(
+        "scans of two people: largest correlation", r[eye[:, None] != eye].max(), facts.NEAR_COPY
+    )
+    figure("two scans of one eye: largest correlation", r[is_same_eye].max(), facts.NEAR_COPY)
+    jpeg = lambda f: imagecodecs.jpeg8_decode(imagecodecs.jpeg8_encode(f, level=50))
+    coded = lambda f: imagecodecs.jpeg2k_encode(f, level=30, resolutions=2, codecformat="j2k")
+    ways = {
+        "JPEG of quality 50": jpeg,
+        "JPEG 2000 at 30 dB": lambda f: imagecodecs.jpeg2k_decode(coded(f)),
+        "gamma of 0.7": lambda f: (255 * (f / 255) ** 0.7).astype(np.uint8),
+        "4 of 248 rows cut off": lambda f: f[2:-2],
+    }
+    for name, way in ways.items():
+        changed = [np.stack([way(frame) for frame in scan]) for scan in scans[:10]]
+        lowest = np.diag(correlations(scans[:10], changed)).min()
+        figure(f"a scan and its copy, {name}: smallest", lowest, at_least=facts.NEAR_COPY)
+
+
 if __name__ == "__main__":
-    bench(__doc__, decode=decode, volumes=by_scanner, stream=stream, augment=augment)
+    bench(__doc__, decode=decode, volumes=by_scanner, stream=stream, augment=augment, copies=copies)

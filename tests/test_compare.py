@@ -144,6 +144,34 @@ def edit_file(name, old, new):
             r"b/eval_test.json is damaged \(.*\); run eval.py --ckpt .*b --split test",
         ),
         (
+            lambda folder: write_bytes(f"{folder}/eval_test.json", b"[]"),
+            r"b/eval_test.json is damaged \(it holds no JSON object\); run eval.py --ckpt .*b",
+        ),
+        (
+            edit_file("eval_test.json", '"chance_band"', '"another"'),
+            "b/eval_test.json has no chance_band that can be used; run eval.py --ckpt .*b",
+        ),
+        (
+            edit_table(lambda text: re.sub("^(1005,0),[^,]*", r"\1,nan", text, flags=re.M)),
+            r"b/predictions_test.csv: participant 1005 has class 0 and \[nan, .*; run eval.py",
+        ),
+        (
+            edit_table(lambda text: text.replace("1005,0,", "1005,4,")),
+            r"b/predictions_test.csv: participant 1005 has class 4 and .*; run eval.py",
+        ),
+        (
+            edit_table(lambda text: text.replace("1005,0,", "1005,,")),
+            "b/predictions_test.csv: participant 1005: invalid literal for int.*; run eval.py",
+        ),
+        (
+            edit_table(lambda text: text + text.splitlines(True)[1]),
+            "b/predictions_test.csv: participant 1000 is there twice; run eval.py",
+        ),
+        (
+            edit_table(lambda text: text.replace("p3", "p4", 1)),
+            "b/predictions_test.csv has no column p3; run eval.py",
+        ),
+        (
             lambda folder: os.remove(f"{folder}/eval_test.json"),
             "b has no eval_test.json; run eval.py --ckpt .*b --split test",
         ),
@@ -157,6 +185,13 @@ def edit_file(name, old, new):
         "an edited table",
         "another checkpoint",
         "half a file",
+        "another file",
+        "a result that lacks a key",
+        "no probability",
+        "no class",
+        "an empty label",
+        "a participant twice",
+        "no column",
         "no file",
     ],
 )
@@ -289,6 +324,34 @@ def test_the_leaderboard_says_what_there_is_to_know(board):
         f"not scored on test: {folder / 'untested'}",
     ):
         assert part in text and part in said and html.escape(part) in page
+
+
+# an undecodable byte, as in a name that was written on another system
+ODD = ["cls_$A_$B", "<i>&amp;", "a|b", "測試 ü", "x`y", "cls_\udce9"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # the picture's font has no Chinese
+def test_odd_names_of_runs_are_ranked_and_shown_as_they_are(tmp_path, command):
+    for n, name in enumerate(ODD):
+        write_results(tmp_path / name, answers(0.5, n))
+    job = command("eval.py", "--leaderboard", *sorted(tmp_path.iterdir()))
+    assert job.returncode == 0, job.stderr
+    shown = [*ODD[:-1], r"cls_\udce9"]
+    assert sorted(row["run"] for row in rows_of(tmp_path / "leaderboard.csv")) == sorted(shown)
+    page, text = ((tmp_path / f"leaderboard.{end}").read_text() for end in ("html", "md"))
+    assert all(html.escape(name) in page for name in shown) and "<i>" not in page
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
+    assert len(columns) == 1 and len(table) == len(ODD) + 2
+    assert all(name.replace("|", r"\|") in "".join(table) for name in shown)
+    pair = command("eval.py", "--compare", *sorted(tmp_path.glob("*/")))
+    assert pair.returncode == 0 and all(name in pair.stdout for name in shown)
+
+
+def test_a_run_that_is_named_twice_is_ranked_once(a_and_b, tmp_path):
+    copy = shutil.copytree(a_and_b, tmp_path / "copy")
+    compare.leaderboard([f"{copy}/a", f"{copy}/b", f"{copy}/a/", f"{copy}/b/../a"], "test")
+    assert len(rows_of(copy / "leaderboard.csv")) == 2
 
 
 def test_a_leaderboard_of_nothing_is_refused(tmp_path, command):

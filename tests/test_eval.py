@@ -20,6 +20,7 @@ from helpers import (
     tables,
     trained,
     triton,
+    write_bytes,
 )
 from scipy.optimize import minimize
 from sklearn.metrics import log_loss
@@ -128,7 +129,15 @@ def test_sides_are_groups_and_every_volume_is_scored(scored, written):
 
 
 @pytest.mark.parametrize(
-    "age, band", [("49", "40 to 49"), ("50.5", "50 to 59"), ("", "unknown"), ("n/a", "unknown")]
+    "age, band",
+    [
+        ("49", "40 to 49"),
+        ("50.5", "50 to 59"),
+        ("", "unknown"),
+        ("n/a", "unknown"),
+        ("inf", "unknown"),
+        ("1e400", "unknown"),
+    ],
 )
 def test_an_age_that_is_no_number_is_its_own_group(age, band):
     assert evaluation.age_band(age) == band
@@ -158,6 +167,38 @@ def test_calibrated_scores_are_of_the_flattened_answers(scored):
     expected = log_loss(y, flattened(p, result["temperature"]), labels=range(4))
     assert result["calibrated"]["log_loss"] == pytest.approx(expected)
     assert result["log_loss"] == pytest.approx(log_loss(y, p, labels=range(4)))
+
+
+# -------------------------------------------------------------------------- damage in the folder
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("eval_val.json", b"", r"eval_val.json is damaged \(.*\); remove it"),
+        ("eval_val.json", b"[]", r"eval_val.json is damaged \(it holds no JSON object\); remove"),
+        (
+            "eval_val.json",
+            b'{"split": "val"}',
+            r"\(split val\) lacks .*; run eval.py on that split",
+        ),
+        ("metrics.jsonl", b"text", r"metrics.jsonl is damaged \(.*\); remove it"),
+        (
+            "metrics.jsonl",
+            b"17",
+            r"metrics.jsonl is damaged \(it holds no JSON object\); remove it",
+        ),
+        ("provenance.json", b"null", r"provenance.json is damaged \(.*\); remove it"),
+        ("ledger.csv", b"\xff", "ledger.csv is not a CSV table in UTF-8: .*; remove it"),
+        ("ledger.csv", b"a,b\n1,2\n", "ledger.csv has no column participant_id, .*; remove it"),
+        ("config.yaml", b"\xff", "config.yaml is not text in UTF-8: .*; train again"),
+    ],
+)
+def test_a_damaged_file_of_the_folder_is_named(written, tmp_path, name, damage, message):
+    run = copy_of(trained(written, "train.epochs=3"), tmp_path)
+    write_bytes(f"{run}/{name}", damage)
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate_run(run, "test")
 
 
 # ------------------------------------------------------------------------------- which checkpoint

@@ -171,9 +171,37 @@ def test_read_tsv_takes_any_spelling_of_a_column(tmp_path):
     assert (row["participant_id"], row["age"]) == ("17", "40")
 
 
+def test_read_tsv_cleans_every_cell(tmp_path):
+    """Also those of columns that nobody asked for, and where two files were put together."""
+    data = "\ufeffc\t age\t\t\n1 \t 40 \tx\ty\n\ufeff 2\t\xa041\t\t\n".encode()
+    write_bytes(tmp_path / "a.tsv", data)
+    rows = files.read_tsv(tmp_path / "a.tsv", ["c"])  # two header cells are empty: that is no name
+    assert [(row["c"], row["age"]) for row in rows] == [("1", "40"), ("2", "41")]
+
+
+def test_read_tsv_takes_two_spellings_that_say_the_same(tmp_path):
+    write_bytes(tmp_path / "a.tsv", b"d\tc\te\n17 \t17\tx\n18\t 18\ty\n")
+    rows = files.read_tsv(tmp_path / "a.tsv", [("c", "d")])
+    assert rows == [{"c": "17", "e": "x"}, {"c": "18", "e": "y"}]
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
+        (b"c\te\tc\n1\t2\t1\n", "table has the column 'c' twice, as column 1 and as column 3"),
+        (b"c\te \t e\n1\t2\t2\n", "table has the column 'e' twice, as column 2 and as column 3"),
+        (
+            b"\xef\xbb\xbfc\te\t\xef\xbb\xbfc\n1\t2\t3\n",
+            "table has the column 'c' twice, as column 1 and",
+        ),
+        (
+            b"d\tc\n1\t1\n2\t3\n4\t5\n",
+            "columns 'c' and 'd' mean the same and differ, first where one has '3' and the other "
+            "'2'; remove or rename",
+        ),
+        (b"c\td\n1\t\n", "'c' and 'd' mean .* one has '1' and the other ''"),
+        (b"a,c\n1,2\n", "has no column 'c or d'; found a,c; save it with tabs"),
+        ("c\n1\n".encode("utf-16"), "is not a tab-separated text in UTF-8, save it as one"),
         (b"a\tb\n1\t2\n", "table has no column 'c or d'; found a, b"),
         (b"", "table has no column 'c or d'; found "),
         (b"c\n\xe4\n", "table is not a tab-separated text in UTF-8"),
@@ -196,6 +224,29 @@ def test_csv_text_is_read_back(tmp_path):
     ]
     with open(tmp_path / "a.csv", newline="") as f:
         assert list(csv.reader(f)) == [[str(cell) for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "a.csv has no column id, y"),
+        (b"id\n1\n", "a.csv has no column y"),
+        (b"id,y\n1,2\n3\n", "a.csv: the row that begins with '3' does not have 2 cells"),
+        (b"id,y\n1,2,3\n", "a.csv: the row that begins with '1' does not have 2 cells"),
+        (b"id,y\n\xff,2\n", "a.csv is not a CSV table in UTF-8"),
+    ],
+)
+def test_read_csv_says_what_is_wrong(tmp_path, data, message):
+    write_bytes(tmp_path / "a.csv", data)
+    with pytest.raises(ValueError, match=message):
+        files.read_csv(tmp_path / "a.csv", ["id", "y"])
+
+
+def test_a_json_object():
+    assert files.json_object(b'{"a": 1}', "a.json", "remove it") == {"a": 1}
+    for text in (b"", b"[1]", b"null", b"\xff"):
+        with pytest.raises(ValueError, match=r"a.json is damaged \(.*\); remove it"):
+            files.json_object(text, "a.json", "remove it")
 
 
 def test_first_few():

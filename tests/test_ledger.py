@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 
 import pytest
@@ -227,6 +228,23 @@ def another_group(row):
         (LABELS, swap("\ttrain\t", "\tholdout\t"), "unknown recommended_split 'holdout'"),
         (LABELS, second_row(another_split), "is in two splits"),
         (LABELS, second_row(another_group), "two rows that differ"),
+        (
+            LABELS,
+            second_row(lambda row: row.replace("\t", ".0\t", 1)),
+            "participants 1001, 1001.0 may be one, for their ids differ only in form",
+        ),
+        (
+            LABELS,
+            second_row(lambda row: row[row.index("\t") :]),
+            "a row has no participant_id; fill it in, or remove the row",
+        ),
+        (LABELS, swap("\tage\t", "\tstudy_group\t"), "the column 'study_group' twice, as column 3"),
+        (MANIFEST, swap("\tlaterality\t", "\tfilepath \t"), "the column 'filepath' twice"),
+        (
+            MANIFEST,
+            swap("\tlaterality\t", "\tperson_id\t"),
+            "columns 'participant_id' and 'person_id' mean the same and differ, first where one",
+        ),
         (MANIFEST, swap("filepath", "file"), "has no column 'filepath'"),
         (
             MANIFEST,
@@ -260,6 +278,87 @@ def test_an_empty_manifest(dataset, read):
     message = "manifest.tsv has no row of a participant of participants.tsv"
     with pytest.raises(ValueError, match=message):
         read(dataset)
+
+
+# ---------------------------------------------------------------------------- ids in another form
+
+
+def written_as(form):
+    """Changes the first cell of every row."""
+
+    def change(text):
+        header, *rows = text.splitlines(True)
+        cells = [row.partition("\t") for row in rows]
+        return header + "".join(form(pid) + tab + rest for pid, tab, rest in cells)
+
+    return change
+
+
+@pytest.mark.parametrize("form", ["{}.0", "0{}", "{},0", "{}.00"])
+def test_ids_that_differ_in_form_alone_are_shown_side_by_side(dataset, read, form):
+    edit(dataset / MANIFEST, written_as(form.format))
+    pid = tables(dataset)[0][0]["participant_id"]
+    message = (
+        "has no row of a participant of participants.tsv; participants.tsv writes "
+        f"'{pid}' and the manifest '{form.format(pid)}'; write both alike"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(dataset)
+
+
+def test_ids_of_another_kind_are_shown_too(dataset, read):
+    edit(dataset / MANIFEST, written_as("X-{}".format))
+    with pytest.raises(ValueError, match="its first id is 'X-1001', theirs '1001'"):
+        read(dataset)
+
+
+@pytest.mark.parametrize("form", ["{} ", " {}", "{}\xa0"])
+def test_white_space_around_ids_is_nothing(dataset, read, form):
+    before = read(dataset)
+    edit(dataset / MANIFEST, written_as(form.format))
+    assert read(dataset).samples == before.samples
+
+
+def test_one_id_in_another_form_is_in_the_reason_and_in_the_note(dataset, read):
+    victim = triton(tables(dataset)[1])[0]["participant_id"]
+    edit(dataset / MANIFEST, written_as(lambda pid: f"{pid}.0" if pid == victim else pid))
+    book = read(dataset)
+    reason = f"no row in the manifest; it has '{victim}.0', write ids alike in both"
+    assert [(r.participant_id, r.reason) for r in book.missing()] == [(victim, reason)]
+    (note,) = [note for note in book.notes if "not in participants.tsv" in note]
+    assert f"participants.tsv writes '{victim}' and the manifest '{victim}.0'" in note
+
+
+# -------------------------------------------------------------------------------------------- ages
+
+
+def with_age(age):
+    def change(text):
+        header, first, *rows = text.splitlines(True)
+        cells = first.split("\t")
+        cells[header.split("\t").index("age")] = age
+        return "".join([header, "\t".join(cells), *rows])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "age", ["inf", "-inf", "1e400", "-3", "45 years", "540", "45,5", "90+", "four"]
+)
+def test_what_is_no_age_is_named_with_its_participant(dataset, read, age):
+    edit(dataset / LABELS, with_age(age))
+    pid = tables(dataset)[0][0]["participant_id"]
+    message = f"participants.tsv: participant {pid} has age '{age}'; write it as a number of years"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(dataset)
+
+
+@pytest.mark.parametrize(
+    "age, known", [("", ""), ("NaN", ""), ("n/a", ""), (" 0", "0"), ("101.5 ", "101.5")]
+)
+def test_an_age_may_be_missing(dataset, read, age, known):
+    edit(dataset / LABELS, with_age(age))
+    assert read(dataset).rows[0].age == known
 
 
 # ----------------------------------------------------------------------- content that files share
