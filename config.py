@@ -344,10 +344,18 @@ def nest(flat):
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """A second `train:` section would silently replace the first; here it is an error."""
+    """A second `train:` section would silently replace the first; here it is an error. So are
+    aliases, of which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            problem = "aliases (*name) are not supported; write the values out"
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [key.value for key, _ in node.value]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             problem = f"key '{twice[0]}' is given twice"
@@ -359,7 +367,7 @@ def parse(yaml_text, where):
     """Value that a YAML text holds; ValueError naming where it stands."""
     try:
         return yaml.load(yaml_text, UniqueKeys)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

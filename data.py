@@ -34,7 +34,15 @@ import facts
 import files
 import ledger
 from ledger import CLASS_NAMES
-from volumes import PREPROCESSING, Unreadable, decode, decode_volume, preprocess, read_dicom  # noqa: F401
+from volumes import (  # noqa: F401  (preprocess and others, for whoever imports them from here)
+    PREPROCESSING,
+    READING,
+    Unreadable,
+    decode,
+    decode_volume,
+    preprocess,
+    read_dicom,
+)
 
 # ------------------------------------------------------------------------ volumes, with their cache
 
@@ -55,6 +63,7 @@ class Volumes:
         self.cache_dir = Path(files.local_folder(cache_dir, "paths.cache_dir"))
         self.folder = self.cache_dir / "volumes"
         self.limit, self.deadline = cache_gb * 1e9, deadline
+        self.is_counted = False  # has this process counted what the cache holds?
         self.stop = threading.Event()  # set: what is being fetched is given up
 
     def key(self, i):
@@ -85,8 +94,9 @@ class Volumes:
         decoded yet. Unreadable where it names another participant."""
         key = self.key(i)
         found = key and files.load_json(self.cache_dir / "facts" / f"{key}.json")
-        if found:
-            facts.check(self.samples[i], found, self.ids)
+        if not found or found.get("reading") != READING:
+            return None
+        facts.check(self.samples[i], found, self.ids)
         return found
 
     def load(self, i, decode=decode):
@@ -113,6 +123,7 @@ class Volumes:
                     volume = self.facts(i) and files.load_array(kept, np.float16, self.size)
                     if volume is None:
                         volume, found = self.make(source, decode)
+                        kept.unlink(missing_ok=True)  # of an earlier version
                         note = self.cache_dir / "facts" / f"{key}.json"
                         files.write(note, json.dumps(found))
                         self.facts(i)  # checked
@@ -135,16 +146,25 @@ class Volumes:
                 os.remove(path)  # the preprocessed volume is what the cache keeps
 
     def admit(self, path, volume):
-        """Keep a volume, if there is room."""
-        with files.locked(self.cache_dir / "locks" / "admission", self.stop):
-            files.remove_abandoned(self.folder, 0)  # nobody else writes here now
-            used = 0
-            for kept in self.folder.glob("*"):
-                # not found: a damaged one, that another process removes
-                with contextlib.suppress(FileNotFoundError):
-                    used += kept.stat().st_size
-            if used + volume.nbytes <= self.limit:
+        """Keep a volume, if there is room. The lock's own file holds the number of bytes in use,
+        which every process counts once, so that a volume costs the same in a cache of any size."""
+        if volume.nbytes > self.limit:
+            return
+        with files.locked(self.cache_dir / "locks" / "admission", self.stop) as counter:
+            counter.seek(0)
+            text = counter.read()
+            if self.is_counted and text.isdigit():
+                used = int(text)
+            else:  # after a kill, the number may be too large
+                files.remove_abandoned(self.folder, 0)  # nobody else writes here now
+                used, self.is_counted = files.size_of(self.folder), True
+            is_room = used + volume.nbytes <= self.limit
+            counter.truncate(0)  # written before the volume, so that the limit holds after a kill
+            counter.write(str(used + volume.nbytes * is_room).encode())
+            if is_room:
                 files.save_array(path, volume)
+                counter.truncate(0)
+                counter.write(str(used + path.stat().st_size).encode())
 
 
 # ----------------------------------------------------------------------------------- volumes ahead

@@ -9,12 +9,20 @@ file gives them. What cannot be applied, or contradicts itself, is refused by na
 Sections named in comments are those of the standard (PS3.3, PS3.5), https://dicom.nema.org.
 """
 
+import contextlib
+import io
 import itertools
+import os
 import re
 import struct
+import zlib
 
 import numpy as np
 
+# Bytes that the stored pixels of a volume may take, checked before anything is inflated: twice
+# AI-READI's largest volume, 512 x 992 x 512 of 8 bits.
+CEILING = 2 * 512 * 992 * 512
+DEFLATED = re.compile(rb".{132}\x02\0\0\0UL.*1\.2\.840\.10008\.1\.2\.1\.99", re.DOTALL)
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 ITEM, END_OF_ITEMS = 0xE000FFFE, 0xE0DDFFFE  # tags of encapsulated pixel data (PS3.5 A.4)
 OVERLAYS = range(0x6000, 0x6020, 2)
@@ -35,14 +43,9 @@ def read(path_or_file, choose):
     choose(frames) -> the frames that are wanted, as ascending positions in the right order; the
     others stay zero and are not decoded. ValueError says what is wrong with the file.
     """
-    import pydicom
-
     import jpeg  # noqa: F401  (it tells pydicom how to decode JPEG)
 
-    try:
-        ds = pydicom.dcmread(path_or_file)
-    except pydicom.errors.InvalidDicomError as error:
-        raise ValueError("it is no DICOM file") from error
+    ds = data_set(path_or_file)
     facts = {"notes": check_kind(ds)}
     keyword = next((name for name in PIXELS if ds.get(name)), None)
     if not keyword:
@@ -52,6 +55,7 @@ def read(path_or_file, choose):
     check_concatenation(ds)
     encoded, stored = stored_frames(ds, keyword)
     frames = number_of_frames(ds, stored)
+    check_room(frames * ds.Rows * ds.Columns * ds.BitsAllocated // 8)
     order, how = frame_order(ds, frames)
     if how:
         facts["notes"].append(f"frames are stored out of order, and were put in order by {how}")
@@ -69,6 +73,44 @@ def read(path_or_file, choose):
     if 0 < blank < len(wanted):
         facts["notes"].append(f"{blank} of {len(wanted)} frames that were read are blank")
     return volume, facts
+
+
+def data_set(path_or_file):
+    """As pydicom.dcmread, but what a deflated file inflates to is limited, by CEILING."""
+    import pydicom
+
+    with contextlib.ExitStack() as stack:
+        file = path_or_file
+        if isinstance(file, (str, os.PathLike)):
+            file = stack.enter_context(open(file, "rb"))
+        head = file.read(4096)
+        if head[128:132] != b"DICM":
+            raise ValueError("it is no DICOM file")
+        deflated = DEFLATED.match(head)
+        if not deflated:
+            file.seek(0)
+            return pydicom.dcmread(file)
+        # the length of the group 0002, which follows its first element, is in that element
+        start = 144 + int.from_bytes(head[140:144], "little")
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        file.seek(start)
+        room = CEILING + 2**24  # for the elements beside the pixels
+        content = inflate.decompress(file.read(), room)
+        if not inflate.eof:
+            check_room(CEILING + 1 if len(content) == room else 0)
+            raise ValueError("its deflated content is cut short")
+        ds = pydicom.dcmread(io.BytesIO(content), force=True)
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        return ds
+
+
+def check_room(size):
+    """ValueError where pixels would take more bytes than CEILING."""
+    if size > CEILING:
+        raise ValueError(
+            f"its pixels would take {size / 1e9:.2f} GB or more, and dicom.CEILING is "
+            f"{CEILING / 1e9:.2f} GB; raise it there if your volumes are so large"
+        )
 
 
 def first(ds, name):
@@ -312,18 +354,14 @@ def decoded(ds, encoded, indices):
         if name in ds:
             del ds[name]
     ds.NumberOfFrames = len(indices)
-    syntax = ds.file_meta.TransferSyntaxUID.name
     try:
         yield from iter_pixels(ds, **options)
     except MemoryError:
         raise
     except Exception as error:  # the decoders raise a dozen types
-        # without addresses of objects in memory, and without the other decoders' words
+        # without addresses of objects in memory
         reason = re.sub(r"<[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
-        raise ValueError(
-            f"a frame cannot be decoded as {syntax}; it is damaged or obfuscated, or the transfer "
-            f"syntax is not the one that the file names ({reason[:150]})"
-        ) from error
+        raise ValueError(undecodable(ds, reason)) from error
 
 
 def size_in(codestream):
@@ -345,13 +383,23 @@ def size_in(codestream):
 
 def check_codestream(ds, encoded, index):
     """ValueError where a frame's codestream has another size than Rows and Columns."""
-    size = size_in(bytes(encoded[: 2**16]))
-    is_plausible = size and all(0 < n < 2**16 for n in size)  # else the decoder will say more
-    if is_plausible and size != (ds.Rows, ds.Columns):
+    syntax, size = ds.file_meta.TransferSyntaxUID, size_in(bytes(encoded[: 2**16]))
+    if size is None and "RLE" in syntax.name:  # which has no header
+        return
+    if size is None or not all(0 < n < 2**16 for n in size):
+        raise ValueError(undecodable(ds, "no image header was found"))
+    if size != (ds.Rows, ds.Columns):
         raise ValueError(
             f"frame {index + 1} is encoded with {size[0]} rows and {size[1]} columns, while Rows "
             f"and Columns are {ds.Rows} and {ds.Columns}"
         )
+
+
+def undecodable(ds, reason):
+    return (
+        f"a frame cannot be decoded as {ds.file_meta.TransferSyntaxUID.name}; it is damaged or "
+        f"obfuscated, or the transfer syntax is not the one that the file names ({reason[:150]})"
+    )
 
 
 # ------------------------------------------------------------------------------ what a pixel means

@@ -28,6 +28,7 @@ import facts
 import files
 import ledger
 import model
+from volumes import READING
 
 VERSION = "v2"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
 
@@ -183,7 +184,7 @@ class Kept:
         if pooling == "attentive":  # tokens take a hundred times the room
             grid = "x".join(map(str, cfg.model.token_grid))
             self.dtype, pooling = np.float16, f"tokens{grid}{cfg.model.token_pool}"
-        name = f"{encoder.sha256[:16]}-{pooling}-{cfg.train.precision}-{VERSION}"
+        name = f"{encoder.sha256[:16]}-{pooling}-{cfg.train.precision}-{VERSION}{READING}"
         self.folder = os.path.join(os.path.expanduser(cfg.paths.cache_dir), "features", name)
         if view:
             how = f"{data.AUGMENTATION} {data.strengths(cfg)} {cfg.seed} {view}"

@@ -79,6 +79,16 @@ def remove_abandoned(folder, age):
                 path.unlink()
 
 
+def size_of(folder):
+    """Bytes of the files in a folder."""
+    total = 0
+    for path in Path(folder).glob("*"):
+        # not found: another process has just removed it
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 def local_folder(path, key):
     """Path of a folder to write to, with ~ expanded; it need not exist. ValueError naming the
     config key when it cannot be written."""

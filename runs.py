@@ -10,14 +10,18 @@
 Rank 0 alone writes. docs/run_folder.md lists the files.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from dataclasses import dataclass
 
@@ -65,6 +69,30 @@ def check_folder(cfg):
             f"paths.checkpoint_path={encoder} lies in paths.run_dir={folder}, where an earlier run "
             "is replaced; set paths.run_dir to another one"
         )
+
+
+@contextlib.contextmanager
+def locked(cfg):
+    """The run's folder, for this process and its replicas alone. ValueError says who holds it."""
+    folder = os.path.abspath(files.local_folder(cfg.paths.run_dir, "paths.run_dir"))
+    path = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.lock")
+    at_once = threading.Event()
+    at_once.set()
+    try:
+        with files.locked(path, at_once) as file:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
+            try:
+                yield
+            finally:
+                os.unlink(path)
+    except files.Stopped:
+        with open(path, encoding="utf-8") as f:
+            raise ValueError(
+                f"paths.run_dir={cfg.paths.run_dir} is being written by {f.read()}; wait until it "
+                "has ended, or set paths.run_dir to another folder"
+            ) from None
 
 
 @dataclass
@@ -236,7 +264,7 @@ class Run:
                 f"(data.max_missing={self.cfg.data.max_missing})\n"
                 f"{ledger.unreadable_table(self.book)}"
             )
-        if self.wandb.run:
+        if self.wandb.run is not None:
             saved = read_saved(os.path.join(self.folder, BEST), {"val_predictions"})
             tracking.finish(self.wandb, saved, ledger.rows_for_csv(self.book))
         device.barrier(self.dev)  # nobody ends before rank 0 has written all

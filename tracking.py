@@ -47,7 +47,7 @@ class Tracker:
 
     def send(self, action):
         """action(run); an error ends the logging, not the run."""
-        if not self.run:
+        if self.run is None:
             return
         try:
             action(self.run)
@@ -116,7 +116,7 @@ def start(cfg, folder, earlier):
         print(f"W&B did not start: {reason_of(error)}; this run goes on without it")
         stop_wandb()
         run = None
-    return Tracker(run, run.id if run else earlier)
+    return Tracker(run, earlier if run is None else run.id)
 
 
 def start_wandb(cfg, mode, folder, earlier):

@@ -289,7 +289,8 @@ def command():
     sys.stdout.reconfigure(line_buffering=True)
     cfg = config.load(args.config, args.overrides)
     phantom.prepare(cfg)  # the synthetic data of a demo, where they are not there yet
-    device.launch(main, cfg)
+    with runs.locked(cfg):
+        device.launch(main, cfg)
 
 
 if __name__ == "__main__":

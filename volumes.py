@@ -18,8 +18,12 @@ import torch.nn.functional as F
 
 import dicom
 
-# part of every cache key: change it when the result of read() or preprocess() changes
-PREPROCESSING = "zscore-trilinear-float16-v2"
+# part of every cache key, and so of the random numbers of augmentation: change it when the result
+# of preprocess() changes
+PREPROCESSING = "zscore-trilinear-float16-v1"
+# in the facts of every volume: change it when the result of read() changes for some files, and what
+# was cached before is made anew
+READING = "v2"
 
 
 class Unreadable(ValueError):
@@ -150,7 +154,8 @@ def decode(path, size):
         raise Unreadable(f"{path} has values that are not finite")
     check_contrast(path, volume, size)
     array = tensor.numpy().astype(np.float16)
-    return array, facts | {"pixels": hashlib.sha1(array).hexdigest(), "sketch": sketch(array)}
+    pixels = hashlib.sha1(array).hexdigest()
+    return array, facts | {"reading": READING, "pixels": pixels, "sketch": sketch(array)}
 
 
 def sketch(array):

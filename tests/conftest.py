@@ -44,9 +44,11 @@ def configure(tmp_path):
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch):
     """No test reaches a real store with the developer's own key; an empty variable also wins over a
-    file .env."""
+    file .env. Nor does the developer's wish about W&B hold in a test."""
     for name in ("B2_APPLICATION_KEY_ID", "B2_APPLICATION_KEY"):
         monkeypatch.setenv(name, "")
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture()

@@ -1,5 +1,6 @@
 import os
 import re
+import time
 
 import pytest
 import yaml
@@ -221,3 +222,25 @@ def test_what_a_run_stores_loads_again(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg)))
     assert config.load(tmp_path / "config.yaml") == cfg
     assert config.resolve(config.to_dict(cfg), [], "checkpoint") == cfg
+
+
+# ------------------------------------------------------------------------------ bombs
+
+ALIASES = "a: &a [x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefg", "bcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [(ALIASES, "aliases .* are not supported"), ("a: " + "[" * 3000, "is not valid YAML")],
+    ids=["aliases", "nested"],
+)
+def test_a_file_that_unfolds_without_end_is_refused_at_once(tmp_path, text, message):
+    path = tmp_path / "bomb.yaml"
+    path.write_text(text)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        config.load(path)
+    assert time.monotonic() - began < 5

@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import scipy.ndimage
 import torch
 from b2_server import HEADERS, Fault
 from helpers import (
+    DEMO,
     ENCODER_URL,
     PREFIX,
     ROOT_URL,
@@ -29,6 +31,7 @@ from helpers import (
 )
 
 import b2
+import config
 import data
 import files
 import ledger
@@ -183,6 +186,49 @@ def test_the_cache_admits_until_it_is_full(written, configure):
     second = [volume for _, _, volume in data.stream(volumes, book, range(6), cfg)]
     assert sorted(os.listdir(volumes.folder)) == kept  # nothing is thrown out
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_volume_is_admitted_without_looking_at_all_others(written, configure, monkeypatch):
+    cfg, counted, real = configure(written), [], files.size_of
+    monkeypatch.setattr(files, "size_of", lambda folder: counted.append(1) or real(folder))
+    volumes = all_volumes(ledger.read(cfg), cfg)
+    for i in range(6):
+        volumes.load(i)
+    assert len(counted) == 1
+    assert content(volumes.cache_dir / "locks" / "admission") == str(real(volumes.folder))
+
+
+def test_without_a_cache_nothing_is_counted(written, configure):
+    cfg = configure(written)
+    volumes = all_volumes(ledger.read(cfg), cfg, cache_gb=0)
+    volumes.load(0)
+    assert not volumes.folder.exists() and os.listdir(volumes.cache_dir / "locks") == []
+
+
+def admit_all(root, overrides):
+    cfg = config.load(DEMO, overrides)
+    book = ledger.read(cfg)
+    volumes = all_volumes(book, cfg, cache_gb=10 * (np.prod(SIZE) * 2 + 200) / 1e9)
+    for i in range(30):
+        volumes.load(i)
+
+
+def test_the_limit_holds_among_processes_and_after_kills(written, tmp_path):
+    """Four processes fill a cache of ten volumes; two are killed while they do."""
+    arguments = str(written), settings(written, tmp_path)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=admit_all, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    folder = tmp_path / "cache" / "volumes"
+    wait_until(lambda: folder.exists() and len(os.listdir(folder)) >= 3, 60)
+    for process in processes[:2]:
+        process.kill()
+    for process in processes[2:]:
+        process.join()
+        assert process.exitcode == 0
+    admit_all(*arguments)  # a process that comes later counts anew
+    assert len([name for name in os.listdir(folder) if name.endswith(".npy")]) == 10
 
 
 def test_what_a_kill_left_of_a_cached_volume_takes_no_room(written, configure):

@@ -3,7 +3,9 @@
 Values are checked against arrays that the tests know, files are written by pydicom and imagecodecs.
 """
 
+import os
 import struct
+import tracemalloc
 
 import imagecodecs
 import numpy as np
@@ -14,6 +16,7 @@ from pydicom import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
     UID,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLosslessSV1,
@@ -21,6 +24,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+import dicom
 import volumes
 
 
@@ -603,3 +607,49 @@ def test_blank_frames_are_a_note(tmp_path):
     scan[3:9] = 0
     _, facts = volumes.read(written(tmp_path, scan))
     assert facts["notes"] == ["6 of 16 frames that were read are blank"]
+
+
+# ------------------------------------------------------------------------------ bombs
+
+
+def peak_of(path):
+    """The most memory, in MB, that refusing a file takes above what is held already."""
+    tracemalloc.start()
+    message = refusal(path)
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    return message, peak
+
+
+def test_a_deflated_file_inflates_no_further_than_the_ceiling(tmp_path, volume, monkeypatch):
+    monkeypatch.setattr(dicom, "CEILING", 10**6)
+    zeros = np.zeros((1000, 200, 300), np.uint8)
+    path = written(tmp_path, zeros, syntax=DeflatedExplicitVRLittleEndian)
+    assert os.path.getsize(path) < 10**5
+    message, peak = peak_of(path)
+    assert "its pixels would take" in message and "dicom.CEILING is 0.00 GB" in message
+    assert peak < 40  # 16 MB beside the pixels are allowed
+
+
+def test_a_file_is_refused_before_its_frames_are_decoded(tmp_path, volume):
+    """A codestream of a few bytes for each of 60,000 x 60,000 pixels."""
+    path = written(tmp_path, volume, syntax=RLELossless)
+    change_dicom(path, lambda ds: ds.update({"Rows": 60000, "Columns": 60000}))
+    message, peak = peak_of(path)
+    assert "would take 28.80 GB" in message and peak < 10
+
+
+@pytest.mark.parametrize(
+    "encode, syntax", [(jpeg2000, JPEG2000Lossless), (imagecodecs.jpegls_encode, JPEGLSLossless)]
+)
+def test_a_codestream_that_claims_to_be_huge_is_not_decoded(tmp_path, volume, encode, syntax):
+    def huge(frame):
+        code = bytearray(encode(frame))
+        marker = code.find(b"\xff\x51" if syntax == JPEG2000Lossless else b"\xff\xf7")
+        at, n = (marker + 6, 4) if syntax == JPEG2000Lossless else (marker + 5, 2)
+        code[at : at + 2 * n] = (60000).to_bytes(n, "big") * 2
+        return bytes(code)
+
+    change = compressed([huge(frame) for frame in volume], syntax)
+    message, peak = peak_of(written(tmp_path, volume, change))
+    assert "encoded with 60000 rows and 60000 columns" in message and peak < 10

@@ -505,6 +505,15 @@ def test_a_checkpoint_of_another_version_is_not_resumed(written, tuned, tmp_path
         train.main(0, quick(written, tmp_path, *TUNE, "train.resume=auto"))
 
 
+@pytest.mark.parametrize("damage", [b"", b"[]", b"\xff"])
+def test_a_damaged_provenance_is_named_when_a_run_is_resumed(written, tuned, tmp_path, damage):
+    run = copy_of(tuned, tmp_path)
+    write_bytes(f"{run}/provenance.json", damage)
+    message = r"provenance.json is damaged \(.*\); set train.resume=never to replace the run"
+    with pytest.raises(ValueError, match=message):
+        train.main(0, quick(written, tmp_path, *TUNE, "train.resume=auto"))
+
+
 # ----------------------------------------------------------------------------- a run opened again
 
 
@@ -581,6 +590,35 @@ def test_a_checkpoint_that_lacks_something_is_refused(run, tmp_path, change, mes
     torch.save(saved, tmp_path / "damaged.pt")
     with pytest.raises(ValueError, match=message):
         evaluate(str(tmp_path / "damaged.pt"), "test")
+
+
+# ------------------------------------------------------------------------------ one run at a time
+
+
+def test_a_folder_that_a_run_writes_is_refused_to_a_second(written, tmp_path, command):
+    cfg = quick(written, tmp_path)
+    with runs.locked(cfg):
+        done = command("train.py", "--config", "configs/demo.yaml", root=written)
+    assert done.returncode == 1 and not os.path.exists(tmp_path / "run")
+    assert f"is being written by process {os.getpid()} on " in done.stderr
+    assert not glob.glob(f"{tmp_path}/.*") and not glob.glob(f"{tmp_path}/*.lock")
+
+
+def test_the_lock_of_a_killed_run_is_free(written, tmp_path):
+    code = """
+import config, runs, time, sys
+with runs.locked(config.load(sys.argv[1], sys.argv[2:])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    script = [sys.executable, "-c", code, DEMO[1], *settings(written, tmp_path)]
+    with subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"process {holder.pid}"):
+            runs.locked(quick(written, tmp_path)).__enter__()
+        holder.kill()
+    with runs.locked(quick(written, tmp_path)):
+        pass
 
 
 # ------------------------------------------------------------------------------------ a full disk
