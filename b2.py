@@ -23,6 +23,7 @@ import re
 import sys
 import threading
 import time
+import urllib.parse
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -113,7 +114,10 @@ def client(name, make):
 
     with clients_lock:
         if name not in clients:
-            dotenv.load_dotenv(ENV_FILE)  # does not overwrite the environment
+            try:
+                dotenv.load_dotenv(ENV_FILE)  # does not overwrite the environment
+            except UnicodeDecodeError:
+                raise PermissionError(f"{ENV_FILE} is not text in UTF-8; save it anew so") from None
             clients[name] = make()
         return clients[name]
 
@@ -140,7 +144,7 @@ def b2_api():
             "(see .env.example)"
         )
     realm = os.environ.get("B2_REALM", "").strip() or "production"
-    if realm != "production" and not realm.startswith(("https://", "http://")):
+    if realm != "production" and not is_endpoint(realm):
         raise PermissionError(
             f"B2_REALM={realm} is no endpoint; write its URL with https://, or unset it"
         )
@@ -158,6 +162,15 @@ def b2_api():
             f"(and B2_REALM, now {realm})"
         ) from None
     return api
+
+
+def is_endpoint(url):
+    """Is this the URL of a server, with a port that can be?"""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def b2_bucket(name):

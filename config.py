@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
+MOST_HEADS = 4096  # of a sweep: they train in parallel, in memory
 DEFAULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "base.yaml")
 
 
@@ -86,7 +87,11 @@ def different(values):
 
 boolean = described("true or false", bool, strict=True)
 text = described(
-    "a text, in quotes where YAML would read something else", str, strict=True, min_length=1
+    "a text, in quotes where YAML would read something else",
+    str,
+    strict=True,
+    min_length=1,
+    pattern=r"^[^\x00-\x1f]*$",
 )
 image_size = described(
     "[depth, height, width], three whole numbers > 0",
@@ -111,7 +116,7 @@ KEYS = {
     "data.anatomic_region": text,
     "data.image_size": optional(image_size),
     "data.batch_size": integer(1),
-    "data.num_workers": integer(0),
+    "data.num_workers": integer(0, 257),
     "data.prefetch": integer(1, 65),
     "data.cache_gb": number(0),
     "data.fetch_deadline": number(1),
@@ -121,7 +126,7 @@ KEYS = {
     "data.augment.intensity_jitter": strength(1),
     "data.augment.random_crop": strength(0.9),
     "data.augment.rotation": strength(180),
-    "data.augment_views": integer(0),
+    "data.augment_views": integer(0, 1001),
     "data.cv": optional(integer(3)),
     "model.emb_dim": integer(1),
     "model.encoder": one_of("context", "target"),
@@ -132,11 +137,11 @@ KEYS = {
     "model.token_grid": image_size,
     "model.token_pool": one_of("mean", "max"),
     "model.head.kind": one_of("network", "logistic_regression", "knn"),
-    "model.head.hidden": integer(0),
+    "model.head.hidden": integer(0, 2**16 + 1),
     "model.head.dropout": number(0, 1),
     "model.head.ordinal": boolean,
     "train.seeds": seeds,
-    "train.epochs": integer(1),
+    "train.epochs": integer(1, 10**6 + 1),
     "train.lr_head": number(0),
     "train.lr_encoder": number(0),
     "train.layer_decay": number(0),
@@ -162,12 +167,13 @@ KEYS = {
     "train.early_stopping.min_delta": number(0),
     "eval.floors": boolean,
     "device.backend": one_of("auto", "xla", "cuda", "cpu"),
-    "device.processes": integer(1),
+    "device.processes": integer(1, 1025),
     "demo.dir": optional(text),
     "demo.effect": one_of("boosted", "literature"),
-    "demo.participants": integer(1),
+    "demo.participants": integer(1, 2901),
     "log.wandb": one_of("auto", "online", "offline", "disabled"),
     "log.wandb_project": text,
+    "log.wandb_participants": boolean,
     "log.run_name": text,
 }
 
@@ -180,11 +186,26 @@ def check_together(cfg):
     for something that would not happen."""
     trains = not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch >= 0  # sooner or later
     check_encoder(cfg, trains)
+    heads = math.prod(len(values) for values in vars(cfg.train.sweep).values() if values)
+    if heads > MOST_HEADS:
+        raise ValueError(
+            f"train.sweep makes {heads} heads, more than {MOST_HEADS}; list fewer values"
+        )
     if trains:
         check_probes_only(cfg)
     if cfg.model.head.kind != "network":
         check_reference(cfg)
     check_augmentation(cfg, trains)
+
+
+def check_placeholders(cfg):
+    """ValueError where a shipped file still has to be filled in."""
+    for name in ("data", "checkpoint_path"):
+        if "YOUR-BUCKET" in getattr(cfg.paths, name):
+            raise ValueError(
+                f"paths.{name}={getattr(cfg.paths, name)}: put your bucket's name for YOUR-BUCKET, "
+                "or a local path"
+            )
 
 
 def check_encoder(cfg, trains):
@@ -308,7 +329,7 @@ def doubts(cfg, num_volumes):
         )
     steps = math.ceil(num_volumes / cfg.data.batch_size) * cfg.train.epochs
     starts_random = cfg.model.head.hidden or cfg.model.pool_method == "attentive"
-    if cfg.model.head.kind == "network" and starts_random and steps < 500:
+    if cfg.model.head.kind == "network" and starts_random and steps < 200:
         yield (
             f"data.batch_size={cfg.data.batch_size} makes {steps} steps in all, few for a head "
             "that starts knowing nothing; "
@@ -318,16 +339,19 @@ def doubts(cfg, num_volumes):
 
 def flatten(tree, prefix=""):
     """Nested dict -> {"section.key": value}. A section given as anything but a mapping keeps its
-    name as the key."""
+    name as the key. ValueError for a key that is given both nested and with dots."""
     flat = {}
     for key, value in tree.items():
-        name = f"{prefix}{key}"
+        name, part = f"{prefix}{key}", {}
         if value is None and name == "train.sweep":
-            flat |= {key: None for key in KEYS if key.startswith("train.sweep.")}
+            part = {key: None for key in KEYS if key.startswith("train.sweep.")}
         elif isinstance(value, dict) and value:
-            flat |= flatten(value, name + ".")
+            part = flatten(value, name + ".")
         elif value not in (None, {}) or name not in SECTIONS:
-            flat[name] = value  # else a section whose keys are all commented out
+            part = {name: value}  # else a section whose keys are all commented out
+        for twice in flat.keys() & part.keys():
+            raise ValueError(f"key '{twice}' is given twice")
+        flat |= part
     return flat
 
 
@@ -386,35 +410,65 @@ def check_known(name, where):
 
 def known_values(tree, where):
     """Nested or flat dict -> {"section.key": value}; ValueError when a key is none of KEYS."""
-    flat = flatten(tree)
+    try:
+        flat = flatten(tree)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     for name in flat:
         check_known(name, where)
     return flat
 
 
 def read(path, children=(), overlay=None):
-    """Flat values of a file over those of its base. children: files that name this one as their
-    base. overlay: the file over which this one is to lie; it may then have no base."""
+    """Flat values of a file over those of its base, and where each of them stands. children: files
+    that name this one as their base. overlay: the file over which this one is to lie; it may then
+    have no base."""
     path = os.path.abspath(path)
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path)
+        found = (
+            [name for name in os.listdir(folder) if name.endswith(".yaml")]
+            if (os.path.isdir(folder))
+            else []
+        )
+        raise FileNotFoundError(
+            f"{path} is not a file; {folder} has {', '.join(sorted(found)) or 'no configuration'}"
+        )
     if path in children:
         raise ValueError(f"{path}: its chain of base: files comes back to itself")
     with open(path, encoding="utf-8") as f:
         try:
-            tree = parse(f.read(), path)
+            content = f.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+    tree = parse(content, path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no keys")
     base = tree.pop("base", None)
-    own = known_values(tree, path)
+    if not isinstance(base, str | None):
+        raise ValueError(f"{path}: base: must be a path, not {base!r}")
+    own, line_of = known_values(tree, path), lines_of(yaml.compose(content, UniqueKeys))
+    places = {name: f"{path}, line {line_of[name]}" for name in own if name in line_of}
     if base is None:
-        return own
+        return own, places
     if overlay:
         raise ValueError(
             f"{path} is to lie over {overlay}, and its base: would replace all of that; name it "
             "first, or remove its base:"
         )
-    return read(os.path.join(os.path.dirname(path), str(base)), (*children, path)) | own
+    below, places_below = read(os.path.join(os.path.dirname(path), base), (*children, path))
+    return below | own, places_below | places
+
+
+def lines_of(node, prefix=""):
+    """{"section.key": line} of a YAML mapping, as compose gives it."""
+    lines = {}
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        lines[name] = key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            lines |= lines_of(value, name + ".")
+    return lines
 
 
 def parser(description, **positional):
@@ -438,16 +492,18 @@ def load(path, overrides=()):
     path: one file, or a list of files, of which a later one lies over the earlier ones.
     """
     first, *others = [path] if isinstance(path, (str, os.PathLike)) else path
-    flat = read(first)
+    flat, places = read(first)
     for other in others:
-        flat |= read(other, overlay=first)
-    return resolve(flat, overrides, ", ".join(map(str, [first, *others])))
+        values, places_over = read(other, overlay=first)
+        flat, places = flat | values, places | places_over
+    return resolve(flat, overrides, ", ".join(map(str, [first, *others])), places)
 
 
-def resolve(tree, overrides, where):
-    """Nested or flat dict and overrides -> checked namespace. where: the dict's origin, for
-    messages."""
-    flat, checked = read(DEFAULTS) | known_values(tree, where), {}
+def resolve(tree, overrides, where, places=None):
+    """Nested or flat dict and overrides -> checked namespace. where: the dict's origin, places:
+    those of its values, for messages."""
+    flat, checked = read(DEFAULTS)[0] | known_values(tree, where), {}
+    places = dict(places or {})
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
@@ -456,14 +512,21 @@ def resolve(tree, overrides, where):
             flat |= flatten({"train": {"sweep": None}})
             continue
         check_known(name, "command line")
+        places.pop(name, None)
         flat[name] = value if KEYS[name] is text else parse(value, f"command line: {name}")
     for name, kind in KEYS.items():
         try:
             checked[name] = TypeAdapter(kind).validate_python(flat[name])
         except ValidationError:
-            raise ValueError(f"{name} must be {words_of(kind)}; got {flat[name]!r}") from None
+            place = f" ({places[name]})" if name in places else ""
+            got = repr(flat[name])[:200]
+            raise ValueError(f"{name} must be {words_of(kind)}; got {got}{place}") from None
     cfg = nest(checked)
-    check_together(cfg)
+    try:
+        check_together(cfg)
+    except ValueError as error:
+        named = [f"{key}: {place}" for key, place in places.items() if f"{key}=" in str(error)]
+        raise ValueError(f"{error} ({'; '.join(named)})" if named else str(error)) from None
     return cfg
 
 

@@ -396,6 +396,7 @@ def main():
     parser.add_argument("--deep", action="store_true", help="open every volume once")
     args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
+    config.check_placeholders(cfg)
     phantom.prepare(cfg)
     book = ledger.read(cfg)
     print(f"{book.description}: {cfg.data.scanner}, {cfg.data.anatomic_region}")

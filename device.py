@@ -89,6 +89,12 @@ def launch(main, cfg):
                 f"device.processes={processes}, but there are {torch.cuda.device_count()} GPUs; "
                 "set device.processes to at most that"
             )
+        most = max(16, 4 * (os.cpu_count() or 1))
+        if backend == "cpu" and processes > most:
+            raise ValueError(
+                f"device.processes={processes} is too many for {os.cpu_count()} cores; set "
+                f"device.processes to at most {most}"
+            )
         spawn(main, cfg, backend, processes)
 
 
@@ -231,6 +237,8 @@ def quietly(main, rank, cfg):
 def explain(error):
     """One sentence for what the user can mend; a traceback for the rest, and with python -X dev."""
     if isinstance(error, (ValueError, OSError)) and not sys.flags.dev_mode:
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return f"error: {error.filename}: {error.strerror}"  # without "[Errno 2]"
         return f"error: {error}"
     return "".join(traceback.format_exception(error)).rstrip()
 

@@ -254,7 +254,7 @@ def read_manifest(path, people, cfg, notes, name):
     """manifest.tsv -> {path: Sample} of the configured scanner and region, and the set of
     participants with any row, labelled or not. name: what messages call the file. ValueError on
     doubt."""
-    samples, kinds, has_rows, unlabelled = {}, Counter(), set(), set()
+    samples, kinds, has_rows, unlabelled, elsewhere = {}, Counter(), set(), set(), []
     wanted = (cfg.data.scanner, cfg.data.anatomic_region)
     for row in read_tsv(path, [PARTICIPANT, "anatomic_region", "laterality", "filepath"], name):
         pid, filepath = row["participant_id"], row["filepath"]
@@ -270,6 +270,8 @@ def read_manifest(path, people, cfg, notes, name):
         kind = (PurePath(location).parent.parent.name, row["anatomic_region"])
         kinds[kind] += 1
         if kind != wanted:
+            if kind[0] != wanted[0] in filepath and row["anatomic_region"] == wanted[1]:
+                elsewhere.append(f"{pid}: {filepath}")  # the scanner is somewhere else in it
             continue
         person = people[pid]
         person_is = pid, person.split, person.label, person.site
@@ -292,6 +294,11 @@ def read_manifest(path, people, cfg, notes, name):
         raise ValueError(
             f"{name} has no volume of data.scanner={wanted[0]}, data.anatomic_region={wanted[1]}; "
             f"it has {has}"
+        )
+    if elsewhere:
+        notes.append(
+            f"{len(elsewhere)} rows of the manifest have {wanted[0]} in a path that does not end "
+            f"in scanner/participant/file, and are not used: participant {first_few(elsewhere, 3)}"
         )
     if unlabelled:
         notes.append(

@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -432,6 +433,23 @@ def write_table(path, rows):
     files.write(path, "".join("\t".join(map(str, row)) + "\n" for row in rows))
 
 
+def is_running(pid):
+    """Is there a process of this number, a text, on this host?"""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def end_with_parent():
+    """First thing of a process that writes: it ends when its parent does, however that ends."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def write_dataset(
     root, participants=60, seed=0, effect="boosted", scale=(1 / 8, 1 / 4, 1 / 8), processes=None
 ):
@@ -457,12 +475,15 @@ def write_dataset(
             f"{root} exists and is not an empty folder: remove it or choose another one"
         )
 
+    for left in root.parent.glob(f"{root.name}.*.part"):
+        if not is_running(left.name.split(".")[-2]):  # its writer was killed
+            shutil.rmtree(left, ignore_errors=True)
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
     job = functools.partial(write_participant, root=part, seed=seed, effect=effect, scale=scale)
     # fork starts in no time and needs no importable __main__. It is safe beside torch because the
     # children only run numpy, scipy and pydicom: torch's threads, which do not survive a fork, are
     # never called there.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), end_with_parent)
     facts = {"effect": effect, "participants": participants, "seed": seed, "scale": scale}
     try:
         with_oct = [person for person in people if person["retinal_oct"] == "TRUE"]

@@ -266,7 +266,8 @@ class Run:
             )
         if self.wandb.run is not None:
             saved = read_saved(os.path.join(self.folder, BEST), {"val_predictions"})
-            tracking.finish(self.wandb, saved, ledger.rows_for_csv(self.book))
+            everybody = ledger.rows_for_csv(self.book) if self.cfg.log.wandb_participants else None
+            tracking.finish(self.wandb, saved, everybody)
         device.barrier(self.dev)  # nobody ends before rank 0 has written all
 
 

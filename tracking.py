@@ -3,11 +3,12 @@
     check(cfg)                              # before anything is computed
     tracker = start(cfg, folder, earlier_id)
     tracker.log(record)                     # once an epoch
-    finish(tracker, saved, ledger_rows)     # what the run came to on validation
+    finish(tracker, saved)                  # what the run came to on validation
 
 The quieter of log.wandb and of the environment (WANDB_MODE, WANDB_DISABLED) holds. Where that is
 disabled, wandb is not even imported; ranks above 0 log nothing. W&B never ends a run: without its
 server the run is logged offline, any other failure ends the logging, and either is a printed line.
+Nothing about a single participant is sent, unless log.wandb_participants=true asks for the ledger.
 """
 
 import contextlib
@@ -32,6 +33,11 @@ MODES |= {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 # Seconds for which W&B may hold up a run's start and its end. The user's own settings win, such as
 # WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT; wandb itself would wait 90 s, and for ever.
 LIMITS = {"init_timeout": 30, "finish_timeout": 60}
+# What wandb would collect by itself, and upload: what is printed, which names participants; the
+# command line, program, paths and packages; the code and its git remote; the host's name. What is
+# left is how busy the machine is.
+COLLECT_NOTHING = {"console": "off", "x_disable_meta": True, "x_save_requirements": False}
+COLLECT_NOTHING |= {"disable_git": True, "disable_code": True, "save_code": False, "host": ""}
 
 
 @dataclass
@@ -123,6 +129,7 @@ def start_wandb(cfg, mode, folder, earlier):
     """wandb's run, online or offline; None where W&B's settings say disabled."""
     import wandb
 
+    os.environ["WANDB_ERROR_REPORTING"] = "false"  # wandb's own crashes are not reported either
     # wandb refuses an empty mode, and a key with white space around it
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         os.environ[name] = os.environ.get(name, "").strip()
@@ -149,7 +156,7 @@ def start_wandb(cfg, mode, folder, earlier):
         "dir": folder,
         "id": earlier,
         "resume": "allow" if earlier else None,
-        "settings": wandb.Settings(finish_timeout_raises=True, **limits),
+        "settings": wandb.Settings(finish_timeout_raises=True, **limits, **COLLECT_NOTHING),
     }
     if mode == "offline":
         return wandb.init(mode="offline", **about)
@@ -165,12 +172,15 @@ def start_wandb(cfg, mode, folder, earlier):
 
 
 def described(cfg):
-    """What W&B shows of a run in its lists: project, name, configuration, group, tags."""
+    """What W&B shows of a run in its lists: project, name, configuration without the paths of this
+    machine, group, tags."""
     trains = not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch >= 0
+    settings = config.to_dict(cfg)
+    del settings["paths"], settings["demo"]["dir"]
     return {
         "project": cfg.log.wandb_project,
         "name": cfg.log.run_name,
-        "config": config.to_dict(cfg),
+        "config": settings,
         "group": os.path.splitext(os.path.basename(cfg.paths.checkpoint_path))[0],
         "tags": [
             "finetune" if trains else "probe",
@@ -232,9 +242,14 @@ def stop_wandb():
 # -------------------------------------------------------------------------------------- the end
 
 
-def finish(tracker, saved, ledger_rows):
+def finish(tracker, saved, ledger_rows=None):
     """Log what the run came to on validation: summary with intervals and alarms, confusion matrix,
-    ROC curves, ledger. saved: the best checkpoint; ledger_rows: the header first."""
+    ROC curves. saved: the best checkpoint; ledger_rows: of all participants, the header first,
+    where the ledger is to be sent too.
+
+    The alarms are those of metrics, which name classes, and those of eval.py, which name
+    participants, are not among them.
+    """
     from sklearn.metrics import roc_curve
 
     y, p = saved["val_predictions"]["y_true"], saved["val_predictions"]["p"].numpy()
@@ -266,18 +281,21 @@ def finish(tracker, saved, ledger_rows):
 
 
 def pictures(y_true, y_predicted, curves, ledger_rows):
-    """Confusion matrix, ROC curves {class: (false positives, true positives)} and ledger, as W&B
-    draws them."""
+    """Confusion matrix, ROC curves {class: (false positives, true positives)} and ledger (None:
+    left out), as W&B draws them. Of the first it uploads the counts, not the rows."""
     import wandb
 
-    header, *rows = ledger_rows
     xs, ys = ([curve[axis] for curve in curves.values()] for axis in (0, 1))
-    return {
+    drawn = {
         "val/confusion_matrix": wandb.plot.confusion_matrix(
             y_true=y_true, preds=y_predicted, class_names=list(ledger.CLASS_NAMES)
         ),
         "val/roc": wandb.plot.line_series(
             xs, ys, keys=list(curves), title="ROC, one against the rest", xname="false positives"
         ),
-        "ledger": wandb.Table(columns=header, data=[[str(cell) for cell in row] for row in rows]),
     }
+    if ledger_rows:
+        header, *rows = ledger_rows
+        table = [[str(cell) for cell in row] for row in rows]
+        drawn["ledger"] = wandb.Table(columns=header, data=table)
+    return drawn

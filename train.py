@@ -275,7 +275,14 @@ def volumes_of(cfg, samples, steps, encoder, epoch):
 
 def check_classes(cfg, book):
     """ValueError, before anything is encoded, where the sampler or the class weights need every
-    class in training and one is not there."""
+    class in training and one is not there, or where a class has too few people for data.cv."""
+    people = {s.participant_id: s.label for s in book.of("train") + book.of("val")}
+    counts = [list(people.values()).count(label) for label in range(len(ledger.CLASSES))]
+    if cfg.data.cv and min(counts) < cfg.data.cv:
+        raise ValueError(
+            f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; "
+            f"there are {counts}"
+        )
     if cfg.data.sampler == "stratified":
         ledger.check_classes(book, "data.sampler=stratified")
     for scheme in cfg.train.sweep.class_weights or [cfg.train.class_weights]:
@@ -288,6 +295,7 @@ def command():
     # flush every line, so that a log file has output and progress bars in order
     sys.stdout.reconfigure(line_buffering=True)
     cfg = config.load(args.config, args.overrides)
+    config.check_placeholders(cfg)
     phantom.prepare(cfg)  # the synthetic data of a demo, where they are not there yet
     with runs.locked(cfg):
         device.launch(main, cfg)

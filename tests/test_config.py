@@ -64,10 +64,7 @@ def test_child_overrides_parent_and_command_line_overrides_both(tmp_path):
         ("train.lr_hed=1", "unknown key 'train.lr_hed'; did you mean 'train.lr_head'"),
         ("train.patience=3", "did you mean 'train.early_stopping.patience'"),
         ("train=3", "'train' is a section"),
-        (
-            "train.epochs=many",
-            "train.epochs must be a whole number from 1 to 2147483647; got 'many'",
-        ),
+        ("train.epochs=many", "train.epochs must be a whole number from 1 to 1000000; got 'many'"),
         ("train.epochs=0", "train.epochs must be"),
         ("train.epochs=1.5", "train.epochs must be"),
         ("seed=true", "seed must be a whole number"),
@@ -244,3 +241,62 @@ def test_a_file_that_unfolds_without_end_is_refused_at_once(tmp_path, text, mess
     with pytest.raises(ValueError, match=message):
         config.load(path)
     assert time.monotonic() - began < 5
+
+
+# ---------------------------------------------------------------------------- where a value stands
+
+
+def written(tmp_path, text):
+    (tmp_path / "own.yaml").write_text(f"base: {DEMO}\n{text}")
+    return tmp_path / "own.yaml"
+
+
+PLACES = [
+    ("train:\n  lr_head: nope\n", "got 'nope' (OWN, line 3)"),
+    ("train.lr_head: nope\n", "got 'nope' (OWN, line 2)"),
+    (
+        "train:\n  epochs: 3\nmodel:\n  unfreeze_at_epoch: 7\n",
+        "(model.unfreeze_at_epoch: OWN, line 5; train.epochs: OWN, line 3)",
+    ),
+    ("train.epochs: 3\ntrain: {epochs: 5}\n", "OWN: key 'train.epochs' is given twice"),
+    ('paths: {data: "a\\0b"}\n', "paths.data must be a text"),
+    ("model: {head: {hidden: 2000000000}}\n", "from 0 to 65536; got 2000000000 (OWN, line 2)"),
+]
+
+
+@pytest.mark.parametrize("text, message", PLACES, ids=[text for text, _ in PLACES])
+def test_a_message_names_file_and_line(tmp_path, text, message):
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        config.load(path)
+    assert message.replace("OWN", str(path)) in str(error.value)
+
+
+def test_what_the_command_line_sets_has_no_line(tmp_path):
+    path = written(tmp_path, "train:\n  lr_head: nope\n")
+    with pytest.raises(ValueError, match="got 'x'$"):
+        config.load(path, ["train.lr_head=x"])
+
+
+def test_a_base_that_is_no_path_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: [1, 2]\n")
+    with pytest.raises(ValueError, match="base: must be a path"):
+        config.load(tmp_path / "a.yaml")
+
+
+def test_a_file_that_is_not_there_names_those_that_are():
+    with pytest.raises(FileNotFoundError, match="nosuch.yaml is not a file; .* has .*demo.yaml"):
+        config.load(os.path.join(CONFIGS, "nosuch.yaml"))
+
+
+def test_a_sweep_of_too_many_heads_is_refused():
+    rates = [1e-5 * i for i in range(1, 100)]
+    override = f"train.sweep.lr_head={rates}", f"train.sweep.weight_decay={rates}"
+    with pytest.raises(ValueError, match="train.sweep makes [0-9]* heads, more than 4096"):
+        config.load(PROBE, override)
+
+
+@pytest.mark.parametrize("mode", ["probe", "finetune", "attentive", "knn", "logistic_regression"])
+def test_shipped_settings_do_not_scold_themselves(mode):
+    cfg = config.load([DEMO, os.path.join(CONFIGS, f"{mode}.yaml")][: 1 if mode == "probe" else 2])
+    assert list(config.doubts(cfg, 303)) == []

@@ -474,3 +474,20 @@ def test_the_ledger_knows_the_bucket_without_a_volume(damaged_bucket, read, writ
     expected = {name for pid in names if pid not in (gone, empty) for name in names[pid]}
     assert found == expected - {names[twin][1], names[one][0], names[other][0]}
     assert not scans_fetched(server)
+
+
+# -------------------------------------------------------------------------- paths of another form
+
+
+@pytest.mark.parametrize("form", ["{folder}/{name}", "{folder}/{pid}/more/{name}"])
+def test_a_path_that_does_not_end_in_scanner_participant_file_is_named(dataset, read, form):
+    line = first_triton_line(dataset)
+    pid, path = line.split("\t")[0], next(c for c in line.split("\t") if c.endswith(".dcm"))
+    folder, name = path.rsplit(f"/{pid}/", 1)
+    other = form.format(folder=folder, name=name, pid=pid)
+    edit(dataset / MANIFEST, lambda text: text.replace(path, other))
+    total = len(triton(tables(dataset)[1]))
+    book = read(dataset)
+    (note,) = [note for note in book.notes if "does not end in scanner/participant/file" in note]
+    assert note.startswith("1 rows of the manifest") and f"participant {pid}: {other}" in note
+    assert len(book.samples) == total - 1

@@ -1,12 +1,16 @@
 import filecmp
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
 import pydicom
 import pytest
-from helpers import DEMO, tables, triton
+from helpers import DEMO, ROOT, children_of, tables, triton
 
 import config
 import model
@@ -240,3 +244,29 @@ def test_the_demo_writes_below_its_folder_only(tmp_path, demo):
     cfg.paths.data = cfg.paths.checkpoint_path = str(tmp_path / "typo")
     phantom.prepare(cfg)
     assert not (tmp_path / "typo").exists()
+
+
+# ------------------------------------------------------------------------------ when it is ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_what_is_ended_while_it_writes_leaves_nothing_for_ever(tmp_path, number):
+    script = f"import phantom; phantom.write_dataset({str(tmp_path / 'data')!r}, 60, processes=2)"
+    writer = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_until(lambda: list(tmp_path.glob("*.part/retinal_oct/structural_oct")))
+    children = children_of(writer.pid)
+    assert len(children) >= 2
+    writer.send_signal(number)
+    writer.wait(20)
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children))
+    assert not (tmp_path / "data").exists()
+    phantom.write_dataset(tmp_path / "data", 16, scale=SCALE, processes=1)
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def wait_until(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("half a minute has passed")
