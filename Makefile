@@ -1,24 +1,34 @@
-# Aliases of visible commands. CKPT is the name of a file in configs/, MODE probe or the name of one to lay over it.
+# Aliases of visible commands; `make` alone prints them. What stands behind ## is that help.
+.DEFAULT_GOAL := help
+## CKPT=demo            the name of a file in configs/: which checkpoint, on which data
+## MODE=probe           probe, or the name of a file in configs/ to lay over it: attentive, finetune, knn, ...
+## PYTHON=python3.11    the Python that makes .venv
 CKPT ?= demo
-PYTHON ?= python3.11
 MODE ?= probe
+PYTHON ?= python3.11
 finetune preview: MODE = finetune
 RUN = runs/cls_$(CKPT)$(if $(filter-out probe,$(MODE)),_$(MODE))
 CONFIGS = --config configs/$(CKPT).yaml$(if $(filter-out probe,$(MODE)), --config configs/$(MODE).yaml)
 NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)_$(MODE))
 
-.PHONY: probe finetune sweep preview check setup setup-xla lint test test-slow test-xla \
+.PHONY: help doctor probe finetune sweep preview check setup setup-xla lint test test-slow test-xla \
     bench bench-limits bench-times tpu-setup tpu-train tpu-fetch clean
 
-probe finetune: setup
+help:
+	@echo "usage: make TARGET [VARIABLE=VALUE ...]"; echo
+	@grep -hE '^[a-z -]+:.*##' Makefile | sed -E 's/:.*##/:/' | awk -F: '{printf "  make %-18s%s\n", $$1, $$2}'; echo
+	@sed -n 's/^##/ /p' Makefile
+
+probe finetune: setup  ## train, then score on val and on test; the demo without CKPT
 	.venv/bin/python train.py $(CONFIGS) paths.run_dir=$(RUN)$(NAME)$(if $(RESUME), train.resume=$(RESUME))
 	.venv/bin/python eval.py --ckpt $(RUN) --split val
 	.venv/bin/python eval.py --ckpt $(RUN) --split test
 
 # every checkpoint in every mode, then the leaderboard. What is finished stays; what fails is named at the end
+## CKPTS="a b" MODES="probe knn"    those of make sweep
 CKPTS ?= single_domain_01 single_domain_02 multi_domain
 MODES ?= probe
-sweep: setup
+sweep: setup  ## train and score all CKPTS in all MODES, then the leaderboard
 	@failed=; runs=; for ckpt in $(CKPTS); do for mode in $(MODES); do echo; echo "== $$ckpt, $$mode"; \
 	    if $(MAKE) --no-print-directory probe CKPT=$$ckpt MODE=$$mode RESUME=auto; \
 	    then runs="$$runs runs/cls_$$ckpt"; [ $$mode = probe ] || runs="$${runs}_$$mode"; else failed="$$failed $$ckpt/$$mode"; fi; \
@@ -26,16 +36,21 @@ sweep: setup
 	[ -z "$$runs" ] || .venv/bin/python eval.py --leaderboard $$runs || failed="$$failed leaderboard"; \
 	[ -z "$$failed" ] || { echo "FAILED, and not in the leaderboard:$$failed; what they print is above"; exit 1; }
 
-preview: setup
+preview: setup  ## draw augmented views of CKPT's volumes
 	.venv/bin/python scripts/preview.py $(CONFIGS) runs/preview_$(CKPT).png
 
-check: setup
+check: setup  ## who is in the data, who is missing and why; with DEEP=1, every volume is opened
 	.venv/bin/python data.py$(if $(DEEP), --deep) --config configs/$(CKPT).yaml
 
-setup: .venv/installed
+doctor: setup  ## is this machine ready? packages, GPU or TPU, disk, memory, B2, W&B
+	.venv/bin/python scripts/doctor.py --config configs/$(CKPT).yaml
+
+setup: .venv/installed  ## install the pinned packages into .venv
 setup-xla: .venv-xla/installed
 
 .venv/installed: requirements.txt requirements-common.txt
+	@command -v $(PYTHON) > /dev/null || { \
+	    echo "error: $(PYTHON) is not there; install Python 3.11, or name one: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -r requirements.txt
 	touch $@
@@ -45,22 +60,22 @@ setup-xla: .venv-xla/installed
 	.venv-xla/bin/pip install -r requirements-tpu.txt
 	touch $@
 
-lint: setup
+lint: setup  ## ruff, shellcheck
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/shellcheck scripts/*.sh .ci/run
 
-test: setup
+test: setup  ## the tests that take three minutes on two cores
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "not slow and not browser" tests
 
-test-slow: setup
+test-slow: setup  ## the others
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "slow or browser" tests
 
 test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py
 
 # bench-limits: requirements that hold on a busy machine too, for CI. bench-times: ratios of times, which want a quiet one
-bench: bench-limits bench-times
+bench: bench-limits bench-times  ## measurements
 
 bench-limits: setup
 	.venv/bin/python bench/reading.py decode
@@ -84,5 +99,5 @@ bench-times: setup
 tpu-setup tpu-train tpu-fetch:
 	scripts/tpu.sh $(@:tpu-%=%)
 
-clean:
+clean:  ## remove the demo's data, runs and caches
 	rm -rf demo demo_literature runs cache

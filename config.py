@@ -121,6 +121,7 @@ KEYS = {
     "data.cache_gb": number(0),
     "data.fetch_deadline": number(1),
     "data.max_missing": integer(0),
+    "data.checksums": optional(text),
     "data.sampler": one_of("shuffle", "stratified"),
     "data.augment.flip": strength(1),
     "data.augment.intensity_jitter": strength(1),

@@ -73,17 +73,22 @@ class Volumes:
 
     def content(self, i):
         """What identifies the content of volume i: the store's checksum; of a local file the
-        checksum in its note, None without one."""
+        checksum in its note, None without one. Unreadable where data.checksums has another."""
         source = self.samples[i].source
         if b2.is_remote(source.path):
             return source.checksum or f"{source.path} {source.id}"
         try:
-            return self.note(i).read_text(encoding="utf-8") or None  # a power cut can empty it
+            sha1, _, sha256 = self.note(i).read_text(encoding="utf-8").partition(" ")
         except FileNotFoundError:
             return None
+        expected = self.samples[i].sha256
+        if expected and sha256 not in ("", expected):
+            raise Unreadable(f"{source.path} has {sha256}, and data.checksums says {expected}")
+        # a power cut can empty a note, and data.checksums may be newer than it
+        return sha1 if sha1 and (sha256 or not expected) else None
 
     def note(self, i):
-        """File that remembers a local file's checksum, as long as nothing touches that file."""
+        """File that remembers a local file's checksums, as long as nothing touches that file."""
         path = os.path.abspath(self.samples[i].path)
         stat = os.stat(path)
         identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
@@ -108,7 +113,9 @@ class Volumes:
         source = self.samples[i].source
         try:
             if self.content(i) is None:
-                files.write(self.note(i), files.checksum(source.path, "sha1"))
+                names = ("sha1", "sha256") if self.samples[i].sha256 else ("sha1",)
+                checksums = [files.checksum(source.path, name) for name in names]
+                files.write(self.note(i), " ".join(checksums))
         except FileNotFoundError:
             raise Unreadable(f"{source.path} is not there any more") from None
         key = self.key(i)

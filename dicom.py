@@ -75,6 +75,15 @@ def read(path_or_file, choose):
     return volume, facts
 
 
+class Bounded(io.BufferedReader):
+    """A file of which no more is asked than it has: Python would first take memory for whatever
+    length a damaged element claims."""
+
+    def read(self, size=-1):
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def data_set(path_or_file):
     """As pydicom.dcmread, but what a deflated file inflates to is limited, by CEILING."""
     import pydicom
@@ -82,12 +91,11 @@ def data_set(path_or_file):
     with contextlib.ExitStack() as stack:
         file = path_or_file
         if isinstance(file, (str, os.PathLike)):
-            file = stack.enter_context(open(file, "rb"))
+            file = stack.enter_context(Bounded(io.FileIO(file)))
         head = file.read(4096)
         if head[128:132] != b"DICM":
             raise ValueError("it is no DICOM file")
-        deflated = DEFLATED.match(head)
-        if not deflated:
+        if not DEFLATED.match(head):
             file.seek(0)
             return pydicom.dcmread(file)
         # the length of the group 0002, which follows its first element, is in that element

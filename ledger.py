@@ -11,6 +11,8 @@ so that nobody is dropped without a word.
 """
 
 import math
+import os
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -52,7 +54,7 @@ class Row:
 @dataclass
 class Sample:
     """One volume of a participant. path: local or a URL; source: what the store holds there;
-    manifest: its row there."""
+    sha256: "sha256:hex" of data.checksums, or ""; manifest: its row there."""
 
     participant_id: str
     split: str
@@ -61,6 +63,7 @@ class Sample:
     laterality: str
     path: str
     source: b2.Object = None
+    sha256: str = ""
     manifest: dict = field(default_factory=dict, repr=False)
 
 
@@ -123,6 +126,8 @@ def read(cfg):
     ids = {facts.plain_id(pid) for pid in [*people, *has_rows]}
     forms = other_forms(people.keys() - has_rows, has_rows - people.keys())
     problems = find_volumes(samples, cfg, notes)
+    if cfg.data.checksums:
+        add_checksums(samples, cfg, notes)
     samples_of = grouped(samples.values(), lambda sample: sample.participant_id)
 
     used = []
@@ -306,6 +311,32 @@ def read_manifest(path, people, cfg, notes, name):
             f"{first_few(sorted(unlabelled))}{hint}"
         )
     return samples, has_rows
+
+
+def add_checksums(samples, cfg, notes):
+    """Give every sample of {path: Sample} its line of data.checksums, which sha256sum wrote in the
+    data folder; data.py verifies the file by it when it is first read."""
+    path, sums = os.path.expanduser(cfg.data.checksums), {}
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, start=1):
+            match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line.rstrip("\n"))
+            if not match:
+                raise ValueError(
+                    f"data.checksums={path}, line {number} is not what sha256sum writes, a hash "
+                    "of 64 digits, two spaces and a file's name"
+                )
+            sums[os.path.normpath(match[2]).lstrip("/")] = f"sha256:{match[1].lower()}"
+    prefix = cfg.paths.data.rstrip("/") + "/"
+    unlisted = []
+    for location, sample in samples.items():
+        sample.sha256 = sums.get(os.path.normpath(location.removeprefix(prefix)), "")
+        if not sample.sha256:
+            unlisted.append(location)
+    if unlisted:
+        notes.append(
+            f"{len(unlisted)} volumes are not in data.checksums, and are not verified: "
+            f"{shown(unlisted, cfg)}"
+        )
 
 
 def find_volumes(samples, cfg, notes):

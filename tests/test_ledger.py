@@ -1,9 +1,10 @@
+import hashlib
 import os
 import re
 import shutil
 
 import pytest
-from helpers import PREFIX, ROOT_URL, content, edit, remote, tables, triton
+from helpers import PREFIX, ROOT_URL, content, edit, read_bytes, remote, tables, triton, write_bytes
 
 import files
 import ledger
@@ -491,3 +492,42 @@ def test_a_path_that_does_not_end_in_scanner_participant_file_is_named(dataset, 
     (note,) = [note for note in book.notes if "does not end in scanner/participant/file" in note]
     assert note.startswith("1 rows of the manifest") and f"participant {pid}: {other}" in note
     assert len(book.samples) == total - 1
+
+
+# --------------------------------------------------------------------------------- data.checksums
+
+
+def checksums_of(root, path):
+    lines = []
+    for row in triton(tables(root)[1]):
+        content = read_bytes(f"{root}{row['filepath']}")
+        lines.append(f"{hashlib.sha256(content).hexdigest()}  .{row['filepath']}\n")
+    path.write_text("".join(lines))
+
+
+def test_volumes_are_verified_by_a_list_of_checksums(dataset, command, tmp_path):
+    """Also one that was cached before there was a list, and was changed since it was made."""
+    sums, check = tmp_path / "sums", ["--deep", "--config", "configs/demo.yaml"]
+    checksums_of(dataset, sums)
+    done = command("data.py", *check, f"data.checksums={sums}", root=dataset)
+    assert done.returncode == 0, done.stderr
+    row = triton(tables(dataset)[1])[0]
+    path = f"{dataset}{row['filepath']}"
+    content = bytearray(read_bytes(path))
+    content[-100] ^= 1  # of a raw pixel, or of a codestream: no reader need notice
+    write_bytes(path, content)
+    for _ in range(2):
+        done = command("data.py", *check, f"data.checksums={sums}", root=dataset)
+        assert done.returncode == 1
+        assert f"{path} has sha256:" in done.stdout and "data.checksums says sha256:" in done.stdout
+
+
+def test_volumes_that_are_not_listed_are_noted_and_bad_lists_refused(dataset, read, tmp_path):
+    sums = tmp_path / "sums"
+    checksums_of(dataset, sums)
+    sums.write_text("".join(content(sums).splitlines(True)[2:]))
+    (note,) = read(dataset, f"data.checksums={sums}").notes
+    assert note.startswith("2 volumes are not in data.checksums")
+    sums.write_text("hello\n")
+    with pytest.raises(ValueError, match="line 1 is not what sha256sum writes"):
+        read(dataset, f"data.checksums={sums}")

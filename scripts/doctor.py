@@ -1,0 +1,106 @@
+"""Is this machine ready for a run? A line for each thing that it needs, right or what to do.
+
+    .venv/bin/python scripts/doctor.py --config configs/single_domain_01.yaml
+
+Starts nothing and writes nothing. Of a bucket, two objects are asked for; no key is printed. Exit
+status 1 where something must be mended first.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+import b2
+import config
+import device
+import tracking
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def python(cfg):
+    version = ".".join(map(str, sys.version_info[:2]))
+    if version != "3.11":
+        raise ValueError(f"Python {version} was not tried; octprobe is tested with 3.11")
+    return f"Python {version}"
+
+
+def packages(cfg):
+    wrong = []
+    for name in ("requirements.txt", "requirements-common.txt"):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+            pins = re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)", f.read(), re.MULTILINE)
+        for package, version in pins:
+            try:
+                found = importlib.metadata.version(package).split("+")[0]
+            except importlib.metadata.PackageNotFoundError:
+                found = "missing"
+            if found != version:
+                wrong.append(f"{package} is {found}, pinned is {version}")
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}; run make setup")
+    return "all packages are those that are pinned"
+
+
+def accelerator(cfg):
+    dev = device.get(cfg.device.backend)
+    if dev.type == "cpu":
+        return f"no GPU or TPU is used; {torch.get_num_threads()} CPU threads"
+    return device.describe(dev)
+
+
+def memory(cfg):
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if available < 4:
+        raise ValueError(f"{available:.1f} GB of memory are free; a full-size encoder needs 4 GB")
+    return f"{available:.0f} GB of memory are free"
+
+
+def disk(cfg):
+    found = []
+    for key, folder in (("cache_dir", cfg.paths.cache_dir), ("run_dir", cfg.paths.run_dir)):
+        folder = os.path.abspath(os.path.expanduser(folder))
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{folder} cannot be written; set paths.{key} to another folder")
+        found.append(f"{shutil.disk_usage(folder).free / 1e9:.0f} GB are free for paths.{key}")
+    return ", ".join(found)
+
+
+def data(cfg):
+    config.check_placeholders(cfg)
+    if cfg.demo.dir:
+        return "the demo's data and encoder are written by make probe"
+    b2.find(b2.join(cfg.paths.data, "participants.tsv"), 30)
+    b2.find(cfg.paths.checkpoint_path, 30)
+    return "the tables and the encoder are there"
+
+
+def wandb(cfg):
+    tracking.check(cfg)
+    mode, variable = tracking.wanted_mode(cfg)
+    return f"W&B is {mode}" + (f", by {variable}" if variable else "")
+
+
+def main():
+    args = config.parser(__doc__).parse_intermixed_args()
+    cfg = config.load(args.config, args.overrides)
+    failed = False
+    for check in (python, packages, accelerator, memory, disk, data, wandb):
+        try:
+            print(f"ok    {check(cfg)}")
+        except (ValueError, OSError) as error:
+            print(f"MEND  {error}")
+            failed = True
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    device.run(main)
