@@ -63,7 +63,7 @@ def read(config, sizes):
             path, name = [*path, prefix[1]], prefix[2]
         value = resolved(value, config)
         if value is not None and is_of_encoder(path, name, beside):
-            setting, key = SETTING[name], ".".join(("config", *sections, key))
+            setting, key = SETTING[name], ".".join(("config", *sections, key))[:200]
             said.append((setting, key, usable(setting, key, value)))
     for setting, key, value in said:
         first, other = found.setdefault(setting, (key, value))
@@ -134,7 +134,7 @@ def usable(setting, key, value):
         needed = f"one of {', '.join(ACTIVATION)}"
     elif setting == "patch size":
         sizes = value if isinstance(value, list) else [value, value]  # rows and columns
-        if len(sizes) in (2, 3) and all(type(n) is int and n > 0 for n in sizes):
+        if len(sizes) in (2, 3) and all(type(n) is int and 0 < n < 1e9 for n in sizes):
             return tuple(sizes)
         needed = "one to three whole numbers"
     elif setting == "LayerNorm eps":

@@ -86,19 +86,28 @@ class Features:
 
 
 def open_encoder(cfg):
-    """The Encoder of the config. ValueError naming the key, where the two do not fit."""
-    name = cfg.paths.checkpoint_path
+    """The Encoder of the config. ValueError naming the key, where the two do not fit; OSError where
+    its file cannot be read."""
+    name = cfg.paths.checkpoint_path.replace("\0", "\\0")  # no path has it, but a message may
     try:
-        path = b2.local(name, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+        path = b2.local(cfg.paths.checkpoint_path, cfg.paths.cache_dir, cfg.data.fetch_deadline)
     except FileNotFoundError:
+        # a folder or a pipe, or nothing
+        what = "no file" if os.path.exists(os.path.expanduser(name)) else "not there"
+        of_demo = "; .venv/bin/python bench/encoders.py makes those of demo_short and demo_long"
         raise FileNotFoundError(
-            f"paths.checkpoint_path={name} is not there; put the pretrained encoder's file there, "
-            "or set paths.checkpoint_path"
+            f"paths.checkpoint_path={name} is {what}; put the pretrained encoder's file there, "
+            f"or set paths.checkpoint_path{of_demo if cfg.demo.dir else ''}"
         ) from None
     try:
         module = model.load_encoder(path, cfg.model.encoder)
     except ValueError as error:
         raise ValueError(str(error).replace(path, name, 1)) from error
+    except OSError as error:
+        raise OSError(
+            f"paths.checkpoint_path={name} cannot be read ({error.strerror}); allow this user to "
+            "read it, or set paths.checkpoint_path"
+        ) from error
     if module.assumed:
         print(f"note: {assumptions(module.assumed)}")
     width = module.pos_embed.shape[-1]

@@ -24,7 +24,7 @@ from torch import nn
 
 import architecture
 import device
-from weights import plain, read_checkpoint
+from weights import keys_text, plain, read_checkpoint, verify
 
 # What the pretraining's encoders have. The weights tell none of the three: they hold where the
 # file's config is silent, which is then said.
@@ -209,6 +209,7 @@ def load_encoder(path, encoder="context"):
         config = plain(checkpoint.get("config"))
         config = config if isinstance(config, dict) else {}
         state = weights_under(prefix, checkpoint["model_state_dict"])
+        verify(path, state)
         model = empty_vit(prefix, state, config)
         copy_weights(prefix, state, model)
         set_image_size(model, config)
@@ -222,14 +223,14 @@ def weights_under(prefix, state_dict):
     state = {k: v for k, v in state_dict.items() if str(k).startswith(prefix)}
     if not state:
         found = sorted({str(k).split(".")[0] for k in state_dict})
-        raise ValueError(f"no keys begin with '{prefix}'; found {found}")
+        raise ValueError(f"no keys begin with '{prefix}'; found {found[:10]}")
     not_tensors = [
         k
         for k, v in state.items()
         if not isinstance(v, torch.Tensor) or not v.dtype.is_floating_point
     ]
     if not_tensors:
-        raise ValueError(f"not tensors of floating-point numbers: {not_tensors}")
+        raise ValueError(f"not tensors of floating-point numbers: {keys_text(not_tensors)}")
     return state
 
 
@@ -246,9 +247,12 @@ def empty_vit(prefix, state, config):
     _, num_tokens, _ = shape_of("pos_embed", 3)
     dim, _, *patch_size = shape_of("patch_embed.proj.weight", 5)
     hidden, _ = shape_of("blocks.0.mlp.fc1.weight", 2)
-    if num_tokens == 0:
-        raise ValueError(f"{prefix}pos_embed is empty")
+    for name in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
+        if state[prefix + name].numel() == 0:
+            raise ValueError(f"{prefix}{name} is empty")
     depth = len({m[1] for k in state if (m := re.match(r"blocks\.(\d+)\.", k[len(prefix) :]))})
+    if depth > 1000:
+        raise ValueError(f"its keys are of {depth} blocks, but no encoder has more than 1000")
     said = architecture.read(config, sizes_of(dim, depth, patch_size, hidden))
     num_heads, assumed = heads_of(said, dim)
     if "LayerNorm eps" not in said:
@@ -317,7 +321,7 @@ def copy_weights(prefix, state, model):
         ],
         "not finite": [k for k, v in state.items() if not v.float().isfinite().all()],
     }
-    found = [f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys]
+    found = [f"{problem}: {keys_text(keys)}" for problem, keys in problems.items() if keys]
     if found:
         raise ValueError("; ".join(found))
     copies = {k[len(prefix) :]: torch.empty(v.shape).copy_(v) for k, v in state.items()}
@@ -329,8 +333,10 @@ def set_image_size(model, config):
     size = architecture.resolved(config.get("image_size"), config)
     if size is None:
         return
-    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) for n in size)):
-        raise ValueError(f"its config.image_size is {size!r}, not [depth, height, width]")
+    is_size = isinstance(size, list) and len(size) == 3
+    if not (is_size and all(type(n) is int and 0 < n < 10**6 for n in size)):
+        shown = repr(size)[:100]
+        raise ValueError(f"its config.image_size is {shown}, not [depth, height, width]")
     model.image_size = tuple(size)
     model.check_size(size)
 

@@ -7,16 +7,22 @@ An error says which format a file has, and how to convert it. Needs torch and nu
 for files of that format.
 """
 
+import errno
+import itertools
 import json
 import os
 import pickle
 import re
 import shlex
+import stat
 import zipfile
+import zlib
 
 import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from files import first_few
 
 # Beside its weights, the pretraining saved settings and other objects. torch.load with
 # weights_only=True calls nothing but torch's own functions for tensors and what is registered for
@@ -82,29 +88,38 @@ def stand_in(name):
     return STAND_INS.get(name) or (Settings if name.startswith(INERT) else None)
 
 
-def plain(value, inside=()):
-    """What lies beside the weights, in plain Python: dict, list, text, number, None.
+def plain(value, inside=(), count=None):
+    """What lies beside the weights, in plain Python: dict, list, text, number, None. ValueError
+    where it is more than settings can be: one list may stand in many places.
 
     OmegaConf's objects are Settings: their content is `_content` or `_val`, and their `_parent`
     leads back to the whole.
     """
+    count = count or itertools.count(1)
     if id(value) in inside:  # it holds itself
         return None
     inside = (*inside, id(value))
+    if next(count) > MOST_VALUES or len(inside) > 100:
+        raise ValueError(
+            f"its config has more than {MOST_VALUES:,} values, or is nested more than 100 deep"
+        )
     if isinstance(value, Settings) and ("_content" in value or "_val" in value):
-        return plain(value.get("_content", value.get("_val")), inside)
+        return plain(value.get("_content", value.get("_val")), inside, count)
     if isinstance(value, Settings) and not value:  # a path, a date
         value = getattr(value, "args", ())
     if isinstance(value, dict):
-        return {k: plain(v, inside) for k, v in value.items()}
+        return {k: plain(v, inside, count) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v, inside) for v in value]
+        return [plain(v, inside, count) for v in value]
     return value.tolist() if isinstance(value, Array) else value
 
 
 # ---- the formats that are read
 
 AGAIN = "copy or download it again"
+LONGEST_PICKLE = 50_000_000  # bytes; with the optimizer of 1,000 tensors it takes 0.5 million
+MOST_VALUES = 100_000  # of what lies beside the weights
+MOST_INFLATED = 250_000_000  # bytes, to which a small file may inflate
 BEFORE_TORCH_1_6 = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[2:]  # its magic number
 
 
@@ -117,12 +132,15 @@ def read_checkpoint(path):
     """
     try:
         checkpoint = read(path)
-    except OSError:
-        raise  # no such file, no permission: the message already names the path
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a damaged offset gives
+            raise  # no such file, no permission: the message already names the path
+        raise ValueError(f"{path} is damaged or cut short; {AGAIN}") from error
     except Exception as error:  # torch, zip and pickle raise a dozen types for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not isinstance(error, ValueError):
             reason = f"it is damaged or cut short ({reason}); {AGAIN}"
+        path = path.replace("\0", "\\0")
         raise ValueError(
             f"{path} is not a checkpoint that can be read whole and safely: {reason}"
         ) from error
@@ -137,12 +155,18 @@ def read_checkpoint(path):
 
 def read(path):
     """The content of a file, whose format shows in how it begins."""
+    if "\0" in path:
+        raise ValueError("there is a NUL character in its name; correct the name")
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe might never be written to
+        raise ValueError("it is a folder, a pipe or a device, not a file; give the file of weights")
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
         raise ValueError(f"it is empty; {AGAIN}")
     if head.startswith(b"PK"):
-        return read_torch(path, is_compressed=check_zip(path))
+        is_compressed = check_zip(path)
+        check_pickle(path)
+        return read_torch(path, is_compressed=is_compressed)
     if BEFORE_TORCH_1_6 in head[:32]:
         return read_torch(path, is_old=True)
     # safetensors: the length of a header, and the header, which is a JSON object
@@ -166,7 +190,9 @@ def check_zip(path):
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except zipfile.BadZipFile as error:
+            for entry in entries:
+                archive.open(entry).close()  # has it the name that the directory says?
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
         raise ValueError(f"it is a zip file, damaged or cut short; {AGAIN}") from error
     names = [entry.filename for entry in entries]
     if any(name.endswith("/constants.pkl") for name in names):
@@ -178,7 +204,82 @@ def check_zip(path):
             f"it is a zip file that torch.save did not write, with {names[:3]} in it; unpack it, "
             "and give the file of weights"
         )
+    if len(set(names)) < len(names):
+        raise ValueError(f"its zip has two files of one name; {AGAIN}")
+    size, inflated = os.path.getsize(path), sum(entry.file_size for entry in entries)
+    if inflated > max(4 * size, MOST_INFLATED):
+        raise ValueError(
+            f"its {size} bytes would inflate to {inflated}; unpack it, and give a file that is not "
+            "compressed"
+        )
     return any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+
+
+def check_pickle(path):
+    """ValueError unless torch's reader of zip files finds the same pickle as Python's, which
+    verifies its checksum. A zip file can have two directories, and the two readers disagree."""
+    with zipfile.ZipFile(path) as archive:
+        (entry,) = (e for e in archive.infolist() if e.filename.endswith("data.pkl"))
+        if entry.file_size > LONGEST_PICKLE:
+            raise ValueError(
+                f"its pickle takes {entry.file_size} bytes, more than the {LONGEST_PICKLE} that "
+                "any checkpoint needs beside its tensors"
+            )
+        if not any(e.CRC for e in archive.infolist()):
+            return  # torch can save without checksums
+        content = archive.read(entry)
+    if torch._C.PyTorchFileReader(path).get_record("data.pkl") != content:
+        raise ValueError(f"its zip has two directories that disagree; {AGAIN}")
+
+
+def verify(path, state):
+    """ValueError that names the tensors of `state` whose bytes are not those that were saved.
+
+    A zip file has a checksum of every storage. Whoever found the bytes, and however: those that
+    become weights must have the size and the checksum of one of them. Other formats have no
+    checksums. No tensor may take more bytes than are stored: strides of 0 make a huge one of a few.
+    """
+    bytes_of = {tensor.data_ptr(): stored_bytes(tensor) for tensor in state.values()}
+    for key, tensor in state.items():
+        stored = len(bytes_of[tensor.data_ptr()])
+        if tensor.nbytes > stored:
+            raise ValueError(
+                f"{keys_text([key])} takes {tensor.nbytes} bytes, of which {stored} are stored"
+            )
+    if sum(tensor.nbytes for tensor in state.values()) > 2 * sum(map(len, bytes_of.values())):
+        raise ValueError("its tensors share what is stored, and take more than twice as much")
+    damaged = unlike_their_checksums(path, state, bytes_of) if zipfile.is_zipfile(path) else []
+    if damaged:
+        raise ValueError(f"{keys_text(damaged)}: not the bytes of their checksums; {AGAIN}")
+
+
+def keys_text(keys):
+    """The first few keys of a file, each cut and without unprintable characters, for a message."""
+    return first_few([repr(str(key))[1:-1][:100] for key in keys])
+
+
+def stored_bytes(tensor):
+    """All bytes of the storage of a tensor, as an array in its memory."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+
+
+def unlike_their_checksums(path, state, bytes_of):
+    """Keys of the tensors whose storage is none of those in a zip file of torch.save; [] where it
+    was saved without checksums, or has its numbers in the pickle (a TPU's)."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [e for e in archive.infolist() if "/data/" in e.filename]
+        if not any(e.CRC for e in entries):
+            return []
+        orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    saved = {(e.file_size, e.CRC) for e in entries}
+
+    def is_saved(tensor):
+        content = bytes_of[tensor.data_ptr()]
+        if orders == [b"big"]:  # torch has swapped them
+            content = content.reshape(-1, tensor.element_size())[:, ::-1].copy()
+        return (content.nbytes, zlib.crc32(content)) in saved
+
+    return [key for key, tensor in state.items() if not is_saved(tensor)]
 
 
 def read_torch(path, is_old=False, is_compressed=False):

@@ -204,6 +204,11 @@ def test_what_is_said_is_not_assumed(tmp_path, config, said):
         ({"num_heads": True}, "config.num_heads is True, not a whole number"),
         ({"num_heads": [2, 4]}, r"config.num_heads is \[2, 4\], not a whole number"),
         ({"num_heads": 0}, "config.num_heads is 0, not a whole number"),
+        ({"num_heads": -2}, "config.num_heads is -2, not a whole number"),
+        ({"head_dim": 0}, "config.head_dim is 0, not a whole number"),
+        ({"model": {"x" * 10**5 + "\n": {"heads": 0}}}, "config.model.x{187} is 0, not a whole"),
+        ({"patch_size": 0}, "config.patch_size is 0, not one to three whole numbers"),
+        ({"patch_size": [4, 16, 10**400]}, r"config.patch_size is \[4, 16, 1000.*, not one to"),
         ({"num_heads": 2.5}, "config.num_heads is 2.5, not a whole number"),
         ({"num_heads": 10**400}, "config.num_heads is 1000.*, not a whole number"),
         ({"model": {"num_heads": "${no.such}"}}, r"num_heads is '\$\{no.such\}', not a whole"),
@@ -225,7 +230,7 @@ def test_a_config_that_contradicts_the_weights_or_itself_is_refused(tmp_path, co
         ValueError, match=f"encoder.pt: context encoder not loaded: .*{message}"
     ) as e:
         model.load_encoder(written(tmp_path, config))
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 1000
 
 
 def test_a_width_without_heads_of_64_needs_their_number(tmp_path):
@@ -264,3 +269,13 @@ def test_a_config_that_holds_itself_is_read(tmp_path):
     config["model"] = config["list"] = [config, config]
     config["again"] = config
     assert model.load_encoder(written(tmp_path, config)).num_heads == 4
+
+
+@pytest.mark.parametrize("times, message", [(60, "more than 100,000 values"), (99, "100 deep")])
+def test_a_config_of_more_than_settings_is_refused(tmp_path, times, message):
+    """One list in many places makes 2 ** 60 values of a few bytes."""
+    value = {"x": 1}
+    for i in range(times):
+        value = {"model": value, "again": value if times == 60 else i}
+    with pytest.raises(ValueError, match=f"its config has .*{message}"):
+        model.load_encoder(written(tmp_path, {"a": {"b": value}}))

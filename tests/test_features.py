@@ -313,6 +313,42 @@ def test_an_error_names_the_encoder_as_the_config_does(configure, tmp_path, monk
     assert str(e.value).endswith(f"{local} {tmp_path}/copy_converted.pt")
 
 
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (os.mkdir, "is no file; put the pretrained encoder's file there, or set paths.checkpoint_"),
+        (os.mkfifo, "is no file; put the pretrained encoder's file there"),
+        (lambda path: None, "is not there; put the pretrained encoder's file there"),
+    ],
+)
+def test_what_is_no_encoders_file_is_said_at_once(configure, tmp_path, make, message):
+    path = str(tmp_path / "encoder.pt")
+    make(path)
+    cfg = configure("/none", f"paths.checkpoint_path={path}")
+    with pytest.raises(FileNotFoundError, match=f"^paths.checkpoint_path={path} {message}"):
+        features.open_encoder(cfg)
+
+
+def test_a_path_with_a_nul_character_is_not_there(configure):
+    cfg = configure("/none")
+    cfg.paths.checkpoint_path = "a\0b.pt"
+    with pytest.raises(FileNotFoundError, match=r"^paths.checkpoint_path=a\\0b.pt is not there"):
+        features.open_encoder(cfg)
+
+
+def test_an_encoder_that_may_not_be_read(configure, monkeypatch):
+    """Root may read all, so the system's answer is made here."""
+
+    def refuse(path, encoder):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(model, "load_encoder", refuse)
+    with pytest.raises(
+        OSError, match="^paths.checkpoint_path=.* cannot be read .Permission denied.;"
+    ):
+        features.open_encoder(configure("/none"))
+
+
 def test_what_killed_writers_left_is_removed_and_living_ones_are_not_disturbed(written, configure):
     cfg = configure(written)
     train.main(0, cfg)

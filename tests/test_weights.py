@@ -1,13 +1,15 @@
-"""The formats of files of weights, through model.load_encoder. What a pickle may ask for, and
-TorchScript in disguise, are in test_model.py."""
+"""The formats of files of weights, and checksums, through model.load_encoder. What a pickle may ask
+for, and TorchScript in disguise, are in test_model.py; bombs are in test_fuzz_encoder.py."""
 
 import collections
 import decimal
 import gzip
 import io
 import json
+import os
 import pathlib
 import pickle
+import re
 import shlex
 import struct
 import sys
@@ -22,6 +24,7 @@ import torch
 from helpers import TINY
 
 import model
+import weights
 
 
 @pytest.fixture()
@@ -123,6 +126,129 @@ def test_a_bare_state_dict_says_nothing_of_its_settings(checkpoint, tmp_path):
     assert loaded.image_size is None and len(loaded.assumed) == 3
     with pytest.raises(ValueError, match=r"no keys begin with .*; found \['norm'\]"):
         model.load_encoder(saved({"norm.weight": torch.ones(3)}, tmp_path))
+
+
+# ---- checksums
+
+
+def changed(path, *keys, change=lambda data: bytes([data[0] ^ 1]) + data[1:]):
+    """Change the bytes of these tensors in a file, where they lie."""
+    content, state = path.read_bytes(), model.read_checkpoint(TINY)["model_state_dict"]
+    for key in keys:
+        data = state[key].numpy().tobytes()
+        assert content.count(data) == 1
+        content = content.replace(data, change(data))
+    path.write_bytes(content)
+
+
+@pytest.fixture()
+def tiny(tmp_path):
+    path = tmp_path / "encoder.pt"
+    path.write_bytes(pathlib.Path(TINY).read_bytes())
+    return path
+
+
+def test_one_bit_that_differs_is_noticed(tiny):
+    changed(tiny, "context_encoder.blocks.1.mlp.fc1.weight")
+    with pytest.raises(
+        ValueError,
+        match="context encoder not loaded: "
+        "context_encoder.blocks.1.mlp.fc1.weight: not the bytes of their checksums; copy",
+    ):
+        model.load_encoder(str(tiny))
+    expected = model.weights_hash(model.load_encoder(TINY, "target"))
+    assert model.weights_hash(model.load_encoder(str(tiny), "target")) == expected
+
+
+def test_matrices_of_zeros_are_noticed(tiny):
+    keys = [f"context_encoder.blocks.{i}.attn.qkv.weight" for i in range(2)]
+    changed(tiny, *keys, change=lambda data: bytes(len(data)))
+    with pytest.raises(ValueError, match=f"{keys[0]}, {keys[1]}: not the bytes of their checksums"):
+        model.load_encoder(str(tiny))
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder"])
+def test_the_pickle_and_the_order_of_bytes_have_checksums_too(tiny, name):
+    with zipfile.ZipFile(TINY) as archive:
+        (content,) = (archive.read(n) for n in archive.namelist() if n.endswith(name))
+    other = bytes([*content[:-1], content[-1] ^ 1])
+    tiny.write_bytes(tiny.read_bytes().replace(content, other))
+    with pytest.raises(ValueError, match="Bad CRC-32|Unknown endianness"):
+        model.load_encoder(str(tiny))
+
+
+def test_names_that_are_exchanged_in_the_directory_are_noticed(tiny):
+    """An entry's place, size and checksum fit each other, but not what the record is called."""
+    content = tiny.read_bytes()
+    with zipfile.ZipFile(tiny) as archive:
+        start = archive.start_dir
+    exchange = lambda m: b"data/" + {b"3": b"4", b"4": b"3"}[m[1]]
+    directory = re.sub(rb"data/([34])(?!\d)", exchange, content[start:])
+    tiny.write_bytes(content[:start] + directory)
+    with pytest.raises(ValueError, match="it is a zip file, damaged or cut short; copy"):
+        model.load_encoder(str(tiny))
+
+
+def test_only_what_is_used_is_verified(checkpoint, tmp_path, monkeypatch):
+    """Not the optimizer's moments, which are most of a real file."""
+    checkpoint["optimizer_state_dict"] = {"m": torch.zeros(10**6)}
+    path, verified, crc32 = saved(checkpoint, tmp_path), [], weights.zlib.crc32
+
+    def count(data):
+        verified.append(len(data))
+        return crc32(data)
+
+    monkeypatch.setattr(weights.zlib, "crc32", count)
+    loaded = model.load_encoder(path)
+    monkeypatch.undo()
+    size = sum(p.nbytes for p in loaded.parameters())
+    assert size <= sum(verified) < size + 50_000
+    content = bytearray(pathlib.Path(path).read_bytes())
+    content[content.index(bytes(10**6)) + 100] ^= 1
+    pathlib.Path(path).write_bytes(content)
+    assert model.weights_hash(model.load_encoder(path)) == model.weights_hash(loaded)
+
+
+def test_a_file_without_checksums_loads(checkpoint, tmp_path):
+    """torch.save can be told not to compute them: all are zero."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(checkpoint, tmp_path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(path) as archive:
+        assert not any(entry.CRC for entry in archive.infolist())
+    expected = model.weights_hash(model.load_encoder(TINY))
+    assert model.weights_hash(model.load_encoder(path)) == expected
+
+
+def test_two_records_of_one_name_are_refused(tiny):
+    with zipfile.ZipFile(tiny, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(next(n for n in archive.namelist() if "/data/" in n), b"other")
+    with pytest.raises(ValueError, match="its zip has two files of one name"):
+        model.load_encoder(str(tiny))
+
+
+# ---- what is no file
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (os.mkdir, "it is a folder, a pipe or a device, not a file"),
+        (os.mkfifo, "it is a folder, a pipe or a device, not a file"),
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path, make, message):
+    make(tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match=f"encoder.pt is not a checkpoint .*: {message}"):
+        model.load_encoder(str(tmp_path / "encoder.pt"))
+
+
+def test_a_name_with_a_nul_character_is_refused():
+    with pytest.raises(ValueError, match=r"^a\\0b.pt is not .* NUL character in its name") as e:
+        model.load_encoder("a\0b.pt")
+    assert "\0" not in str(e.value)
 
 
 # ---- formats that are not read
