@@ -7,96 +7,45 @@ Only runs that were scored on the same participants with the same labels can be 
 """
 
 import os
-import pathlib
-from dataclasses import dataclass
+from collections import Counter
 
 import numpy as np
 
+import device
 import files
 import metrics
-from ledger import CLASS_NAMES, LABELS
+from ledger import LABELS
 from report import draw_leaderboard, number, png, render, span, text_table
-from runs import BEST
-
-# what a comparison or the leaderboard reads of eval_SPLIT.json
-KINDS = dict.fromkeys(("balanced_accuracy", "log_loss"), float) | {"n": int}
-KINDS |= dict.fromkeys(("data", "scanner", "anatomic_region"), str)
-KINDS |= dict.fromkeys(("labels_sha256", "encoder_sha256"), str)
-KINDS |= {"alarms": list, "chance_band": list, "ci95": dict, "majority": dict, "random": dict}
+from results import open_results
 
 
-@dataclass
-class Results:
-    """What eval.py wrote of a run on a split."""
-
-    name: str
-    result: dict  # eval_SPLIT.json
-    label_of: dict  # {participant: class}
-    p_of: dict  # {participant: probabilities (K,)}
-
-
-def open_results(name, folder, split):
-    """Read what eval.py wrote -> Results. ValueError when the files do not belong together."""
-    again = f"run eval.py --ckpt {folder} --split {split}"
-    path = pathlib.Path(folder, f"eval_{split}.json")
-    table, checkpoint = path.with_name(f"predictions_{split}.csv"), path.with_name(BEST)
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no eval_{split}.json; {again}")
-    result = files.json_object(path.read_bytes(), path, again)
-    if result.get("split") != split:
-        raise ValueError(f"{path} is about split {result.get('split')}; {again}")
-    if not table.is_file() or files.sha256(table) != result.get("predictions_sha256"):
-        raise ValueError(f"{table} is not what {path} was computed from; {again}")
-    if checkpoint.is_file() and files.sha256(checkpoint) != result.get("checkpoint_sha256"):
-        raise ValueError(f"{checkpoint} is not the checkpoint that {path} is about; {again}")
-    unusable = [key for key, kind in KINDS.items() if not isinstance(result.get(key), kind)]
-    if unusable:
-        raise ValueError(f"{path} has no {files.first_few(unusable)} that can be used; {again}")
-    try:
-        return Results(name, result, *read_predictions(table))
-    except ValueError as error:
-        raise ValueError(f"{error}; {again}") from error
+def names_of(folders):
+    """What each folder is called: the last part of its path; the whole path where two share that;
+    and with its number where even that would be shown alike."""
+    names = [printable(os.path.basename(os.path.abspath(folder))) for folder in folders]
+    both = zip(names, map(printable, folders))
+    names = [path if names.count(name) > 1 else name for name, path in both]
+    return [f"{name} ({n})" if names.count(name) > 1 else name for n, name in enumerate(names, 1)]
 
 
-def read_predictions(table):
-    """predictions_SPLIT.csv -> {participant: class}, {participant: probabilities (K,)}. ValueError
-    where it holds anything else."""
-    columns = [f"p{k}" for k in range(len(CLASS_NAMES))]
-    label_of, p_of = {}, {}
-    for row in files.read_csv(table, ["participant_id", "y_true", *columns]):
-        participant = row["participant_id"]
-        try:
-            label, p = int(row["y_true"]), [float(row[column]) for column in columns]
-        except ValueError as error:
-            raise ValueError(f"{table}: participant {participant}: {error}") from error
-        if not (0 <= label < len(CLASS_NAMES) and np.isfinite(p).all()):
-            raise ValueError(f"{table}: participant {participant} has class {label} and {p}")
-        if participant in label_of:
-            raise ValueError(f"{table}: participant {participant} is there twice")
-        label_of[participant], p_of[participant] = label, p
-    return label_of, p_of
+def printable(text):
+    """A text on one line, that no terminal, page or picture takes for anything else."""
+    return device.printable(str(text), keep="")
 
 
-def open_all(folders, split):
-    """Results of every folder, named by the last part of its path; by the whole path where two
-    folders share that."""
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    return [
-        open_results(printable(name if names.count(name) == 1 else folder), folder, split)
-        for name, folder in zip(names, folders)
-    ]
-
-
-def printable(folder):
-    """A folder's name or path as text. What no terminal, page or picture could show is escaped:
-    line breaks, bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(folder))
+def once(folders, split):
+    """The folders, each once: also where a link, or a link to its eval_SPLIT.json, names it
+    again."""
+    found = {}
+    for folder in folders:
+        found.setdefault(os.path.realpath(os.path.join(folder, f"eval_{split}.json")), folder)
+    return list(found.values())
 
 
 def reason_not_comparable(a, b):
     """How the participants or labels of two Results differ, in words. None where they do not."""
     differences = [
-        f"{len(ids)} only in {name} ({files.first_few(sorted(ids), 3)})"
+        f"{len(ids)} only in {name} ({files.first_few((i[:40] for i in sorted(ids)), 3)})"
         for name, ids in (
             (a.name, a.label_of.keys() - b.label_of.keys()),
             (b.name, b.label_of.keys() - a.label_of.keys()),
@@ -109,7 +58,7 @@ def reason_not_comparable(a, b):
     if relabelled:
         first = relabelled[0]
         return (
-            f"other labels: participant {first} is of class {a.label_of[first]} in {a.name} "
+            f"other labels: participant {first[:40]} is of class {a.label_of[first]} in {a.name} "
             f"and {b.label_of[first]} in {b.name} ({len(relabelled)} such)"
         )
     hash_a, hash_b = a.result["labels_sha256"], b.result["labels_sha256"]
@@ -133,9 +82,10 @@ def compare(folders, split):
 
     ValueError when they were not scored on the same participants and labels.
     """
-    if len(set(map(os.path.realpath, folders))) < max(2, len(folders)):
+    if len(once(folders, split)) < max(2, len(folders)):
         raise ValueError("--compare needs two or more different run folders")
-    runs = open_all(folders, split)
+    named = zip(names_of(folders), folders)
+    runs = [open_results(name, folder, split) for name, folder in named]
     first = runs[0]
     for run in runs[1:]:
         reason = reason_not_comparable(first, run)
@@ -177,17 +127,18 @@ def compare(folders, split):
 
 def leaderboard(folders, split):
     """Rank the runs by balanced accuracy -> text. Writes leaderboard.md, .csv and .html beside the
-    first. FileNotFoundError for a folder that is not there, ValueError when none was scored."""
+    first. FileNotFoundError for a folder that is not there, ValueError when none can be ranked.
+
+    A run whose files are damaged or do not agree is left out, with the reason in all three files.
+    """
     missing = [folder for folder in folders if not os.path.exists(folder)]
     if missing:
         raise FileNotFoundError(f"--leaderboard: {missing[0]} is not there; name run folders")
-    # runs/* also has leaderboard.md; a folder that is named twice is one run
-    folders = list({os.path.realpath(f): f for f in folders if os.path.isdir(f)}.values())
-    scored = [f for f in folders if os.path.exists(os.path.join(f, f"eval_{split}.json"))]
-    if not scored:
-        again = f"run eval.py --ckpt RUN --split {split} first"
-        raise ValueError(f"--leaderboard: no folder holds an eval_{split}.json; {again}")
-    runs, reasons = rank(open_all(scored, split))
+    beside = os.path.join(os.path.dirname(os.path.abspath(folders[0])), "leaderboard")
+    # runs/* also has leaderboard.md
+    folders = once([folder for folder in folders if os.path.isdir(folder)], split)
+    runs, left_out = open_all(folders, split)
+    runs, reasons = rank(runs)
     compared = [run for run in runs if not reasons[run.name]]
     pairs = compare_pairs(compared) if len(compared) > 1 else []
     best = compared[0]
@@ -195,25 +146,40 @@ def leaderboard(folders, split):
     tied = [name for name, p in p_holm.items() if p >= 0.05]
 
     header, rows = leaderboard_table(runs, reasons, p_holm, "tied for best" if tied else "best")
-    data = ", ".join(dict.fromkeys(run.result["data"] for run in runs))
+    data = ", ".join(dict.fromkeys(printable(run.result["data"]) for run in runs))
     about = [
         verdict(best, split, p_holm, tied, len(pairs)),
         f"{data}. Tied: the difference from the best is not significant at 5 % (paired bootstrap "
         "over the same participants, Holm-corrected over all pairs).",
     ]
-    notes = [f"{name}: not compared, for it has {why}" for name, why in reasons.items() if why]
+    notes = [f"{name}: not ranked: {why}" for name, why in left_out.items()]
+    notes += [f"{name}: not compared, for it has {why}" for name, why in reasons.items() if why]
     notes += [f"{run.name}: ALARM: {alarm}" for run in runs for alarm in run.result["alarms"]]
-    notes += [f"not scored on {split}: {printable(f)}" for f in folders if f not in scored]
+    notes = [printable(note) for note in notes]
 
     content = {"about": about, "runs": (header, rows), "notes": notes}
     text = render("leaderboard.md", **content)
     picture = png(draw_leaderboard({run.name: run.result for run in runs}))
     content |= {"title": f"leaderboard on {split}", "picture": picture, "pairs": pairs}
-    beside = os.path.join(os.path.dirname(os.path.abspath(folders[0])), "leaderboard")
-    files.write(f"{beside}.csv", files.csv_text([header, *rows]))
+    files.write(f"{beside}.csv", files.csv_text(table_with_notes(header, rows, reasons, left_out)))
     files.write(f"{beside}.md", text)
     files.write(f"{beside}.html", render("leaderboard.html", **content))
-    return text
+    return f"{text}\nwritten: {beside}.html, .md and .csv"
+
+
+def open_all(folders, split):
+    """Results of every folder that can be ranked, and {name: why not} of the others. ValueError
+    where there is none."""
+    runs, left_out = [], {}
+    for name, folder in zip(names_of(folders), folders):
+        try:
+            runs.append(open_results(name, folder, split))
+        except (ValueError, OSError) as error:
+            left_out[name] = str(error)
+    if not runs:
+        what = next(iter(left_out.values()), "there is no folder")
+        raise ValueError(f"--leaderboard: none of {len(folders)} runs can be ranked: {what}")
+    return runs, left_out
 
 
 def rank(runs):
@@ -224,8 +190,10 @@ def rank(runs):
     runs that can be compared with each other is.
     """
     runs = sorted(runs, key=lambda r: (-r.result["balanced_accuracy"], r.result["log_loss"]))
-    candidates = [{run.name: reason_not_comparable(first, run) for run in runs} for first in runs]
-    reasons = max(candidates, key=lambda reasons: list(reasons.values()).count(None))
+    seen = lambda run: (frozenset(run.label_of.items()), run.result["labels_sha256"])
+    [(largest, _)] = Counter(map(seen, runs)).most_common(1)
+    first = next(run for run in runs if seen(run) == largest)
+    reasons = {run.name: reason_not_comparable(first, run) for run in runs}
     return sorted(runs, key=lambda run: reasons[run.name] is not None), reasons
 
 
@@ -260,6 +228,16 @@ def leaderboard_table(runs, reasons, p_holm, first_place):
     return header, rows
 
 
+def table_with_notes(header, rows, reasons, left_out):
+    """The table of leaderboard.csv: why a run is not compared stands beside it, and runs that are
+    left out are rows too."""
+    noted = [[*row, printable(reasons[row[0]] or "")] for row in rows]
+    nothing = dict.fromkeys(header, "-") | {"place": "not ranked"}
+    for name, why in left_out.items():
+        noted.append([*(nothing | {"run": name}).values(), printable(why)])
+    return [[*header, "note"], *noted]
+
+
 def verdict(best, split, p_holm, tied, num_pairs):
     """The leaderboard in one sentence. best: Results; tied: names."""
     name = best.name
@@ -267,7 +245,8 @@ def verdict(best, split, p_holm, tied, num_pairs):
     if not p_holm:
         return f"{name}: {score}; there is no other run to compare it with."
     if tied:
-        return f"{name} leads with {score}, but is not shown to be better than {', '.join(tied)}."
+        others = files.first_few(tied, 3)
+        return f"{name} leads with {score}, but is not shown to be better than {others}."
     return (
         f"{name} is the best of {len(p_holm) + 1} runs: {score}, better than every other "
         f"(p at most {max(p_holm.values()):.4f}, Holm over {num_pairs} pairs)."

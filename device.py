@@ -230,6 +230,7 @@ def watch_replicas():
 
 def quietly(main, rank, cfg):
     """main(rank, cfg), printing only on rank 0."""
+    print_safely()
     with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
         main(rank, cfg)
 
@@ -238,13 +239,28 @@ def explain(error):
     """One sentence for what the user can mend; a traceback for the rest, and with python -X dev."""
     if isinstance(error, (ValueError, OSError)) and not sys.flags.dev_mode:
         if isinstance(error, OSError) and error.filename and error.strerror:
-            return f"error: {error.filename}: {error.strerror}"  # without "[Errno 2]"
-        return f"error: {error}"
+            return printable(f"error: {error.filename}: {error.strerror}")  # without "[Errno 2]"
+        return printable(f"error: {error}")
     return "".join(traceback.format_exception(error)).rstrip()
+
+
+def printable(text, keep="\n\t"):
+    """The text, with all but letters, signs and what is to be kept as an escape such as \\x1b: an
+    id or a name that was read must not move the terminal's cursor, or be no text at all."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def print_safely():
+    """From now on nothing that is printed ends this process, whatever letters the terminal's
+    encoding lacks, or gives the terminal an order."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    write = sys.stdout.write
+    sys.stdout.write = lambda text: write(printable(text))
 
 
 def run(command):
     """Call a script's command(): an error is one sentence and exit status 1, Ctrl-C is 130."""
+    print_safely()
     try:
         command()
     except (ValueError, OSError) as error:

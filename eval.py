@@ -29,6 +29,7 @@ import metrics
 import model
 import references
 import report
+import results
 import runs
 
 
@@ -82,6 +83,7 @@ def evaluate_run(ckpt, split, overrides=()):
         {"participant_id": s.participant_id, "path": s.path, "reason": reason}
         for s, reason in book.unreadable
     ]
+    result = results.sealed(result)
     if device.rank() == 0:
         folder = pathlib.Path(opened.folder)
         update_ledger(folder / "ledger.csv", book, split)
@@ -260,10 +262,7 @@ def update_ledger(path, book, split):
     header, *rows = ledger.rows_for_csv(book)
     earlier = {}
     if path.exists():
-        try:
-            table = files.read_csv(path, header)
-        except ValueError as error:
-            raise ValueError(f"{error}; remove it, and it is made anew") from error
+        table = files.read_csv(path, header, "remove it, and it is made anew")
         earlier = {row["participant_id"]: [row[name] for name in header] for row in table}
     rows = [row if row[1] == split else earlier.get(row[0], row) for row in rows]
     files.write(path, files.csv_text([header, *rows]))
@@ -274,6 +273,8 @@ def main(rank, cfg, ckpt, split, overrides):
     result, folder = evaluate_run(ckpt, split, overrides)
     report.print_result(result)
     print(f"report: {os.path.join(os.path.relpath(folder), 'report.html')}")
+    compare_with = ["--compare", os.path.relpath(folder), "OTHER_RUN", "--split", split]
+    print(f"next: {runs.command_line('eval.py', *compare_with)}")
 
 
 def command():

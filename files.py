@@ -3,6 +3,8 @@
     write("a.jsonl", text)                            # text, bytes, or a function that writes
     with locked("cache/locks/x", stop) as file: ...   # one holder on this host at a time
     rows = read_tsv("a.tsv", ["study_group"])         # list of dicts; ValueError says what is wrong
+    rows = read_csv("a.csv", ["id"], "train again")   # the same of a file that a run left, and
+    found = read_json("a.json", "train again")        # what to do about it; a dict
     write("a.csv", csv_text([["id", "y"], [17, 0]]))  # the first row is the header
     save_array("cache/a.npy", array)                  # with its checksum
     array = load_array("cache/a.npy", dtype, shape)   # None where it is missing or damaged
@@ -18,7 +20,9 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
+import re
 import sys
 import threading
 import time
@@ -27,6 +31,10 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+# of a file that a run left and that is read whole; most have some hundred kB
+MOST_BYTES = 64 << 20
+FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)  # how a text begins that a spreadsheet computes
 
 
 class Stopped(Exception):
@@ -218,45 +226,92 @@ def check_header(header, name):
             )
 
 
-def read_csv(path, columns=()):
-    """CSV file with a header -> list of dicts of texts. ValueError naming the file where it is no
-    such table, or lacks one of the columns."""
+def content_of(path, remedy):
+    """The bytes of a file that a run left. ValueError, with what to do, where it is none that a
+    run can have left."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path} is not a file; {remedy}")
+    with open(path, "rb") as f:
+        content = f.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is damaged (it has more than {MOST_BYTES >> 20} MB); {remedy}")
+    return content
+
+
+def read_csv(path, columns=(), remedy="write it anew"):
+    """CSV file with a header, as csv_text makes it -> list of dicts of texts. ValueError naming the
+    file, and what to do, where it is no such table, or lacks one of the columns."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            reader = csv.DictReader(f)
-            rows, header = list(reader), reader.fieldnames or []
+        text = content_of(path, remedy).decode()
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        rows, header = list(reader), reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV table in UTF-8: {error}") from error
+        raise ValueError(f"{path} is not a CSV table in UTF-8: {error}; {remedy}") from error
     missing = [column for column in columns if column not in header]
     if missing:
-        raise ValueError(f"{path} has no column {first_few(missing)}")
+        raise ValueError(f"{path} has no column {first_few(missing)}; {remedy}")
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path} has a column twice; {remedy}")
     for row in rows:
         if None in row or None in row.values():
-            first = next(iter(row.values()))
+            first = str(next(iter(row.values())))[:40]
             raise ValueError(
                 f"{path}: the row that begins with '{first}' does not have {len(header)} cells as "
-                "the header has"
+                f"the header has; {remedy}"
             )
-    return rows
+    return [{name: unguarded(cell) for name, cell in row.items()} for row in rows]
+
+
+def read_json(path, remedy):
+    """The dict in a JSON file. ValueError, with what to do, where it holds none."""
+    return json_object(content_of(path, remedy), path, remedy)
 
 
 def json_object(text, path, remedy):
-    """The dict that a JSON text holds. ValueError, with its file and what to do, where it holds
-    none."""
+    """The dict that a JSON text holds, of finite numbers. ValueError, with its file and what to do,
+    where it holds none."""
     try:
-        found = json.loads(text)
-    except ValueError as error:
+        found = json.loads(text, parse_float=finite, parse_constant=finite)
+        check_depth(found)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (it holds no JSON object); {remedy}")
     return found
 
 
+def finite(text):
+    """A number of JSON. ValueError for NaN, Infinity and 1e999."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+def check_depth(value, most=50):
+    """ValueError where JSON is nested deeper than any of ours: whoever walks it would fail."""
+    level = [value]
+    for _ in range(most):
+        nested = [v for v in level if isinstance(v, dict | list)]
+        inner = [v.values() if isinstance(v, dict) else v for v in nested]
+        level = list(itertools.chain.from_iterable(inner))
+    if level:
+        raise ValueError(f"more than {most} brackets within each other")
+
+
 def csv_text(rows):
-    """Rows, each a list of cells and the first of them the header -> the text of a CSV file."""
+    """Rows, each a list of cells and the first of them the header -> the text of a CSV file. A text
+    that a spreadsheet would compute, as "=1+1", stands there behind an apostrophe, which read_csv
+    takes off."""
+    guarded = lambda cell: f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    csv.writer(out, lineterminator="\n").writerows([guarded(cell) for cell in row] for row in rows)
     return out.getvalue()
+
+
+def unguarded(cell):
+    """A cell as it was given to csv_text."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
 
 
 def first_few(names, most=5):
@@ -295,5 +350,5 @@ def load_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
-    except (FileNotFoundError, ValueError):  # a power cut can cut it short
+    except (FileNotFoundError, ValueError, RecursionError):  # a power cut can cut it short
         return None

@@ -11,6 +11,7 @@ is one file, with its pictures inside, which opens offline and on a phone.
 
 import base64
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -21,6 +22,7 @@ import numpy as np
 import files
 import metrics
 from ledger import CLASS_NAMES, SPLITS
+from results import read_result
 
 SCORE_NAMES = {
     "accuracy": "accuracy",
@@ -302,14 +304,24 @@ def write_plots(folder, result, y_true, p):
         f"roc_{split}": draw_roc(result, y_true, p),
         f"reliability_{split}": draw_reliability(result),
     }
-    history = folder / "metrics.jsonl"
-    if history.exists():
-        lines = history.read_bytes().splitlines()
-        epochs = [files.json_object(line, history, "remove it") for line in lines]
+    if (folder / "metrics.jsonl").exists():
+        epochs = read_history(folder / "metrics.jsonl")
         figures["training"] = draw_training(epochs, result["epoch"])
         figures["shares"] = draw_shares(epochs)
     for name, figure in figures.items():
         files.write(folder / "plots" / f"{name}.png", png(figure))
+
+
+def read_history(path):
+    """metrics.jsonl -> the records of the epochs, dicts of numbers (None: undefined). ValueError
+    where it holds anything else."""
+    lines = files.content_of(path, "remove it").splitlines()
+    records = [files.json_object(line, path, "remove it") for line in lines]
+    for value in itertools.chain.from_iterable(record.values() for record in records):
+        # an integer may be too large to be drawn
+        if not (value is None or isinstance(value, int | float) and abs(value) < 1e100):
+            raise ValueError(f"{path} is damaged ({str(value)[:40]} is no number); remove it")
+    return records
 
 
 # -------------------------------------------------------------------------------------------- pages
@@ -329,18 +341,21 @@ def render(template, **values):
     in_base64 = lambda image: base64.b64encode(image).decode()
     environment.filters |= {"number": number, "span": span, "json": json.dumps, "base64": in_base64}
     environment.filters |= {"markdown": markdown, "markdown_cell": markdown_cell}
-    return environment.get_template(template).render(values, report=sys.modules[__name__])
+    page = environment.get_template(template).render(values, report=sys.modules[__name__])
+    # half of a surrogate pair, from a path whose bytes are no UTF-8, could not be written
+    return page.encode(errors="backslashreplace").decode()
 
 
 def markdown(text):
-    """A text that Markdown shows as it is, also where a run's name has signs of markup."""
-    return re.sub(r"([\\`*<&$|\[\]])", r"\\\1", text)
+    """A text that Markdown shows as it is, also where a run's name has signs of markup, or begins
+    as a heading, a list or a quotation does."""
+    return re.sub(r"(\A[#>+=-]|[\\`*<&$|~\[\]])", r"\\\1", text)
 
 
 def markdown_cell(text):
     """A cell of a Markdown table. A text with signs of markup stands in a code span, as it is but
     for the | that would end the cell."""
-    if markdown(text) == text:
+    if not re.search(r"[\\`*<&$|~\[\]]", text):
         return text
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence, space = "`" * (longest + 1), " " * bool(longest)
@@ -351,10 +366,15 @@ def write_report(folder):
     """report.html: every eval_SPLIT.json of the folder with its plots, the course of training, the
     ledger and the provenance."""
     folder = pathlib.Path(folder)
-    results = read_json(folder / "eval_test.json", folder / "eval_val.json")
-    check_alike(results, folder)
+    results = [
+        read_result(folder, split)
+        for split in ("test", "val")
+        if (folder / f"eval_{split}.json").exists()
+    ]
     # Results of last.pt are in a folder of their own, below the run's.
-    provenance = read_json(folder / "provenance.json", folder.parent / "provenance.json")
+    provenances = [path / "provenance.json" for path in (folder, folder.parent)]
+    provenances = [path for path in provenances if path.exists()]
+    columns = ["participant_id", "split", "label", "volumes", "status", "reason"]
     page = render(
         "report.html",
         title=results[-1]["run"],
@@ -362,27 +382,7 @@ def write_report(folder):
         pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.png")},
         classes=CLASS_NAMES,
         splits=SPLITS,
-        ledger=files.read_csv(folder / "ledger.csv", ["split", "label", "status", "reason"]),
-        provenance=provenance[0] if provenance else {},
+        ledger=files.read_csv(folder / "ledger.csv", columns, "remove it, and run eval.py again"),
+        provenance=files.read_json(provenances[0], "remove it") if provenances else {},
     )
     files.write(folder / "report.html", page)
-
-
-def check_alike(results, folder):
-    """ValueError where the result of one split lacks what that of the other has: another version
-    wrote it, or it was edited."""
-    everything = set().union(*results) - {"floors", "seeds", "temperature", "calibrated"}
-    for result in results:
-        missing = sorted(everything - result.keys())
-        if missing:
-            raise ValueError(
-                f"a result in {folder} (split {result.get('split')}) lacks "
-                f"{files.first_few(missing)}; run eval.py on that split again, or remove its "
-                "eval_SPLIT.json"
-            )
-
-
-def read_json(*paths):
-    """The content of those of the files that exist, as dicts."""
-    there = [path for path in paths if path.exists()]
-    return [files.json_object(path.read_bytes(), path, "remove it") for path in there]

@@ -42,6 +42,11 @@ BEST, LAST = "best_checkpoint_during_training.pt", "last.pt"
 INSTEAD = "set train.resume=never to replace the run, or paths.run_dir to another one"
 # what a run is known by
 IDENTITY = "config", "encoder_sha256", "labels_sha256", "manifest_sha256", "train_participants"
+# what a checkpoint holds of each key
+KINDS = {"config": dict, "scans": dict, "head": dict, "encoder": dict, "optimizer": dict}
+KINDS |= {"progress": dict, "val_predictions": dict, "floors": dict, "repeats": list}
+KINDS |= {"train_participants": list, "epoch": int, "step": int}
+KINDS |= dict.fromkeys(("encoder_sha256", "labels_sha256", "manifest_sha256"), str)
 # the beginnings of keys that do not change what a run computes: they may differ when it is resumed
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
 HARMLESS += ("train.save_every", "train.micro_batch", "train.activation_checkpointing")
@@ -93,6 +98,13 @@ def locked(cfg):
                 f"paths.run_dir={cfg.paths.run_dir} is being written by {f.read()}; wait until it "
                 "has ended, or set paths.run_dir to another folder"
             ) from None
+    except OSError as error:
+        if error.filename != path:
+            raise
+        raise ValueError(
+            f"paths.run_dir={cfg.paths.run_dir} cannot be written ({error.strerror}); set "
+            "paths.run_dir to another folder"
+        ) from error
 
 
 @dataclass
@@ -125,10 +137,11 @@ class Run:
         files.remove_abandoned(self.folder, 0)
         if self.earlier:
             path = os.path.join(self.folder, "provenance.json")
-            with open(path, "rb") as f:
-                provenance = files.json_object(f.read(), path, INSTEAD)
+            provenance = files.read_json(path, INSTEAD)
+            if not isinstance(provenance.setdefault("resumed", []), list):
+                raise ValueError(f"{path} is damaged (resumed is no list); {INSTEAD}")
             after = {"after_epoch": self.earlier["epoch"], "after_step": self.earlier["step"]}
-            provenance.setdefault("resumed", []).append(after | where_it_runs(self.dev))
+            provenance["resumed"].append(after | where_it_runs(self.dev))
         else:
             names = BEST, LAST, "metrics.jsonl", "predictions_val.csv", "sweep.csv", "cv.csv"
             if remove(self.folder, [*names, "predictions_cv.csv", "config.yaml", "ledger.csv"]):
@@ -268,6 +281,8 @@ class Run:
             saved = read_saved(os.path.join(self.folder, BEST), {"val_predictions"})
             everybody = ledger.rows_for_csv(self.book) if self.cfg.log.wandb_participants else None
             tracking.finish(self.wandb, saved, everybody)
+        score = ["--ckpt", self.folder, "--split", "test"]
+        print(f"next: {command_line('eval.py', *score)}")
         device.barrier(self.dev)  # nobody ends before rank 0 has written all
 
 
@@ -335,6 +350,13 @@ def scores_of(record, predictions):
             "p": torch.from_numpy(predictions.p),
         },
     }
+
+
+def command_line(script, *args):
+    """How to call another script of this project from here, to be pasted."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = sys.executable, os.path.join(here, script)
+    return shlex.join([*(min(path, os.path.relpath(path), key=len) for path in paths), *args])
 
 
 def where_it_runs(dev):
@@ -422,13 +444,19 @@ def read_saved(path, keys):
     """What training saved, tensors mapped. ValueError when it is damaged (every byte is verified),
     or lacks a key."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()
+        archive = zipfile.ZipFile(path)
+        if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
+            raise zipfile.BadZipFile("it is compressed, which torch never does")  # a bomb, perhaps
+        damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = sorted(keys - set(saved))
         if missing:
             raise KeyError(", ".join(missing))
+        others = [key for key in saved if not isinstance(saved[key], KINDS.get(key, object))]
+        if others:
+            raise TypeError(f"of another kind: {', '.join(others)}")
     except OSError:
         raise
     except Exception as error:  # torch, zip and pickle raise a dozen types for other files
@@ -443,13 +471,16 @@ def check_config(opened):
     if not os.path.exists(path):
         return
     try:
-        with open(path, encoding="utf-8") as f:
-            written = config.parse(f.read(), path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}; train again") from error
-    changed = changed_settings(opened.saved["config"], written if isinstance(written, dict) else {})
+        written = config.parse(files.content_of(path, "train again").decode(), "it")
+        written = written if isinstance(written, dict) else {}
+        changed = changed_settings(opened.saved["config"], written)
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML raises half a dozen types where a value contradicts its tag
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path} is not a run's configuration: {reason}; train again") from error
     if changed:
         raise ValueError(
-            f"{path} is not what this checkpoint was trained with: {'; '.join(changed[:5])}; "
+            f"{path} is not what this checkpoint was trained with: {'; '.join(changed[:5])[:500]}; "
             "set that back, or train again"
         )

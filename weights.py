@@ -7,14 +7,17 @@ An error says which format a file has, and how to convert it. Needs torch and nu
 for files of that format.
 """
 
+import contextlib
 import errno
 import itertools
 import json
 import os
 import pickle
 import re
+import resource
 import shlex
 import stat
+import sys
 import zipfile
 import zlib
 
@@ -302,7 +305,8 @@ def read_torch(path, is_old=False, is_compressed=False):
                     f"refused, nothing was run; {conversion(path, 'torch')}"
                 )
             file.seek(0)
-            with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
+            stand_ins = [(stand_in(name), name) for name in names]
+            with torch.serialization.safe_globals(stand_ins), memory_for(path):
                 source = path if is_mapped else file
                 return torch.load(source, map_location="cpu", mmap=is_mapped, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -311,6 +315,25 @@ def read_torch(path, is_old=False, is_compressed=False):
             f"its pickle, of protocol {protocol_of(path)}, is none that torch.save writes for "
             f"weights by default; {conversion(path, 'torch')}"
         ) from error
+
+
+@contextlib.contextmanager
+def memory_for(path):
+    """Within, this process gets memory in proportion to a file's size: some of torch's functions,
+    which a pickle may call, make terabytes of a megabyte. On Linux alone."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as f:
+        used = int(f.read().split()[0]) * resource.getpagesize()
+    most = used + 4 * os.path.getsize(path) + 10**9
+    most = most if soft == resource.RLIM_INFINITY else min(most, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def names_in_old_file(file):

@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/scaling.py processes     # 1, 2, 4 and 16 on the demo data
     .venv/bin/python bench/scaling.py growth        # two minutes on two cores; --processes 1 2 4 8
-    .venv/bin/python bench/scaling.py evaluate      # three minutes, most of them for the data
+    .venv/bin/python bench/scaling.py evaluate      # four minutes, most of them for the data
 
 processes: feature pass, 50 epochs and predictions of several processes, against one; the machine
 may have fewer cores.
@@ -33,8 +33,10 @@ import features
 import files
 import heads
 import ledger
+import metrics
 import model
 import phantom
+import results
 import runs
 import train
 
@@ -136,12 +138,13 @@ def growth(volumes=(50, 100, 200, 400), processes=(1, 2)):
 
 def another_run(folder, run, seed):
     """A copy of a run's results with other answers, as eval.py would leave it."""
-    found, rng = compare.open_results(run, run, "test"), np.random.default_rng(seed)
+    found, rng = results.open_results(run, run, "test"), np.random.default_rng(seed)
     p = np.array(list(found.p_of.values())) * rng.uniform(0.5, 2, (len(found.p_of), 4))
     p, labels = p / p.sum(axis=1, keepdims=True), np.array(list(found.label_of.values()))
     table = f"{folder}/predictions_test.csv"
     files.write(table, runs.predictions_csv(heads.Predictions(list(found.p_of), labels, p)))
-    result = found.result | {"predictions_sha256": files.sha256(table)}
+    result = found.result | metrics.evaluate(labels, p, ids=list(found.p_of))
+    result = results.sealed(result | {"predictions_sha256": files.sha256(table)})
     files.write(f"{folder}/eval_test.json", json.dumps(result))
     return folder
 

@@ -42,6 +42,7 @@ import config
 import features
 import heads
 import metrics
+import results
 import runs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -386,10 +387,16 @@ def answers(skill, seed):
     return 0.6 * np.eye(4)[said] + 0.1
 
 
+# what eval.py finds of a probe of eval.floors
+FLOOR = {"balanced_accuracy": 0.31, "ci95": {"balanced_accuracy": [0.2, 0.4]}}
+FLOOR |= {"difference": 0.3, "difference_ci95": [0.2, 0.4], "p_value": 0.01}
+
+
 def write_results(folder, p, y=LABELS_159, ids=None, **changes):
     """A run's folder as eval.py leaves it on test, of the predictions p (n, 4)."""
     ids = [str(1000 + i) for i in range(len(y))] if ids is None else ids
     table = runs.predictions_csv(heads.Predictions(ids, np.array(y), p)).encode()
+    scores = metrics.evaluate(y, p, 4, ids)
     result = {
         "split": "test",
         "run": "a run",
@@ -399,13 +406,15 @@ def write_results(folder, p, y=LABELS_159, ids=None, **changes):
         "scanner": "topcon_triton",
         "anatomic_region": "Macula",
         "encoder_sha256": "abcdef" * 10,
+        "checkpoint_sha256": "f" * 64,
         "labels_sha256": "0" * 64,
         "predictions_sha256": hashlib.sha256(table).hexdigest(),
         "unreadable": [],
-        **metrics.evaluate(y, p, 4, ids),
+        "per_volume": scores,
+        **scores,
         **changes,
     }
     os.makedirs(folder)
     write_bytes(f"{folder}/predictions_test.csv", table)
-    write_bytes(f"{folder}/eval_test.json", json.dumps(result).encode())
+    write_bytes(f"{folder}/eval_test.json", json.dumps(results.sealed(result)).encode())
     return folder

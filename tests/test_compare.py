@@ -5,17 +5,22 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from helpers import (
+    FLOOR,
     LABELS_159,
+    ROOT,
     answers,
     copy_of,
     edit,
     evaluate,
     quick,
     read_bytes,
+    read_predictions,
     trained,
     write_bytes,
     write_results,
@@ -25,6 +30,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 import compare
 import metrics
+import results
 import runs
 import train
 
@@ -90,17 +96,42 @@ def test_what_belongs_together_is_compared(a_and_b, command):
     assert command("eval.py", "--compare", a_and_b / "a", a_and_b / "b").returncode == 0
 
 
+def edit_result(change):
+    """Change what eval_test.json holds, and its hash with it."""
+
+    def apply(folder):
+        result = json.loads(read_bytes(f"{folder}/eval_test.json"))
+        change(result)
+        write_bytes(f"{folder}/eval_test.json", json.dumps(results.sealed(result)).encode())
+
+    return apply
+
+
 def edit_table(change):
     """Change the table of predictions, and its hash with it."""
 
     def apply(folder):
         edit(f"{folder}/predictions_test.csv", change)
-        result = json.loads(read_bytes(f"{folder}/eval_test.json"))
-        table = read_bytes(f"{folder}/predictions_test.csv")
-        result["predictions_sha256"] = hashlib.sha256(table).hexdigest()
-        write_bytes(f"{folder}/eval_test.json", json.dumps(result).encode())
+        table = hashlib.sha256(read_bytes(f"{folder}/predictions_test.csv")).hexdigest()
+        edit_result(lambda result: result.update(predictions_sha256=table))(folder)
 
     return apply
+
+
+def score_again(change):
+    """Change participants, classes and probabilities, and score them as eval.py would."""
+
+    def apply(folder):
+        ids, y, p = change(*read_predictions(f"{folder}/predictions_test.csv"))
+        shutil.rmtree(folder)
+        write_results(folder, p, y, ids)
+
+    return apply
+
+
+def another_class(ids, y, p):
+    y[ids.index("1005")] = 1
+    return ids, y, p
 
 
 def edit_file(name, old, new):
@@ -111,24 +142,24 @@ def edit_file(name, old, new):
     "change, message",
     [
         (
-            edit_table(lambda text: text.replace("1005,0,", "9005,0,")),
+            score_again(lambda ids, y, p: ([i.replace("1005", "9005") for i in ids], y, p)),
             r"a and b cannot be compared on test, for they have other participants: "
             r"1 only in a \(1005\); 1 only in b \(9005\)",
         ),
         (
-            edit_table(lambda text: re.sub("1158,3.*\n", "", text)),
+            score_again(lambda ids, y, p: (ids[:-1], y[:-1], p[:-1])),
             r"other participants: 1 only in a \(1158\)",
         ),
         (
-            edit_table(lambda text: text.replace("1005,0,", "1005,1,")),
+            score_again(another_class),
             "other labels: participant 1005 is of class 0 in a and 1 in b",
         ),
         (
-            edit_file("eval_test.json", "0" * 64, "1" * 64),
+            edit_result(lambda result: result.update(labels_sha256="1" * 64)),
             "other labels: participants.tsv of a .sha256 000000000000. is not that of b",
         ),
         (
-            edit_file("eval_test.json", '"split": "test"', '"split": "val"'),
+            edit_result(lambda result: result.update(split="val")),
             "b/eval_test.json is about split val; run eval.py --ckpt .*b --split test",
         ),
         (
@@ -148,20 +179,20 @@ def edit_file(name, old, new):
             r"b/eval_test.json is damaged \(it holds no JSON object\); run eval.py --ckpt .*b",
         ),
         (
-            edit_file("eval_test.json", '"chance_band"', '"another"'),
+            edit_result(lambda result: result.pop("chance_band")),
             "b/eval_test.json has no chance_band that can be used; run eval.py --ckpt .*b",
         ),
         (
             edit_table(lambda text: re.sub("^(1005,0),[^,]*", r"\1,nan", text, flags=re.M)),
-            r"b/predictions_test.csv: participant 1005 has class 0 and \[nan, .*; run eval.py",
+            r"b/predictions_test.csv: participant 1005 has no class and probabilities that can be",
         ),
         (
             edit_table(lambda text: text.replace("1005,0,", "1005,4,")),
-            r"b/predictions_test.csv: participant 1005 has class 4 and .*; run eval.py",
+            r"b/predictions_test.csv: participant 1005 has no class and .*; run eval.py",
         ),
         (
             edit_table(lambda text: text.replace("1005,0,", "1005,,")),
-            "b/predictions_test.csv: participant 1005: invalid literal for int.*; run eval.py",
+            "b/predictions_test.csv: participant 1005 has no class and .*; run eval.py",
         ),
         (
             edit_table(lambda text: text + text.splitlines(True)[1]),
@@ -170,6 +201,10 @@ def edit_file(name, old, new):
         (
             edit_table(lambda text: text.replace("p3", "p4", 1)),
             "b/predictions_test.csv has no column p3; run eval.py",
+        ),
+        (
+            edit_file("eval_test.json", '"n": 159', '"n": 1590'),
+            "b/eval_test.json was edited, .*: it is not what its own content_sha256 says; run eval",
         ),
         (
             lambda folder: os.remove(f"{folder}/eval_test.json"),
@@ -192,6 +227,7 @@ def edit_file(name, old, new):
         "an empty label",
         "a participant twice",
         "no column",
+        "an edited result",
         "no file",
     ],
 )
@@ -264,16 +300,19 @@ def board(tmp_path_factory):
     """The leaderboard of three runs that can be compared, one that cannot and one that was not
     scored: the folder, the rows of its table, what is said."""
     folder = tmp_path_factory.mktemp("board")
-    collapse = "model collapse: class 3 never predicted"
-    floor = {"random encoder": {"balanced_accuracy": 0.31}}
-    changes = {"worse": {"alarms": [collapse]}, "good": {"floors": floor}, "as_good": {}}
     for name, skill in SKILLS.items():
-        write_results(folder / name, answers(*skill), **changes[name])
+        write_results(folder / name, answers(*skill))
+    collapse = "model collapse: class 3 never predicted"
+    edit_result(lambda result: result["alarms"].append(collapse))(folder / "worse")
+    floors = {"random encoder": FLOOR}
+    edit_result(lambda result: result.update(floors=floors))(folder / "good")
     write_results(folder / "elsewhere", answers(0.9, 4)[:100], LABELS_159[:100])
     (folder / "untested").mkdir()
     (folder / "notes.txt").write_text("")
     said = compare.leaderboard(sorted(folder.iterdir()), "test")
-    return folder, rows_of(folder / "leaderboard.csv"), said
+    *rows, untested = rows_of(folder / "leaderboard.csv")
+    assert (untested["run"], untested["place"]) == ("untested", "not ranked")
+    return folder, rows, said
 
 
 def test_the_leaderboard_ranks(board):
@@ -321,7 +360,7 @@ def test_the_leaderboard_says_what_there_is_to_know(board):
         f"{best['run']} leads with balanced accuracy {best['balanced accuracy']} on test, "
         f"but is not shown to be better than {tied}.",
         "worse: ALARM: model collapse: class 3 never predicted",
-        f"not scored on test: {folder / 'untested'}",
+        f"untested: not ranked: {folder / 'untested'} has no eval_test.json; run eval.py --ckpt",
     ):
         assert part in text and part in said and html.escape(part) in page
 
@@ -350,8 +389,78 @@ def test_odd_names_of_runs_are_ranked_and_shown_as_they_are(tmp_path, command):
 
 def test_a_run_that_is_named_twice_is_ranked_once(a_and_b, tmp_path):
     copy = shutil.copytree(a_and_b, tmp_path / "copy")
-    compare.leaderboard([f"{copy}/a", f"{copy}/b", f"{copy}/a/", f"{copy}/b/../a"], "test")
-    assert len(rows_of(copy / "leaderboard.csv")) == 2
+    os.symlink("a", copy / "linked")
+    (copy / "of_links").mkdir()
+    for name in ("eval_test.json", "predictions_test.csv"):
+        os.symlink(f"../a/{name}", copy / "of_links" / name)
+    names = ("a", "b", "a/", "b/../a", "linked", "of_links")
+    compare.leaderboard([f"{copy}/{name}" for name in names], "test")
+    assert sorted(row["run"] for row in rows_of(copy / "leaderboard.csv")) == ["a", "b"]
+
+
+def test_a_run_is_not_compared_with_a_link_to_itself(a_and_b, tmp_path):
+    copy = shutil.copytree(a_and_b, tmp_path / "copy")
+    os.symlink("a", copy / "linked")
+    with pytest.raises(ValueError, match="--compare needs two or more different run folders"):
+        compare.compare([f"{copy}/a", f"{copy}/linked"], "test")
+
+
+@pytest.fixture()
+def alike(a_and_b, tmp_path):
+    """alike("name", ...) -> folder of copies of one run with these names."""
+
+    def make(*names):
+        for name in names:
+            shutil.copytree(a_and_b / "a", tmp_path / "alike" / name)
+        return tmp_path / "alike"
+
+    return make
+
+
+def test_a_verdict_names_the_first_few(alike):
+    folder = alike(*(f"run_{n:02d}" for n in range(12)))
+    said = compare.leaderboard(sorted(folder.iterdir()), "test")
+    others = "run_01, run_02, run_03 and 8 more"
+    assert f"is not shown to be better than {others}.\n" in said
+    assert len(rows_of(folder / "leaderboard.csv")) == 12
+
+
+HOSTILE = ["\x1b[31mred\x1b[0m", "two\nlines", "=1+1", "@sum(1)", "- list", "\u202ereversed"]
+
+
+def test_hostile_names_and_ids_give_no_orders(alike, command):
+    """Escapes to the terminal, formulas to a spreadsheet, markup to Markdown."""
+    folder = alike(*HOSTILE)
+    ids = "=1+1", "\x1b[2Jgone"
+    rescored = score_again(lambda i, y, p: ([*ids, *i[2:]], y, p))
+    rescored(folder / HOSTILE[0])
+    shown = [ascii(name)[1:-1] for name in HOSTILE]
+    for what in ("--compare", "--leaderboard"):
+        job = command("eval.py", what, *sorted(folder.glob("*/")))
+        assert "\x1b" not in job.stdout + job.stderr and "\u202e" not in job.stdout
+    assert not [line for line in job.stdout.splitlines() if line.startswith(("lines", "=", "- l"))]
+    with open(folder / "leaderboard.csv", newline="") as f:
+        cells = [cell for row in csv.reader(f) for cell in row]
+    assert not [cell for cell in cells if len(cell) > 1 and cell[0] in "=+-@"]
+    assert "'=1+1" in cells and "'@sum(1)" in cells
+    names = [row["run"].removeprefix("'") for row in rows_of(folder / "leaderboard.csv")]
+    assert sorted(names) == sorted(name.removeprefix("'") for name in shown)
+    everything = (folder / "leaderboard.md").read_text() + (folder / "leaderboard.csv").read_text()
+    assert "\x1b" not in everything and "\u202e" not in everything
+    with open(folder / HOSTILE[0] / "predictions_test.csv", newline="") as f:
+        assert [row["participant_id"] for row in csv.DictReader(f)][:2] == ["'=1+1", ids[1]]
+    run = results.open_results("a", folder / HOSTILE[0], "test")
+    assert list(run.label_of)[:2] == list(ids)  # read back as they were
+
+
+@pytest.mark.parametrize("language", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}])
+def test_no_letter_that_the_terminal_lacks_ends_a_command(alike, language):
+    folder = alike("測試 ü", "b")
+    environment = os.environ | {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"} | language
+    script = [sys.executable, "eval.py", "--compare", *sorted(folder.iterdir())]
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"no difference between b and \\u" in done.stdout and done.stdout.isascii()
 
 
 def test_a_leaderboard_of_nothing_is_refused(tmp_path, command):

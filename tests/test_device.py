@@ -1,5 +1,6 @@
 import csv
 import glob
+import io
 import json
 import os
 import signal
@@ -361,3 +362,33 @@ def test_checkpointing_is_used_where_asked_for(written, tmp_path, monkeypatch):
     more = ["train.epochs=2", "train.activation_checkpointing=false"]
     train.main(0, quick(written, tmp_path, *TUNE, *more))
     assert len(calls) == blocks * micro_batches
+
+
+# ------------------------------------------------------------------------------------- printing
+
+
+PRINTED = "0.5 ± 0.1\n\t\x1b[2J\u202e測\n"
+ARRIVED = b"0.5 \\xb1 0.1\n\t\\x1b[2J\\u202e\\u6e2c\n"
+
+
+@pytest.mark.parametrize("how", ["alone", "a replica"])
+def test_printing_ends_no_command_and_gives_no_orders(monkeypatch, how):
+    """On a terminal that knows no letter but ASCII's."""
+    terminal = io.BytesIO()
+    with monkeypatch.context() as patch:
+        ascii_alone = io.TextIOWrapper(terminal, encoding="ascii", write_through=True)
+        patch.setattr(sys, "stdout", ascii_alone)
+        if how == "alone":
+            device.run(lambda: print(PRINTED, end=""))
+        else:
+            device.quietly(lambda rank, cfg: print(PRINTED, end=""), 0, None)
+    assert terminal.getvalue() == ARRIVED
+
+
+def test_an_error_gives_no_orders_either():
+    def fail():
+        raise ValueError("participant \x1b[2J is there twice")
+
+    with pytest.raises(SystemExit) as exit_:
+        device.run(fail)
+    assert exit_.value.code == r"error: participant \x1b[2J is there twice"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ROOT,
     TINY,
     TUNE,
     assert_scores_are_scikit_learns,
@@ -29,6 +30,7 @@ import data
 import eval as evaluation
 import ledger
 import model
+import report
 import runs
 import train
 
@@ -175,23 +177,37 @@ def test_calibrated_scores_are_of_the_flattened_answers(scored):
 @pytest.mark.parametrize(
     "name, damage, message",
     [
-        ("eval_val.json", b"", r"eval_val.json is damaged \(.*\); remove it"),
-        ("eval_val.json", b"[]", r"eval_val.json is damaged \(it holds no JSON object\); remove"),
-        (
-            "eval_val.json",
-            b'{"split": "val"}',
-            r"\(split val\) lacks .*; run eval.py on that split",
-        ),
+        ("eval_val.json", b"", r"eval_val.json is damaged \(.*\); run eval.py --ckpt .* val"),
+        ("eval_val.json", b"[]", r"eval_val.json is damaged \(it holds no JSON object\); run eval"),
+        ("eval_val.json", b'{"split": "val"}', "eval_val.json was edited, .*; run eval.py --ckpt"),
         ("metrics.jsonl", b"text", r"metrics.jsonl is damaged \(.*\); remove it"),
         (
             "metrics.jsonl",
             b"17",
             r"metrics.jsonl is damaged \(it holds no JSON object\); remove it",
         ),
+        (
+            "metrics.jsonl",
+            b'{"epoch": 1, "train/loss": "low"}',
+            r"metrics.jsonl is damaged \(low is no number\); remove it",
+        ),
+        ("metrics.jsonl", b"[" * 100_000, r"metrics.jsonl is damaged \(.*\); remove it"),
+        ("metrics.jsonl", b'{"epoch": NaN}', r"metrics.jsonl is damaged \(NaN is no finite number"),
         ("provenance.json", b"null", r"provenance.json is damaged \(.*\); remove it"),
+        (
+            "provenance.json",
+            b'{"a":' + b"[" * 900 + b"]" * 900 + b"}",
+            r"provenance.json is damaged \(.*\); remove it",
+        ),
         ("ledger.csv", b"\xff", "ledger.csv is not a CSV table in UTF-8: .*; remove it"),
         ("ledger.csv", b"a,b\n1,2\n", "ledger.csv has no column participant_id, .*; remove it"),
-        ("config.yaml", b"\xff", "config.yaml is not text in UTF-8: .*; train again"),
+        (
+            "config.yaml",
+            b"\xff",
+            "config.yaml is not a run's configuration: Unicode.*; train again",
+        ),
+        ("config.yaml", b"seed: !!timestamp x", "config.yaml is not a run's conf.*; train again"),
+        ("config.yaml", b"seed: 2026-99-99", "config.yaml is not a run's conf.*; train again"),
     ],
 )
 def test_a_damaged_file_of_the_folder_is_named(written, tmp_path, name, damage, message):
@@ -199,6 +215,38 @@ def test_a_damaged_file_of_the_folder_is_named(written, tmp_path, name, damage, 
     write_bytes(f"{run}/{name}", damage)
     with pytest.raises(ValueError, match=message):
         evaluation.evaluate_run(run, "test")
+
+
+def test_a_run_that_lacks_its_ledgers_columns_is_named(written, tmp_path):
+    """A table that another program has rewritten."""
+    run = copy_of(trained(written, "train.epochs=3"), tmp_path)
+    evaluate(run, "test")
+    write_bytes(f"{run}/ledger.csv", b"split,label,status,reason\ntest,0,used,\n")
+    with pytest.raises(
+        ValueError, match="ledger.csv has no column participant_id, volumes; remove"
+    ):
+        report.write_report(run)
+
+
+def test_success_says_what_to_do_next(written, tmp_path, command):
+    run = copy_of(trained(written, "train.epochs=3"), tmp_path)
+    job = command("eval.py", "--ckpt", run, "--split", "test")
+    *_, where, then = job.stdout.splitlines()
+    run = os.path.relpath(run)
+    assert where == f"report: {run}/report.html"
+    assert then.endswith(f"eval.py --compare {run} OTHER_RUN --split test")
+
+
+SCRIPTS = ["train.py", "eval.py", "data.py", "phantom.py"]
+SCRIPTS += [f"scripts/{name}" for name in os.listdir(f"{ROOT}/scripts") if name.endswith(".py")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_starts_nothing(command, tmp_path, monkeypatch, script):
+    before = set(os.listdir())
+    job = command(script, "--help")
+    assert job.returncode == 0 and job.stdout.startswith("usage:") and not job.stderr
+    assert set(os.listdir()) == before
 
 
 # ------------------------------------------------------------------------------- which checkpoint

@@ -226,10 +226,28 @@ def test_csv_text_is_read_back(tmp_path):
         assert list(csv.reader(f)) == [[str(cell) for cell in row] for row in rows]
 
 
+FORMULAS = ["=cmd|' /C calc'!A0", "+1", "-5", "@sum(1)", "\t=1", "'=1", "''+1"]
+NO_FORMULAS = ["'tis", "'", "-", "a=1", ""]
+
+
+def test_no_cell_is_a_formula_and_all_are_read_back(tmp_path):
+    rows = [["id", "n"], *([text, n] for n, text in enumerate(FORMULAS + NO_FORMULAS))]
+    files.write(tmp_path / "a.csv", files.csv_text(rows))
+    with open(tmp_path / "a.csv", newline="") as f:
+        cells = [row[0] for row in list(csv.reader(f))[1:]]
+    assert cells == [*(f"'{text}" for text in FORMULAS), *NO_FORMULAS]
+    assert [row["id"] for row in files.read_csv(tmp_path / "a.csv")] == FORMULAS + NO_FORMULAS
+
+
+def test_numbers_stay_numbers():
+    assert files.csv_text([["p"], [-0.5], [0.25]]) == "p\n-0.5\n0.25\n"
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
         (b"", "a.csv has no column id, y"),
+        (b"id,y,y\n1,2,3\n", "a.csv has a column twice; write it anew"),
         (b"id\n1\n", "a.csv has no column y"),
         (b"id,y\n1,2\n3\n", "a.csv: the row that begins with '3' does not have 2 cells"),
         (b"id,y\n1,2,3\n", "a.csv: the row that begins with '1' does not have 2 cells"),
@@ -244,9 +262,20 @@ def test_read_csv_says_what_is_wrong(tmp_path, data, message):
 
 def test_a_json_object():
     assert files.json_object(b'{"a": 1}', "a.json", "remove it") == {"a": 1}
-    for text in (b"", b"[1]", b"null", b"\xff"):
+    numbers = b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": ' + b"9" * 5000 + b"}"
+    brackets = b"[" * 100_000, b'{"a": ' * 100_000, b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}"
+    for text in (b"", b"[1]", b"null", b"\xff", *numbers, *brackets):
         with pytest.raises(ValueError, match=r"a.json is damaged \(.*\); remove it"):
             files.json_object(text, "a.json", "remove it")
+
+
+def test_what_no_run_has_left_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_BYTES", 1 << 20)
+    write_bytes(tmp_path / "large.json", b" " * (2 << 20))
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, message in (("large", r"damaged \(it has more than 1 MB"), ("pipe", "not a file")):
+        with pytest.raises(ValueError, match=f"{name}.json is {message}.*; train again"):
+            files.read_json(tmp_path / f"{name}.json", "train again")
 
 
 def test_first_few():

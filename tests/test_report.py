@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from helpers import answers, content, copy_of, quick, trained, write_results
+from helpers import FLOOR, answers, content, copy_of, quick, trained, write_results
 from PIL import Image
 
 import compare
@@ -114,6 +114,9 @@ def test_a_picture_shows_dollar_signs_as_they_are():
         ("a|b", r"a\|b", r"`a\|b`"),
         ("`a``b", r"\`a\`\`b", "``` `a``b ```"),
         ("a&amp;b", r"a\&amp;b", "`a&amp;b`"),
+        ("# a", r"\# a", "# a"),
+        ("- a", r"\- a", "- a"),
+        ("~~a~~", r"\~\~a\~\~", "`~~a~~`"),
     ],
 )
 def test_markdown_shows_a_name_as_it_is(text, prose, cell):
@@ -165,7 +168,7 @@ def pages(written, tmp_path_factory):
     train.main(0, cfg)
     for split in ("val", "test"):
         evaluation.evaluate_run(cfg.paths.run_dir, split)
-    floors = {name: {"balanced_accuracy": 0.3} for name in ("random encoder", "shuffled labels")}
+    floors = dict.fromkeys(("random encoder", "shuffled labels"), FLOOR)
     for seed, skill in enumerate((0.3, 0.35, 0.8)):
         name = f"a_run_with_a_rather_long_name_{seed}"
         write_results(folder / "board" / name, answers(skill, seed), floors=floors)

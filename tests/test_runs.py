@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -86,6 +87,15 @@ def test_a_run_leaves_these_pictures(whole):
     for split in ("val", "test"):
         expected |= {f"{plot}_{split}.png" for plot in ("confusion", "roc", "reliability")}
     assert set(os.listdir(f"{whole.paths.run_dir}/plots")) == expected
+
+
+@pytest.mark.parametrize("more", [[], ["train.seeds=[1,2]"]], ids=["one head", "several"])
+def test_the_last_line_says_how_to_score_the_run(written, tmp_path, capsys, more):
+    cfg = quick(written, tmp_path, "train.epochs=2", *more)
+    train.main(0, cfg)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("next: ")
+    assert last.endswith(f"eval.py --ckpt {cfg.paths.run_dir} --split test")
 
 
 def test_a_run_leaves_no_half_file(whole):
@@ -576,6 +586,24 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, junk):
         evaluate(str(tmp_path / "junk.pt"), "test")
 
 
+def test_a_checkpoint_that_would_not_fit_is_refused(run, tmp_path):
+    """Gigabytes that are compressed to megabytes, or that share their bytes."""
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"0" * (64 << 20))
+    with pytest.raises(ValueError, match="bomb.pt is not a checkpoint of .*it is compressed"):
+        evaluate(str(tmp_path / "bomb.pt"), "test")
+
+
+@pytest.mark.parametrize(
+    "key, value", [("config", [1]), ("scans", None), ("epoch", "3"), ("train_participants", 17)]
+)
+def test_a_checkpoint_of_other_kinds_is_refused(run, tmp_path, key, value):
+    saved = torch.load(run / runs.BEST, weights_only=True)
+    torch.save(saved | {key: value}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"is not a checkpoint of .* of another kind: {key}"):
+        evaluate(str(tmp_path / "other.pt"), "test")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -602,6 +630,14 @@ def test_a_folder_that_a_run_writes_is_refused_to_a_second(written, tmp_path, co
     assert done.returncode == 1 and not os.path.exists(tmp_path / "run")
     assert f"is being written by process {os.getpid()} on " in done.stderr
     assert not glob.glob(f"{tmp_path}/.*") and not glob.glob(f"{tmp_path}/*.lock")
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_encoded(written, command):
+    arguments = ["--config", "configs/demo.yaml", "paths.run_dir=/proc/x"]
+    done = command("train.py", *arguments, f"paths.data={written}", "demo.dir=null")
+    assert done.returncode == 1
+    assert done.stderr.endswith("set paths.run_dir to another folder\n")
+    assert "paths.run_dir=/proc/x cannot be written" in done.stderr
 
 
 def test_the_lock_of_a_killed_run_is_free(written, tmp_path):

@@ -33,6 +33,7 @@ ORDER = [
     "progress",
     "tracking",
     "runs",
+    "results",
     "report",
     "repeats",
     "compare",

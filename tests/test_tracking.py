@@ -3,27 +3,30 @@ import glob
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, content, read_bytes, read_predictions, settings
+from helpers import DEMO, ROOT, content, read_bytes, read_predictions, settings
 from sklearn.metrics import balanced_accuracy_score
 
+import config
+import ledger
 import metrics
 import tracking
 
 KEY = "0123456789" * 4
 
 
-def run(root, folder, mode, **variables):
+def run(root, folder, mode, more=(), **variables):
     """train.py in a process of its own, without the developer's own account."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     env |= {"HOME": str(folder), **variables}
     arguments = ["--config", "configs/demo.yaml", *settings(root, folder), f"log.wandb={mode}"]
-    script = [sys.executable, "train.py", *arguments]
+    script = [sys.executable, "train.py", *arguments, *more]
     return subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=env)
 
 
@@ -44,17 +47,36 @@ def records(path):
 
 
 @pytest.fixture(scope="module")
-def offline(written, tmp_path_factory):
-    """What a run with log.wandb=offline left: its folder, its W&B folder, the records of history
-    (list), summary (dict), run."""
-    folder = tmp_path_factory.mktemp("offline")
-    job = run(written, folder, "offline")
+def people(written, tmp_path_factory):
+    """A data set whose participants have ids that stand nowhere by chance, and one of whom has no
+    volumes, which is printed; and the ids."""
+    root, ids = shutil.copytree(written, tmp_path_factory.mktemp("people") / "data"), set()
+
+    def renamed(line):
+        participant, tab, rest = line.partition("\t")
+        ids.add(f"pseudonym-{participant}-q")
+        return f"pseudonym-{participant}-q{tab}{rest}"
+
+    for table in (root / "participants.tsv", root / "retinal_oct" / "manifest.tsv"):
+        header, *lines = table.read_text().splitlines(keepends=True)
+        assert header.split("\t")[0] in ("participant_id", "person_id")
+        table.write_text(header + "".join(map(renamed, lines)))
+    cfg = config.load(DEMO, settings(root, root.parent))
+    for sample in ledger.read(cfg).of("test")[:1]:
+        shutil.rmtree(os.path.dirname(sample.path))
+    return root, ids
+
+
+def log_offline(root, folder, *more):
+    """What a run with log.wandb=offline left: its folder, its W&B folder, what it printed, the
+    records of history (list), summary (dict), run; and all records as bytes."""
+    job = run(root, folder, "offline", more=("data.max_missing=1", *more))
     assert job.returncode == 0, job.stderr
     from wandb.proto import wandb_internal_pb2
 
     (path,) = glob.glob(f"{folder}/run/wandb/offline-run-*/run-*.wandb")
-    found = SimpleNamespace(run=f"{folder}/run", wandb=os.path.dirname(path))
-    found.history, found.summary = [], {}
+    found = SimpleNamespace(run=f"{folder}/run", wandb=os.path.dirname(path), printed=job.stdout)
+    found.history, found.summary, found.records = [], {}, b"".join(records(path))
     name_of = lambda item: item.key or "/".join(item.nested_key)
     for message in records(path):
         record = wandb_internal_pb2.Record()
@@ -68,6 +90,17 @@ def offline(written, tmp_path_factory):
         if record.HasField("run"):
             found.info = record.run
     return found
+
+
+@pytest.fixture(scope="module")
+def offline(people, tmp_path_factory):
+    return log_offline(people[0], tmp_path_factory.mktemp("offline"))
+
+
+@pytest.fixture(scope="module")
+def with_participants(people, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with_participants")
+    return log_offline(people[0], folder, "log.wandb_participants=true")
 
 
 def tables(offline):
@@ -108,18 +141,45 @@ def test_wandbs_summary_has_scores_intervals_and_alarms(offline):
     assert set(expected["alarms"]) <= set(summary["alarms"])
 
 
-def test_wandb_has_the_ledger(offline):
-    table = next(t for name, t in tables(offline).items() if name.startswith("ledger"))
-    with open(f"{offline.run}/ledger.csv", newline="") as f:
+def everything(offline):
+    """{path: bytes} of whatever wandb wrote, and the records of its log without their frames."""
+    paths = glob.glob(f"{offline.run}/wandb/**", recursive=True)
+    return {path: read_bytes(path) for path in paths if os.path.isfile(path)} | {
+        "records": offline.records
+    }
+
+
+def test_wandb_knows_nobody(offline, people):
+    assert any(participant in offline.printed for participant in people[1])  # it was there to take
+    for path, data in everything(offline).items():
+        assert b"pseudonym" not in data, path
+        assert not any(participant.encode() in data for participant in people[1]), path
+
+
+def test_wandb_collects_neither_output_nor_paths_nor_the_machine(offline, people):
+    names = {os.path.basename(path) for path in everything(offline)}
+    assert not names & {"output.log", "requirements.txt", "wandb-metadata.json", "diff.patch"}
+    assert "train loss" in offline.printed and b"train loss" not in offline.records
+    own = str(people[0]), f"{ROOT}/train.py", "configs/demo.yaml", "log.wandb=offline"
+    assert not [text for text in own if text.encode() in offline.records]
+    assert not offline.info.host and not offline.info.git.commit
+    settings = {item.key: json.loads(item.value_json) for item in offline.info.config.update}
+    assert "paths" not in settings and settings["train"]["epochs"] == 6
+
+
+def test_wandb_has_the_ledger_where_it_is_asked_for(with_participants, offline):
+    (table,) = [t for name, t in tables(with_participants).items() if name.startswith("ledger")]
+    with open(f"{with_participants.run}/ledger.csv", newline="") as f:
         header, *rows = csv.reader(f)
     assert table["columns"] == header and table["data"] == rows
+    assert not [name for name in tables(offline) if "ledger" in name]
 
 
 def test_wandb_has_the_confusion_matrix_and_the_roc_curves(offline):
     _, y, _ = read_predictions(f"{offline.run}/predictions_val.csv")
     found = tables(offline)
     confusion = next(t for name, t in found.items() if "confusion" in name)
-    assert sum(row[-1] for row in confusion["data"]) == len(y)
+    assert sum(row[-1] for row in confusion["data"]) == len(y) and len(confusion["data"]) == 16
     assert any("roc" in name for name in found)
 
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 import pickle
 import re
+import resource
 import shlex
 import struct
 import sys
@@ -452,3 +453,24 @@ def test_the_line_that_converts_a_file_does(checkpoint, tmp_path, monkeypatch, w
     assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
     if write is not npz and "SAID" in write.__code__.co_names:
         assert (loaded.num_heads, loaded.eps, loaded.assumed) == (4, 1e-6, {})
+
+
+TENSOR = torch.zeros(2**18)
+
+
+class CopiedForTpu:
+    def __reduce__(self):
+        function = torch._utils._rebuild_device_tensor_from_cpu_tensor
+        return function, (TENSOR, torch.float64, "xla:0", False)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_a_small_file_gets_little_memory(tmp_path):
+    """torch makes a copy in another dtype for each of these, 10 GB of a megabyte."""
+    state = {str(i): CopiedForTpu() for i in range(5000)}
+    torch.save({"model_state_dict": state}, tmp_path / "a.pt")
+    assert os.path.getsize(tmp_path / "a.pt") < 2e6
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match="allocate memory"):
+        weights.read_checkpoint(str(tmp_path / "a.pt"))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits

@@ -1,0 +1,238 @@
+"""What eval.py wrote of a run on a split: sealed when it is written, and checked when it is read.
+
+    result = sealed(result)                      # with the hash of all of it
+    result = read_result("runs/a", "test")       # eval_test.json: as it was written, of known kinds
+    run = open_results("a", "runs/a", "test")    # Results: with the predictions, and agreeing
+
+No number is taken at a file's word: those that are shown beside other runs, and ranked by, are
+computed again from the predictions.
+"""
+
+import functools
+import json
+import os
+import pathlib
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+from pydantic import Field
+
+import files
+import metrics
+from config import boolean, exactly
+from ledger import CLASS_NAMES
+from runs import BEST
+
+MOST_PARTICIPANTS = 50_000  # whose predictions are compared: 10,000 resamples of them are drawn
+NUM_CLASSES = len(CLASS_NAMES)
+
+# -------------------------------------------------------------------- what eval_SPLIT.json holds
+
+Text = Annotated[str, Field(strict=True, max_length=5000)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Score, Interval = Number | None, exactly(2, Number) | None  # None: undefined
+ALL_SCORES = (*metrics.SCORES, *metrics.MORE_SCORES)
+
+
+def shape(name, kinds, **optional):
+    """A pydantic model of a JSON object with these {key: kind}, and others where it has them."""
+    kinds = {key: (kind, ...) for key, kind in kinds.items()}
+    return pydantic.create_model(name, **kinds, **{key: (k, None) for key, k in optional.items()})
+
+
+def each(names, kind):
+    """{name: kind}, of scores; those of every class are lists."""
+    per_class = exactly(NUM_CLASSES, kind)
+    return {name: per_class if name in metrics.PER_CLASS else kind for name in names}
+
+
+SCORES = shape("Scores", each((*ALL_SCORES, *metrics.PER_CLASS), Score))
+INTERVALS = shape("Intervals", each((*ALL_SCORES, *metrics.PER_CLASS), Interval))
+BINS = list[shape("Bin", {"confidence": Number, "accuracy": Number, "count": Count})]
+GROUP = {"group": Text, "n": Count, "small": boolean, "balanced_accuracy": Score, "ci95": Interval}
+GROUP |= {"rest": Score, "p_above_rest": Score}
+FLOOR = {"balanced_accuracy": Number, "difference": Number, "p_value": Number}
+FLOOR |= {"difference_ci95": exactly(2, Number)}
+FLOOR["ci95"] = shape("FloorIntervals", {"balanced_accuracy": exactly(2, Number)})
+SPREAD = shape("Spread", {"mean": Number, "sd": Number, "each": list[Number]})
+CALIBRATED = each(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}
+PER_VOLUME = {"n": Count, "ci95": shape("VolumeIntervals", each(ALL_SCORES, Interval))}
+RESULT = {
+    "split": Literal["val", "test"],
+    **dict.fromkeys(("run", "data", "scanner", "anatomic_region", "content_sha256"), Text),
+    **dict.fromkeys(("encoder_sha256", "checkpoint_sha256", "labels_sha256"), Text),
+    "predictions_sha256": Text,
+    **dict.fromkeys(("n", "participants", "volumes", "epoch"), Count),
+    **each((*ALL_SCORES, *metrics.PER_CLASS), Score),
+    **dict.fromkeys(("balanced_accuracy", "accuracy", "macro_f1", "log_loss"), Number),
+    "majority_baseline": Number,
+    **dict.fromkeys(("true_counts", "predicted_counts"), exactly(NUM_CLASSES, Count)),
+    "confusion_matrix": exactly(NUM_CLASSES, exactly(NUM_CLASSES, Count)),
+    **{"ci95": INTERVALS, "chance": INTERVALS, "majority": SCORES, "random": SCORES},
+    "chance_band": exactly(2, Number),
+    "reliability": BINS,
+    "subgroups": dict[Text, list[shape("Group", GROUP)]],
+    "per_volume": shape("PerVolume", each(ALL_SCORES, Score) | PER_VOLUME),
+    "alarms": list[Text],
+    "unreadable": list[shape("Unreadable", {"participant_id": Text, "path": Text, "reason": Text})],
+}
+SEEDS = shape("Seeds", {"seeds": list[Count], "balanced_accuracy": SPREAD})
+MODEL = shape(
+    "Result",
+    RESULT,
+    floors=dict[Text, shape("Floor", FLOOR)],
+    seeds=SEEDS,
+    temperature=Number,
+    calibrated=shape("Calibrated", CALIBRATED),
+)
+
+
+def sealed(result):
+    """A result with the hash of all of it, by which read_result notices an edit."""
+    return result | {"content_sha256": content_hash(result)}
+
+
+def content_hash(result):
+    content = {key: value for key, value in result.items() if key != "content_sha256"}
+    return files.hashed(json.dumps(content, sort_keys=True))
+
+
+def read_result(folder, split):
+    """eval_SPLIT.json of a run -> dict. ValueError, with what to do, where it was edited or holds
+    anything else than eval.py writes."""
+    path, again = pathlib.Path(folder, f"eval_{split}.json"), how_to_score(folder, split)
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no eval_{split}.json; {again}")
+    result = files.read_json(path, again)
+    if result.get("content_sha256") != content_hash(result):
+        raise ValueError(
+            f"{path} was edited, or written by another version: it is not what its own "
+            f"content_sha256 says; {again}"
+        )
+    try:
+        MODEL.model_validate(result)
+    except pydantic.ValidationError as error:
+        unusable = files.first_few(dict.fromkeys(e["loc"][0] for e in error.errors()))
+        raise ValueError(f"{path} has no {unusable} that can be used; {again}") from error
+    if result["split"] != split:
+        raise ValueError(f"{path} is about split {result['split']}; {again}")
+    if ("temperature" in result) != ("calibrated" in result):
+        raise ValueError(f"{path} has temperature or calibrated alone; {again}")
+    return result
+
+
+def how_to_score(folder, split):
+    """What to do about a result that cannot be used. Results of RUN/last.pt are in RUN/last."""
+    checkpoint = f"{folder}.pt" if os.path.isfile(f"{folder}.pt") else folder
+    return f"run eval.py --ckpt {checkpoint} --split {split}"
+
+
+# ------------------------------------------------------------------ a result and its predictions
+
+
+@dataclass
+class Results:
+    """What eval.py wrote of a run on a split."""
+
+    name: str
+    result: dict  # eval_SPLIT.json
+    label_of: dict  # {participant: class}
+    p_of: dict  # {participant: probabilities (K,)}
+
+
+def open_results(name, folder, split):
+    """Read what eval.py wrote -> Results. ValueError when the files do not belong together, or do
+    not agree."""
+    result, again = read_result(folder, split), how_to_score(folder, split)
+    path, checkpoint = pathlib.Path(folder, f"eval_{split}.json"), pathlib.Path(folder, BEST)
+    table = path.with_name(f"predictions_{split}.csv")
+    if not table.is_file() or files.sha256(table) != result["predictions_sha256"]:
+        raise ValueError(f"{table} is not what {path} was computed from; {again}")
+    if checkpoint.is_file() and files.sha256(checkpoint) != result["checkpoint_sha256"]:
+        raise ValueError(f"{checkpoint} is not the checkpoint that {path} is about; {again}")
+    run = Results(name, result, *read_predictions(table, again))
+    check_scores(run, table, again)
+    return run
+
+
+def read_predictions(table, again):
+    """predictions_SPLIT.csv -> {participant: class}, {participant: probabilities (K,)}. ValueError
+    where it holds anything else."""
+    columns = [f"p{k}" for k in range(NUM_CLASSES)]
+    rows = files.read_csv(table, ["participant_id", "y_true", *columns], again)
+    if not 0 < len(rows) <= MOST_PARTICIPANTS:
+        raise ValueError(f"{table} has {len(rows)} participants; {again}")
+    label_of, p_of = {}, {}
+    for row in rows:
+        participant = row["participant_id"]
+        try:
+            label, p = int(row["y_true"]), [float(row[column]) for column in columns]
+        except ValueError:
+            label, p = -1, [np.nan]
+        if not (0 <= label < NUM_CLASSES and metrics.are_distributions(np.array(p))):
+            raise ValueError(
+                f"{table}: participant {participant[:40]} has no class and probabilities that can "
+                f"be used; {again}"
+            )
+        if participant in label_of:
+            raise ValueError(f"{table}: participant {participant[:40]} is there twice; {again}")
+        label_of[participant], p_of[participant] = label, p
+    return label_of, p_of
+
+
+def check_scores(run, table, again):
+    """ValueError unless the numbers that are shown and ranked by are those of the predictions."""
+    result = run.result
+    y, p = (np.array(list(values.values())) for values in (run.label_of, run.p_of))
+    cells = np.bincount(NUM_CLASSES * y + p.argmax(axis=1), minlength=NUM_CLASSES**2)
+    expected = metrics.score(y, p, NUM_CLASSES) | {"participants": len(y)}
+    present = np.array(expected["true_counts"]) > 0
+    expected["confusion_matrix"] = np.reshape(cells, (NUM_CLASSES, -1))
+    expected["majority_baseline"] = max(expected["true_counts"]) / len(y)
+    expected["majority"] = {"balanced_accuracy": 1 / present.sum()}
+    if present.all():  # the shares of all classes add up to 1, whatever training's are
+        expected["random"] = {"balanced_accuracy": 1 / NUM_CLASSES}
+    wrong = [name for name, value in expected.items() if not agree(result[name], value)]
+    if not wrong:
+        interval, band = interval_and_band(list(run.label_of), y, p)
+        expected = {"ci95": {"balanced_accuracy": interval}, "chance_band": band}
+        wrong = [name for name, value in expected.items() if not agree(result[name], value)]
+    if wrong:
+        names = files.first_few(wrong)
+        raise ValueError(f"{names} in eval.py's result are not those of {table}; {again}")
+    # the numbers are right, so these alarms are theirs; others are those of groups, and eval.py's
+    missing = set(metrics.alarms(result | {"subgroups": {}})) - set(result["alarms"])
+    if missing:
+        raise ValueError(f"eval.py's result lacks an alarm of {table}: {min(missing)}; {again}")
+
+
+def agree(found, expected):
+    """Are two numbers, lists of them (None: undefined), or the expected part of a dict the same?"""
+    if isinstance(expected, dict):
+        return all(agree(found[name], value) for name, value in expected.items())
+    found, expected = np.array(found, dtype=float), np.array(expected, dtype=float)
+    return np.allclose(found, expected, rtol=0, atol=1e-9, equal_nan=True)
+
+
+def interval_and_band(ids, y, p):
+    """The 95 % interval and the chance band of balanced accuracy, as metrics.evaluate computes them
+    beside those of all other scores, in a hundredth of its time."""
+    of_class = np.bincount(y, minlength=NUM_CLASSES)
+    weight = 1 / (np.maximum(of_class, 1) * (of_class > 0).sum())  # (K,) of a right answer
+    answers = p.argmax(axis=1)
+    resampled = metrics.resample(y, ids) @ (weight[y] * (answers == y))  # (R,)
+    first, member = metrics.participants(y, ids)
+    labels = permutations(tuple(y[first].tolist()))[:, member]  # (R, n)
+    permuted = (weight[labels] * (labels == answers)).sum(axis=1)
+    return metrics.interval(resampled), metrics.interval(permuted)
+
+
+@functools.lru_cache(maxsize=2)
+def permutations(labels):
+    """The permutations of labels, a tuple, that metrics.permuted_scores draws -> (R, n). Kept, for
+    runs that can be compared have the same."""
+    repeated = np.tile(labels, (metrics.RESAMPLES, 1))
+    return np.random.default_rng(0).permuted(repeated, axis=1)
