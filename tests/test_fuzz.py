@@ -1,7 +1,7 @@
 """Damaged files of every kind that octprobe reads: the right result or one sentence, within ten
 seconds and a gigabyte; never another exception, a hang or the end of the process.
 
-Encoder files and run folders have their own in test_weights.py and test_compare.py.
+Encoder files and run folders have their own in test_fuzz_encoder.py and test_results.py.
 """
 
 import multiprocessing
