@@ -730,3 +730,25 @@ def test_google_is_tried_again(google, short_waits, scans, tmp_path):
     google.faults[:] = [breaks, is_wrong]
     google.opened.clear()
     assert read_bytes(b2.fetch(scans, tmp_path / "files")) == CONTENT and len(google.opened) == 3
+
+
+# ------------------------------------------------------------------------------ what is named at once
+
+
+@pytest.mark.parametrize("content", ["B2_REALM=x\n".encode("utf-16"), b"# caf\xe9\nB2_REALM=x\n"])
+def test_an_env_file_that_is_no_utf8_is_named_at_once(store, tmp_path, monkeypatch, content):
+    with store() as server:
+        (tmp_path / ".env").write_bytes(content)
+        monkeypatch.setattr(b2, "ENV_FILE", str(tmp_path / ".env"))
+        with stops_at_once(server, [], PermissionError, ".env is not text in UTF-8"):
+            b2.find(URL)
+
+
+@pytest.mark.parametrize(
+    "realm", ["https://", "https://host:99999", "http://host:port", "ftp://host", "https:/host"]
+)
+def test_an_endpoint_that_cannot_be_is_named_at_once(store, monkeypatch, realm):
+    with store() as server:
+        monkeypatch.setenv("B2_REALM", realm)
+        with stops_at_once(server, [], PermissionError, f"B2_REALM={realm} is no endpoint"):
+            b2.find(URL)
