@@ -732,7 +732,7 @@ def test_google_is_tried_again(google, short_waits, scans, tmp_path):
     assert read_bytes(b2.fetch(scans, tmp_path / "files")) == CONTENT and len(google.opened) == 3
 
 
-# ------------------------------------------------------------------------------ what is named at once
+# -------------------------------------------------------------------------- what is named at once
 
 
 @pytest.mark.parametrize("content", ["B2_REALM=x\n".encode("utf-16"), b"# caf\xe9\nB2_REALM=x\n"])
