@@ -129,15 +129,30 @@ def test_make_preview_draws(project, first):
 def test_a_real_checkpoint_that_is_not_there(project):
     done = make(project, "probe", "CKPT=single_domain_01")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert (
-        "error: b2:// needs a key: set B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY" in done.stderr
-    )
+    assert "put your bucket's name for YOUR-BUCKET, or a local path" in done.stderr
 
 
 def test_a_config_that_is_not_there(project):
     done = make(project, "probe", "CKPT=no_such_config")
     assert done.returncode != 0
     assert "no_such_config" in done.stderr and "Traceback" not in done.stderr
+    assert "demo.yaml" in done.stderr  # one of those that are there
+
+
+def test_make_alone_trains_nothing_and_prints_its_targets(project):
+    done = make(project)
+    assert done.returncode == 0 and "train.py" not in done.stdout
+    for target in ("probe finetune", "sweep", "check", "doctor", "CKPT=demo"):
+        assert target in done.stdout
+
+
+def test_the_doctor_says_what_is_right_and_what_to_mend(project):
+    done = make(project, "doctor")
+    lines = done.stdout.splitlines()[1:]
+    assert done.returncode == 0 and len(lines) == 7
+    assert all(line.startswith("ok    ") for line in lines)
+    done = make(project, "doctor", "CKPT=single_domain_01")
+    assert done.returncode != 0 and "MEND  paths.data=b2://YOUR-BUCKET" in done.stdout
 
 
 def test_make_finetune_lays_its_settings_over_the_checkpoints(project):
@@ -146,7 +161,7 @@ def test_make_finetune_lays_its_settings_over_the_checkpoints(project):
         "train.py --config configs/single_domain_01.yaml --config configs/finetune.yaml "
         "paths.run_dir=runs/cls_single_domain_01_finetune"
     ) in done.stdout
-    assert done.returncode != 0 and "error: b2:// needs a key" in done.stderr
+    assert done.returncode != 0 and "for YOUR-BUCKET" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +413,9 @@ def test_the_exit_code_of_the_real_process(tmp_path):
 
 def test_real_configs_say_within_seconds_what_to_set(command):
     result = command("train.py", "--config", "configs/single_domain_01.yaml")
+    assert result.returncode == 1 and "put your bucket's name for YOUR-BUCKET" in result.stderr
+    local = ["paths.data=b2://bucket/data", "paths.checkpoint_path=b2://bucket/a.pt"]
+    result = command("train.py", "--config", "configs/single_domain_01.yaml", *local)
     message = "error: b2:// needs a key: set B2_APPLICATION_KEY_ID and B2_APPLICATION_KEY in"
     assert result.returncode == 1 and result.stderr.startswith(message)
 
