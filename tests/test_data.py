@@ -213,6 +213,7 @@ def admit_all(root, overrides):
         volumes.load(i)
 
 
+@pytest.mark.slow
 def test_the_limit_holds_among_processes_and_after_kills(written, tmp_path):
     """Four processes fill a cache of ten volumes; two are killed while they do."""
     arguments = str(written), settings(written, tmp_path)

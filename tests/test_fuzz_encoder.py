@@ -239,6 +239,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb.__name__)
 def test_bombs(tmp_path, bomb):
     path = str(tmp_path / "bomb.pt")

@@ -249,6 +249,7 @@ def test_the_demo_writes_below_its_folder_only(tmp_path, demo):
 # ------------------------------------------------------------------------------ when it is ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_what_is_ended_while_it_writes_leaves_nothing_for_ever(tmp_path, number):
     script = f"import phantom; phantom.write_dataset({str(tmp_path / 'data')!r}, 60, processes=2)"
