@@ -146,6 +146,7 @@ def test_make_alone_trains_nothing_and_prints_its_targets(project):
         assert target in done.stdout
 
 
+@pytest.mark.slow
 def test_the_doctor_says_what_is_right_and_what_to_mend(project):
     done = make(project, "doctor")
     lines = done.stdout.splitlines()[1:]
@@ -420,6 +421,7 @@ def test_real_configs_say_within_seconds_what_to_set(command):
     assert result.returncode == 1 and result.stderr.startswith(message)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_a_sentence_and_leaves_no_half_file(written, tmp_path):
     """No file may grow over 20 kB, as on a disk that fills: the first cached volume (131 kB) cannot
     be written."""

@@ -370,6 +370,7 @@ ODD = ["cls_$A_$B", "<i>&amp;", "a|b", "測試 ü", "x`y", "cls_\udce9"]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the picture's font has no Chinese
+@pytest.mark.slow
 def test_odd_names_of_runs_are_ranked_and_shown_as_they_are(tmp_path, command):
     for n, name in enumerate(ODD):
         write_results(tmp_path / name, answers(0.5, n))

@@ -587,6 +587,7 @@ def test_from_a_faulty_store_as_from_a_folder_bit_for_bit(written, bucket, comma
         assert not [secret for secret in (server.key_id, server.key, *tokens) if secret in text]
 
 
+@pytest.mark.slow
 def test_a_second_run_downloads_nothing(written, bucket, command, tmp_path):
     with bucket(written) as server:
         first, *_ = train_and_eval(command, remote(tmp_path))
@@ -607,6 +608,7 @@ def test_a_second_run_downloads_nothing(written, bucket, command, tmp_path):
         assert "0 volumes encoded" not in again.stdout
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_heals(written, bucket, command, tmp_path):
     with bucket(written):
         run, *_ = train_and_eval(command, remote(tmp_path))
@@ -735,6 +737,7 @@ def test_a_corrupt_encoder_is_named_as_the_config_names_it(written, bucket, comm
         assert last.startswith(f"error: {ENCODER_URL} is not a checkpoint")
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_in_mid_run_stops_it_soon(written, bucket, command, tmp_path):
     with bucket(written) as server:
         refused = of_scans(Fault(status=503))

@@ -70,6 +70,7 @@ def rows_of(path):
     "processes",
     [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_any_number_of_processes_gives_one_result(written, tmp_path, processes):
     alone = trained(written, *MLP)
     output = run(written, tmp_path, f"device.processes={processes}")  # with a cache of its own
@@ -266,6 +267,7 @@ def wait_for_end(pids, seconds):
     ],
     ids=["an error of the user's", "a bug", "killed", "an exit status"],
 )
+@pytest.mark.slow
 def test_the_others_end_with_it(tmp_path, how, code, message, has_traceback):
     (tmp_path / "script.py").write_text(DIES.format(root=ROOT, how=how))
     process = start(tmp_path / "script.py")
@@ -287,6 +289,7 @@ def test_the_others_end_with_it(tmp_path, how, code, message, has_traceback):
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_nobody_outlives_the_parent(tmp_path, number):
     (tmp_path / "script.py").write_text(DIES.format(root=ROOT, how="pass"))
     listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)

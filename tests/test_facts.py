@@ -120,6 +120,7 @@ def test_the_patient_id_tells_where_folders_do_not(dataset, configure):
 
 
 @pytest.mark.parametrize("cached", ["nothing", "volumes and features"])
+@pytest.mark.slow
 def test_a_manifest_that_is_shifted_later_is_found_in_spite_of_the_cache(dataset, command, cached):
     flat(dataset)
     arguments = ["--config", "configs/demo.yaml", "train.epochs=2"]
@@ -262,6 +263,7 @@ def test_one_scan_twice_of_one_participant_is_used_once(dataset, configure):
     )
 
 
+@pytest.mark.slow
 def test_a_scan_that_passes_from_training_to_test_stops_the_evaluation(
     dataset, command, one_scan_of_two, tmp_path
 ):
@@ -296,6 +298,7 @@ NEAR = {
 
 
 @pytest.mark.parametrize("change", NEAR.values(), ids=NEAR)
+@pytest.mark.slow
 def test_nearly_the_same_scan_of_two_participants_is_an_alarm(
     dataset, command, one_scan_of_two, tmp_path, change
 ):

@@ -109,6 +109,7 @@ def test_a_volume_has_the_features_of_its_path_in_every_order(written, configure
 # -------------------------------------------------------------------------------- augmented views
 
 
+@pytest.mark.slow
 def test_views_are_encoded_once_and_all_are_trained_on(written, configure, encoded, monkeypatch):
     rows, forward = set(), heads.Heads.forward
 

@@ -307,6 +307,7 @@ def heads_of(folder):
     ],
     ids=["rates", "losses", "MLP", "attentive", "attentive MLP"],
 )
+@pytest.mark.slow
 def test_every_head_is_what_it_would_be_alone(written, tmp_path, grid, more):
     cfg = swept(written, tmp_path, grid, *more)
     train.main(0, cfg)

@@ -207,6 +207,7 @@ def test_the_majority_floor(case):
 
 
 @pytest.mark.parametrize("case", ["random", "class absent"])
+@pytest.mark.slow
 def test_the_random_floor(case):
     y, p = CASES[case]
     result = metrics.evaluate(y, p, prior=PRIOR)["random"]
@@ -284,6 +285,7 @@ def slow_values(y, p, draws, draw):
     return slow
 
 
+@pytest.mark.slow
 def test_intervals_equal_a_slow_bootstrap():
     y, p = random_case(signal=0.8)
     result, rng = metrics.evaluate(y, p), np.random.default_rng(1)
@@ -296,6 +298,7 @@ def test_intervals_equal_a_slow_bootstrap():
         assert result["ci95"][name] == interval_like(values), name
 
 
+@pytest.mark.slow
 def test_chance_bands_equal_slow_permutations():
     y, p = random_case(signal=0.8)
     result, rng = metrics.evaluate(y, p), np.random.default_rng(1)
@@ -594,6 +597,7 @@ def test_compare_on_a_single_participant():
     assert metrics.compare([2], right, wrong)["difference"] == 1
 
 
+@pytest.mark.slow
 def test_compare_false_alarms_and_power():
     """Two equal models: p < 0.05 in about 5 % of data sets; a gap of 20 points is found."""
     rng, y = np.random.default_rng(3), np.repeat([0, 1, 2, 3], 40)

@@ -223,6 +223,7 @@ def demo(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 def test_the_demo_is_written_once(demo):
     cfg = demo()
     phantom.prepare(cfg)

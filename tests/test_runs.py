@@ -234,6 +234,7 @@ def test_what_a_kill_left_goes_with_the_next_start(written, tmp_path):
         assert not [name for name in os.listdir(f"{tmp_path}/run") if name.endswith(".part")]
 
 
+@pytest.mark.slow
 def test_killed_while_training_then_run_again(written, tmp_path, command):
     args = [*DEMO, *settings(written, tmp_path), warm(written)]
     long = ["train.epochs=400", "train.early_stopping.enabled=false"]
@@ -350,6 +351,7 @@ def tuned(written):
 @pytest.mark.parametrize(
     "moment", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 6))]
 )
+@pytest.mark.slow
 def test_killed_within_an_epoch_and_resumed_equals_uninterrupted_bit_for_bit(
     written, tuned, command, tmp_path, moment
 ):

@@ -167,6 +167,7 @@ def test_wandb_collects_neither_output_nor_paths_nor_the_machine(offline, people
     assert "paths" not in settings and settings["train"]["epochs"] == 6
 
 
+@pytest.mark.slow
 def test_wandb_has_the_ledger_where_it_is_asked_for(with_participants, offline):
     (table,) = [t for name, t in tables(with_participants).items() if name.startswith("ledger")]
     with open(f"{with_participants.run}/ledger.csv", newline="") as f:
