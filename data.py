@@ -94,10 +94,9 @@ class Volumes:
         identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         return self.cache_dir / "checksums" / files.hashed(identity)
 
-    def facts(self, i):
-        """What the file of volume i says of itself, and its pixels; None where it has not been
-        decoded yet. Unreadable where it names another participant."""
-        key = self.key(i)
+    def facts(self, i, key):
+        """What the file of volume i, whose key this is, says of itself, and its pixels; None where
+        it has not been decoded yet. Unreadable where it names another participant."""
         found = key and files.load_json(self.cache_dir / "facts" / f"{key}.json")
         if not found or found.get("reading") != READING:
             return None
@@ -120,20 +119,20 @@ class Volumes:
             raise Unreadable(f"{source.path} is not there any more") from None
         key = self.key(i)
         kept = self.folder / f"{key}.npy"
-        volume = self.facts(i) and files.load_array(kept, np.float16, self.size)
+        volume = self.facts(i, key) and files.load_array(kept, np.float16, self.size)
         if volume is None:
             # not named by the key: another size needs the same file fetched
             lock = self.cache_dir / "locks" / files.hashed(self.content(i))
             with files.locked(lock, self.stop):
                 try:
                     # another process may have made it in the meantime
-                    volume = self.facts(i) and files.load_array(kept, np.float16, self.size)
+                    volume = self.facts(i, key) and files.load_array(kept, np.float16, self.size)
                     if volume is None:
                         volume, found = self.make(source, decode)
                         kept.unlink(missing_ok=True)  # of an earlier version
                         note = self.cache_dir / "facts" / f"{key}.json"
                         files.write(note, json.dumps(found))
-                        self.facts(i)  # checked
+                        self.facts(i, key)  # checked
                         self.admit(kept, volume)
                 finally:
                     lock.unlink()
@@ -259,8 +258,7 @@ def start_worker():
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    files.end_with_parent()
 
 
 # ------------------------------------------------------------------------ augmentation and sampling
@@ -359,11 +357,12 @@ def deep_check(cfg, book):
     lenient = copy.deepcopy(cfg)
     lenient.data.max_missing = len(book.samples)  # all problems are to be seen, not the first
     cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
-    volumes = Volumes(book.samples, volume_size(cfg), *cache, book.ids)
+    size = volume_size(cfg, None if cfg.data.image_size else encoders_image_size(cfg))
+    volumes = Volumes(book.samples, size, *cache, book.ids)
     order, scans = range(len(volumes.samples)), {}
     with contextlib.closing(stream(volumes, book, order, lenient)) as arriving:
-        for i, _, volume in tqdm(arriving, "open", len(order), unit="volume"):
-            path, found = volumes.samples[i].path, volumes.facts(i)
+        for i, key, volume in tqdm(arriving, "open", len(order), unit="volume"):
+            path, found = volumes.samples[i].path, volumes.facts(i, key)
             book.facts[path] = found
             kind = " ".join(filter(None, [found["scanner"], found["protocol"]]))
             middle = volume[0, volume.shape[1] // 2]  # (1, D, H, W) -> (H, W)
@@ -378,21 +377,22 @@ def deep_check(cfg, book):
         print(f"B-scans, one of each scanner and protocol: {path}")
 
 
-def volume_size(cfg):
-    """(D, H, W) of the volumes that the config's encoder sees."""
-    import model
-
-    if cfg.data.image_size:
-        return tuple(cfg.data.image_size)
-    name = cfg.paths.checkpoint_path
-    size = model.load_encoder(
-        b2.local(name, cfg.paths.cache_dir, cfg.data.fetch_deadline)
-    ).image_size
+def volume_size(cfg, image_size):
+    """(D, H, W) of the volumes that the encoder sees: data.image_size, or its own image_size."""
+    size = cfg.data.image_size or image_size
     if size is None:
         raise ValueError(
-            f"{name} does not say its image_size; set data.image_size=[depth, height, width]"
+            f"{cfg.paths.checkpoint_path} does not say its image_size; set "
+            "data.image_size=[depth, height, width]"
         )
-    return size
+    return tuple(size)
+
+
+def encoders_image_size(cfg):
+    import model
+
+    path = b2.local(cfg.paths.checkpoint_path, cfg.paths.cache_dir, cfg.data.fetch_deadline)
+    return model.load_encoder(path, cfg.model.encoder).image_size
 
 
 def main():

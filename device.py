@@ -10,8 +10,8 @@ The only file that names torch_xla, torch.cuda and torch.distributed.
 
 XLA: through xmp.spawn, a replica for every core of the host (with PJRT_DEVICE=CPU, one). CUDA and
 CPU: device.processes replicas on this host, which talk by nccl or gloo; with 1, main runs in this
-process. Every replica calls the same functions in the same order. Needs torch alone, and torch_xla
-where it is chosen.
+process. Every replica calls the same functions in the same order. Needs torch, files.py beside it,
+and torch_xla where it is chosen.
 """
 
 import contextlib
@@ -35,6 +35,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from files import end_with_parent
 
 
 def choose(backend):
@@ -178,11 +180,6 @@ def replica(rank, world, main, cfg, backend, meeting, failures):
     sys.stderr.flush()
     # at once: threads may still fetch, and a peer may wait
     os._exit(failure if isinstance(failure, int) else bool(failure))
-
-
-def end_with_parent():
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @dataclass

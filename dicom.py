@@ -105,7 +105,8 @@ def data_set(path_or_file):
         room = CEILING + 2**24  # for the elements beside the pixels
         content = inflate.decompress(file.read(), room)
         if not inflate.eof:
-            check_room(CEILING + 1 if len(content) == room else 0)
+            if len(content) == room:  # and there is more
+                check_room(room)
             raise ValueError("its deflated content is cut short")
         ds = pydicom.dcmread(io.BytesIO(content), force=True)
         ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian

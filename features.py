@@ -121,11 +121,7 @@ def open_encoder(cfg):
             f"model.pool_method=attentive needs an encoder whose width is a multiple of "
             f"{model.HEAD_DIM}, but that of {name} is {width} wide; set model.pool_method=mean"
         )
-    size = cfg.data.image_size or module.image_size
-    if size is None:
-        raise ValueError(
-            f"{name} does not say its image_size; set data.image_size=[depth, height, width]"
-        )
+    size = data.volume_size(cfg, module.image_size)
     module.check_size(size)
     if cfg.model.pool_method == "attentive" and any(
         n > most for n, most in zip(cfg.model.token_grid, module.grid(size))
@@ -136,7 +132,7 @@ def open_encoder(cfg):
             "set at most those"
         )
     module.requires_grad_(False)
-    return Encoder(module, tuple(size), model.weights_hash(module))
+    return Encoder(module, size, model.weights_hash(module))
 
 
 def assumptions(assumed):
@@ -303,7 +299,7 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
     x, encoded = torch.zeros(len(samples), *shape_of(cfg)), 0
 
     def is_kept(i, key):
-        found = volumes.facts(i) if kept else None
+        found = volumes.facts(i, key) if kept else None
         feature = kept.load(key) if found else None
         if feature is None:
             return False
@@ -342,7 +338,7 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
             x[i] = torch.from_numpy(array)
             if kept:
                 files.save_array(kept.path(key), array)
-                book.facts[samples[i].path] = volumes.facts(i)
+                book.facts[samples[i].path] = volumes.facts(i, key)
             encoded += 1
             bar.update()
     return device.all_sum(x.to(dev)).cpu(), encoded

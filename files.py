@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -113,6 +114,13 @@ def local_folder(path, key):
             f"{key}={path} cannot be written, for {parent} cannot; set {key} to another one"
         )
     return path
+
+
+def end_with_parent():
+    """First thing of a process of ours: from now on it ends when its parent does, however that
+    ends."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # --------------------------------------------------------------------------------- locks and hashes

@@ -161,16 +161,21 @@ def read(cfg):
             notes.append(f"participant {pid}: {person.reason}")
     hashes = {name: sha256(path) for name, path in tables.items()}
     book = Ledger(list(people.values()), used, notes, describe(cfg), hashes, ids=ids)
-    for sample in used[:]:  # .../<scanner>/<participant>/<file>
+    strike_by_folder(book, cfg)
+    return book
+
+
+def strike_by_folder(book, cfg):
+    """Strike the volumes that lie in another participant's folder, .../<participant>/<file>."""
+    for sample in book.samples[:]:
         folder = PurePath(sample.path).parent.name
-        other = facts.other_participant(folder, sample.participant_id, ids)
+        other = facts.other_participant(folder, sample.participant_id, book.ids)
         if other:
             book.strike(
                 sample,
                 f"{shown([sample.path], cfg)} belongs to participant {other} by its folder, and to "
                 f"{sample.participant_id} by the manifest",
             )
-    return book
 
 
 def local_copy(cfg, name):

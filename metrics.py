@@ -229,12 +229,16 @@ def resample(y_true, ids=None):
     return weights if ids is None else weights[:, member]
 
 
+def permutations(labels):
+    """RESAMPLES permutations of labels (n,), always the same -> (R, n)."""
+    return np.random.default_rng(0).permuted(np.tile(labels, (RESAMPLES, 1)), axis=1)
+
+
 def permuted_scores(y_true, probabilities, ids=None):
     """The scores of these predictions when the labels are permuted among the participants -> as
     `scores`, with R = RESAMPLES."""
     first, member = participants(y_true, ids)
-    labels = np.tile(y_true[first], (RESAMPLES, 1))  # (R, participants)
-    permuted = np.random.default_rng(0).permuted(labels, axis=1)[:, member]  # (R, n)
+    permuted = permutations(y_true[first])[:, member]  # (R, n)
     # every row stands there once with each class as its label, and has weight where a permutation
     # gives it that label
     classes = np.unique(y_true)

@@ -30,7 +30,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -444,12 +443,6 @@ def is_running(pid):
     return True
 
 
-def end_with_parent():
-    """First thing of a process that writes: it ends when its parent does, however that ends."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def write_dataset(
     root, participants=60, seed=0, effect="boosted", scale=(1 / 8, 1 / 4, 1 / 8), processes=None
 ):
@@ -483,7 +476,9 @@ def write_dataset(
     # fork starts in no time and needs no importable __main__. It is safe beside torch because the
     # children only run numpy, scipy and pydicom: torch's threads, which do not survive a fork, are
     # never called there.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), end_with_parent)
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("fork"), files.end_with_parent
+    )
     facts = {"effect": effect, "participants": participants, "seed": seed, "scale": scale}
     try:
         with_oct = [person for person in people if person["retinal_oct"] == "TRUE"]

@@ -188,6 +188,16 @@ class Fold:
     held: heads.Predictions
 
 
+def check_folds(cfg, labels):
+    """ValueError where data.cv asks for more folds than a class has participants (labels (n,))."""
+    counts = np.bincount(labels, minlength=len(ledger.CLASSES))
+    if cfg.data.cv and counts.min() < cfg.data.cv:
+        raise ValueError(
+            f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; "
+            f"there are {counts.tolist()}"
+        )
+
+
 def cross_validate(fit, cfg, seeds, train, val):
     """The Folds of every seed: of the participants of train and val, stratified by class.
 
@@ -197,11 +207,7 @@ def cross_validate(fit, cfg, seeds, train, val):
     everybody = train.with_others(val)
     ids, labels = list(everybody.participants), np.array(list(everybody.participants.values()))
     num_classes = len(ledger.CLASSES)
-    if np.bincount(labels, minlength=num_classes).min() < cfg.data.cv:
-        raise ValueError(
-            f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; "
-            f"there are {np.bincount(labels).tolist()}"
-        )
+    check_folds(cfg, labels)
     found = []
     for seed in seeds:
         folds = StratifiedKFold(cfg.data.cv, shuffle=True, random_state=seed).split(ids, labels)

@@ -232,7 +232,5 @@ def interval_and_band(ids, y, p):
 
 @functools.lru_cache(maxsize=2)
 def permutations(labels):
-    """The permutations of labels, a tuple, that metrics.permuted_scores draws -> (R, n). Kept, for
-    runs that can be compared have the same."""
-    repeated = np.tile(labels, (metrics.RESAMPLES, 1))
-    return np.random.default_rng(0).permuted(repeated, axis=1)
+    """metrics.permutations of labels, a tuple; kept, for comparable runs have the same."""
+    return metrics.permutations(labels)

@@ -109,13 +109,14 @@ def locked(cfg):
 
 @dataclass
 class Run:
-    """A run in training. identity: what it is known by, in every checkpoint; earlier: the last.pt
-    that it goes on from, None for a new run."""
+    """A run in training. identity: what it is known by, in every checkpoint; scans: facts.summary
+    of its volumes; earlier: the last.pt that it goes on from, None for a new run."""
 
     folder: str
     cfg: object
     book: ledger.Ledger
     identity: dict
+    scans: dict
     dev: torch.device
     wandb: object
     earlier: dict
@@ -126,8 +127,7 @@ class Run:
 
     def save(self, name, content):
         """A checkpoint: the run's identity and content, with all tensors on the CPU."""
-        scans = facts.summary(self.book.samples, self.book.facts)
-        whole = device.to_host({**self.identity, "scans": scans, **content})
+        whole = device.to_host({**self.identity, "scans": self.scans, **content})
         self.write(name, lambda file: torch.save(whole, file))
 
     def prepare(self):
@@ -295,7 +295,8 @@ def start(cfg, book, encoder, train, val, dev, needed):
     folder = os.path.expanduser(cfg.paths.run_dir)
     earlier = resumable(folder, identity, needed) if cfg.train.resume == "auto" else None
     wandb_run = tracking.start(cfg, folder, earlier and earlier["wandb"])
-    return Run(folder, cfg, book, identity, dev, wandb_run, earlier)
+    scans = facts.summary(book.samples, book.facts)
+    return Run(folder, cfg, book, identity, scans, dev, wandb_run, earlier)
 
 
 def resumable(folder, identity, needed):

@@ -277,12 +277,7 @@ def check_classes(cfg, book):
     """ValueError, before anything is encoded, where the sampler or the class weights need every
     class in training and one is not there, or where a class has too few people for data.cv."""
     people = {s.participant_id: s.label for s in book.of("train") + book.of("val")}
-    counts = [list(people.values()).count(label) for label in range(len(ledger.CLASSES))]
-    if cfg.data.cv and min(counts) < cfg.data.cv:
-        raise ValueError(
-            f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; "
-            f"there are {counts}"
-        )
+    repeats.check_folds(cfg, list(people.values()))
     if cfg.data.sampler == "stratified":
         ledger.check_classes(book, "data.sampler=stratified")
     for scheme in cfg.train.sweep.class_weights or [cfg.train.class_weights]:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from types import SimpleNamespace
 
 import imagecodecs
@@ -108,6 +109,12 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 # ----------------------------------------------------------------------------------- DICOM files
+
+
+def smooth_volume(frames, rows, columns, top=255, dtype=np.uint8):
+    """A random walk over each frame, from 0 to top."""
+    walk = np.random.default_rng(0).normal(size=(frames, rows, columns)).cumsum(1).cumsum(2)
+    return ((walk - walk.min()) / np.ptp(walk) * top).astype(dtype)
 
 
 def codestream(syntax, frame):
@@ -210,6 +217,19 @@ def read_bytes(path):
 def write_bytes(path, data):
     with open(path, "wb") as f:
         f.write(data)
+
+
+def zipped(files, compression=zipfile.ZIP_STORED):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+def files_of(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def edit(path, change):

@@ -11,7 +11,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
-from helpers import change_dicom, read_bytes, write_bytes, write_dicom
+from helpers import change_dicom, read_bytes, smooth_volume, write_bytes, write_dicom
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
@@ -28,14 +28,9 @@ import dicom
 import volumes
 
 
-def smooth(frames, rows, columns, top=255, dtype=np.uint8):
-    walk = np.random.default_rng(0).normal(size=(frames, rows, columns)).cumsum(1).cumsum(2)
-    return ((walk - walk.min()) / np.ptp(walk) * top).astype(dtype)
-
-
 @pytest.fixture(scope="module")
 def volume():
-    return smooth(8, 24, 30)
+    return smooth_volume(8, 24, 30)
 
 
 def written(tmp_path, volume, change=None, syntax=ExplicitVRLittleEndian, **elements):
@@ -170,7 +165,7 @@ def test_monochrome1_is_inverted(tmp_path, volume, dtype):
 
 
 def test_monochrome1_of_12_bits_with_a_rescale(tmp_path):
-    values = smooth(6, 20, 22, 4095, np.uint16)
+    values = smooth_volume(6, 20, 22, 4095, np.uint16)
     elements = {"BitsStored": 12, "HighBit": 11, "PhotometricInterpretation": "MONOCHROME1"}
     elements |= {"RescaleSlope": 2, "RescaleIntercept": -7}
     read = volumes.read_dicom(written(tmp_path, values, **elements))
@@ -195,7 +190,7 @@ def test_a_modality_lookup_table_is_applied(tmp_path, volume):
 
 def test_bits_above_the_value_are_cleared(tmp_path):
     """Overlays in the top bit, and values of 10 bits that begin at bit 3."""
-    values = smooth(6, 20, 22, 1023, np.uint16)
+    values = smooth_volume(6, 20, 22, 1023, np.uint16)
     overlay = (np.random.default_rng(3).random(values.shape) < 0.1).astype(np.uint16) << 15
     for shift, high in ((0, 9), (3, 12)):
         path = written(tmp_path, (values << shift) | overlay, BitsStored=10, HighBit=high)
@@ -203,7 +198,7 @@ def test_bits_above_the_value_are_cleared(tmp_path):
 
 
 def signed_of_12_bits():
-    return smooth(6, 20, 22, 4095, np.int16) - 2048
+    return smooth_volume(6, 20, 22, 4095, np.int16) - 2048
 
 
 @pytest.mark.parametrize("extended", [True, False], ids=["sign extended", "zeros above"])
@@ -233,7 +228,7 @@ def jpeg2000(frame):
     ids=["JPEG 2000", "JPEG-LS"],
 )
 def test_overlay_bits_of_compressed_frames_are_cleared(tmp_path, encode, syntax):
-    values = smooth(6, 40, 42, 4095, np.uint16)
+    values = smooth_volume(6, 40, 42, 4095, np.uint16)
     overlay = (np.random.default_rng(3).random(values.shape) < 0.1).astype(np.uint16) << 15
     change = compressed([encode(frame) for frame in values | overlay], syntax)
     path = written(tmp_path, values, change, BitsStored=12, HighBit=11)
@@ -241,7 +236,7 @@ def test_overlay_bits_of_compressed_frames_are_cleared(tmp_path, encode, syntax)
 
 
 def test_overlay_bits_in_rle_are_cleared(tmp_path):
-    values = smooth(6, 40, 42, 4095, np.uint16)
+    values = smooth_volume(6, 40, 42, 4095, np.uint16)
     overlay = (np.random.default_rng(3).random(values.shape) < 0.1).astype(np.uint16) << 15
     path = written(tmp_path, values | overlay, syntax=RLELossless)
     change_dicom(path, lambda ds: ds.update({"BitsStored": 12, "HighBit": 11}))
@@ -262,13 +257,13 @@ def set_bits(ds):
 
 def test_values_wider_than_their_bits_are_refused(tmp_path):
     """Masking them would fold a bright retina over into a dark one."""
-    values = smooth(6, 20, 22, 4095, np.uint16)
+    values = smooth_volume(6, 20, 22, 4095, np.uint16)
     message = refusal(written(tmp_path, values, set_bits))
     assert "use bit 8" in message and "BitsStored 8" in message
 
 
 def test_an_overlay_that_the_file_names_may_lie_beside_the_value(tmp_path):
-    values = smooth(6, 20, 22, 255, np.uint16)
+    values = smooth_volume(6, 20, 22, 255, np.uint16)
     overlay = (np.random.default_rng(3).random(values.shape) < 0.1).astype(np.uint16) << 8
 
     def change(ds):
@@ -282,7 +277,7 @@ def test_an_overlay_that_the_file_names_may_lie_beside_the_value(tmp_path):
 
 @pytest.mark.parametrize("stored, high", [(12, 9), (12, 16), (20, 19)])
 def test_bits_that_contradict_each_other_are_refused(tmp_path, stored, high):
-    values = smooth(6, 20, 22, 4095, np.uint16)
+    values = smooth_volume(6, 20, 22, 4095, np.uint16)
     message = refusal(written(tmp_path, values, BitsStored=stored, HighBit=high))
     assert "contradict each other" in message
 
@@ -340,7 +335,7 @@ INTERLEAVED = np.r_[0:20:2, 1:20:2]
 @SAYS
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, JPEG2000Lossless], ids=["raw", "j2k"])
 def test_frames_are_put_in_order(tmp_path, parts, syntax):
-    scan = smooth(20, 40, 42)
+    scan = smooth_volume(20, 40, 42)
     for at in (INTERLEAVED, np.random.default_rng(0).permutation(20)):
         path = written(tmp_path, scan[at], positioned(at, **parts), syntax)
         read, facts = volumes.read(path)
@@ -355,13 +350,13 @@ def test_frames_are_put_in_order(tmp_path, parts, syntax):
 
 @SAYS
 def test_frames_in_order_are_left_alone(tmp_path, parts):
-    scan = smooth(20, 24, 30)
+    scan = smooth_volume(20, 24, 30)
     read, facts = volumes.read(written(tmp_path, scan, positioned(range(20), **parts)))
     assert np.array_equal(read, scan) and facts["notes"] == []
 
 
 def test_rescales_go_with_their_frames(tmp_path):
-    scan = smooth(20, 24, 30)
+    scan = smooth_volume(20, 24, 30)
 
     def change(ds):
         positioned(INTERLEAVED, stack=1)(ds)
@@ -397,7 +392,7 @@ UNCLEAR = {
 
 @pytest.mark.parametrize("change", UNCLEAR.values(), ids=UNCLEAR)
 def test_what_does_not_say_an_order_clearly_leaves_that_of_storage(tmp_path, change):
-    scan = smooth(20, 24, 30)
+    scan = smooth_volume(20, 24, 30)
     read, facts = volumes.read(written(tmp_path, scan, change))
     assert np.array_equal(read, scan) and facts["notes"] == []
 
@@ -408,7 +403,9 @@ def test_several_stacks_are_refused(tmp_path):
         for group in ds.PerFrameFunctionalGroupsSequence[12:]:
             group.FrameContentSequence[0].StackID = "2"
 
-    assert "2 stacks of frames (1, 2)" in refusal(written(tmp_path, smooth(20, 24, 30), change))
+    assert "2 stacks of frames (1, 2)" in refusal(
+        written(tmp_path, smooth_volume(20, 24, 30), change)
+    )
 
 
 PARTS = [
@@ -586,7 +583,7 @@ def with_noise():
     return blank(7) + (np.random.default_rng(0).random((16, 64, 64)) < 0.5)
 
 
-SHOW_NOTHING = [blank(0), blank(255), with_a_logo(), with_noise(), smooth(16, 64, 64, 2)]
+SHOW_NOTHING = [blank(0), blank(255), with_a_logo(), with_noise(), smooth_volume(16, 64, 64, 2)]
 
 
 @pytest.mark.parametrize("scan", SHOW_NOTHING, ids=["black", "white", "logo", "noise", "binary"])
@@ -597,13 +594,13 @@ def test_a_volume_that_shows_nothing_is_unreadable(tmp_path, scan):
 
 
 def test_a_faint_volume_is_read(tmp_path):
-    scan = smooth(16, 64, 64, 12)
+    scan = smooth_volume(16, 64, 64, 12)
     array = volumes.decode_volume(written(tmp_path, scan), (16, 64, 64))
     assert abs(array.astype(np.float32).std() - 1) < 1e-3
 
 
 def test_blank_frames_are_a_note(tmp_path):
-    scan = smooth(16, 64, 64)
+    scan = smooth_volume(16, 64, 64)
     scan[3:9] = 0
     _, facts = volumes.read(written(tmp_path, scan))
     assert facts["notes"] == ["6 of 16 frames that were read are blank"]

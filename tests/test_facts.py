@@ -67,8 +67,8 @@ def opened(cfg):
     cfg.data.max_missing = 10**6
     cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
     kept = data.Volumes(book.samples, SIZE, *cache, book.ids)
-    for i, _, _ in data.stream(kept, book, range(len(kept.samples)), cfg):
-        book.facts[kept.samples[i].path] = kept.facts(i)
+    for i, key, _ in data.stream(kept, book, range(len(kept.samples)), cfg):
+        book.facts[kept.samples[i].path] = kept.facts(i, key)
     return book, ledger.compare_files(book, kept.samples, facts.NOTHING)
 
 

@@ -21,7 +21,7 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
-from helpers import TINY, read_bytes, write_bytes
+from helpers import TINY, files_of, read_bytes, write_bytes, zipped
 
 import model
 import phantom
@@ -87,19 +87,6 @@ def state_of():
 
 def saved(state, path, config=None, **options):
     torch.save({"model_state_dict": state, "config": config or {}}, path, **options)
-
-
-def zipped(files, compression=zipfile.ZIP_STORED):
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", compression) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return content.getvalue()
-
-
-def files_of(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def expanded(path):

@@ -8,7 +8,15 @@ import pydicom
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FIXTURES, change_dicom, codestream, read_bytes, write_bytes, write_dicom
+from helpers import (
+    FIXTURES,
+    change_dicom,
+    codestream,
+    read_bytes,
+    smooth_volume,
+    write_bytes,
+    write_dicom,
+)
 from pydicom.uid import (
     JPEG2000,
     DeflatedExplicitVRLittleEndian,
@@ -100,8 +108,7 @@ SYNTAXES = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def volume():
     """(20, 24, 30), smooth."""
-    smooth = np.random.default_rng(0).normal(size=(20, 24, 30)).cumsum(1).cumsum(2)
-    return ((smooth - smooth.min()) / np.ptp(smooth) * 255).astype(np.uint8)
+    return smooth_volume(20, 24, 30)
 
 
 @SYNTAXES

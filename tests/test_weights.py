@@ -4,7 +4,6 @@ for, and TorchScript in disguise, are in test_model.py; bombs are in test_fuzz_e
 import collections
 import decimal
 import gzip
-import io
 import json
 import os
 import pathlib
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import TINY
+from helpers import TINY, files_of, zipped
 
 import model
 import weights
@@ -41,19 +40,6 @@ def saved(content, tmp_path):
     path = str(tmp_path / "encoder.pt")
     torch.save(content, path)
     return path
-
-
-def zipped(files, compression=zipfile.ZIP_STORED):
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", compression) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return content.getvalue()
-
-
-def files_of(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
 
 
 # ---- formats that are read
