@@ -42,7 +42,10 @@ def project(tmp_path_factory):
 
 
 def make(project, *args):
-    return subprocess.run(["make", *args], cwd=project, capture_output=True, text=True)
+    """`make` as from a shell: without the variables by which `make test-slow` tells a make that it
+    is called by another, for then it prints the folders that it enters as well."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(["make", *args], cwd=project, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
