@@ -387,7 +387,7 @@ def local(path, cache_dir, deadline=300):
     source = find(path, deadline)
     if not is_remote(path):
         return source.path
-    folder = os.path.join(local_folder(cache_dir, "paths.cache_dir"), "files")
+    folder = os.path.join(local_folder(cache_dir, "paths.cache_dir", must_write=False), "files")
     return fetch(source, folder, deadline, bar=source.size > 20e6)
 
 

@@ -9,6 +9,11 @@
 read_dicom and preprocess are those of volumes.py. scripts/preview.py draws what augmentation does.
 """
 
+if __name__ in ("__main__", "__mp_main__"):
+    import begin
+
+    begin.process()
+
 import contextlib
 import copy
 import itertools
@@ -30,6 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import b2
+import begin
 import facts
 import files
 import ledger
@@ -60,7 +66,7 @@ class Volumes:
 
     def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300, ids=()):
         self.samples, self.size, self.ids = list(samples), tuple(size), ids
-        self.cache_dir = Path(files.local_folder(cache_dir, "paths.cache_dir"))
+        self.cache_dir = Path(files.local_folder(cache_dir, "paths.cache_dir", must_write=False))
         self.folder = self.cache_dir / "volumes"
         self.limit, self.deadline = cache_gb * 1e9, deadline
         self.is_counted = False  # has this process counted what the cache holds?
@@ -258,7 +264,7 @@ def start_worker():
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    files.end_with_parent()
+    begin.end_with_parent()
 
 
 # ------------------------------------------------------------------------ augmentation and sampling

@@ -10,7 +10,7 @@ The only file that names torch_xla, torch.cuda and torch.distributed.
 
 XLA: through xmp.spawn, a replica for every core of the host (with PJRT_DEVICE=CPU, one). CUDA and
 CPU: device.processes replicas on this host, which talk by nccl or gloo; with 1, main runs in this
-process. Every replica calls the same functions in the same order. Needs torch, files.py beside it,
+process. Every replica calls the same functions in the same order. Needs torch, begin.py beside it,
 and torch_xla where it is chosen.
 """
 
@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from files import end_with_parent
+from begin import end_with_parent
 
 
 def choose(backend):
@@ -232,12 +232,27 @@ def quietly(main, rank, cfg):
         main(rank, cfg)
 
 
+# what torch and Python say with an error of the program's own kind, and what it means
+SHORTAGES = {
+    "can't start new thread": "the system starts no further thread",
+    "can't allocate memory": "out of memory",
+    "out of memory": "out of memory",
+}
+MORE_ROOM = (
+    "allow this process more (ulimit -v, ulimit -u), or lower data.batch_size, data.prefetch, "
+    "data.num_workers or device.processes"
+)
+
+
 def explain(error):
     """One sentence for what the user can mend; a traceback for the rest, and with python -X dev."""
     if isinstance(error, (ValueError, OSError)) and not sys.flags.dev_mode:
         if isinstance(error, OSError) and error.filename and error.strerror:
             return printable(f"error: {error.filename}: {error.strerror}")  # without "[Errno 2]"
         return printable(f"error: {error}")
+    shortage = next((words for sign, words in SHORTAGES.items() if sign in str(error)), None)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and shortage):
+        return f"error: {shortage or 'out of memory'}; {MORE_ROOM}"
     return "".join(traceback.format_exception(error)).rstrip()
 
 
@@ -257,10 +272,11 @@ def print_safely():
 
 def run(command):
     """Call a script's command(): an error is one sentence and exit status 1, Ctrl-C is 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of begin.process
     print_safely()
     try:
         command()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sys.exit(explain(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

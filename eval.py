@@ -10,6 +10,11 @@ checkpoint; the others read these. --leaderboard writes leaderboard.md, .csv and
 A row is a participant: probabilities are averaged over both eyes and repeated scans.
 """
 
+if __name__ in ("__main__", "__mp_main__"):
+    import begin
+
+    begin.process()
+
 import argparse
 import functools
 import json

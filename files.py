@@ -21,7 +21,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import sys
@@ -36,6 +35,13 @@ from tqdm import tqdm
 # of a file that a run left and that is read whole; most have some hundred kB
 MOST_BYTES = 64 << 20
 FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)  # how a text begins that a spreadsheet computes
+
+
+FORBIDDEN = errno.EACCES, errno.EROFS, errno.EPERM
+FORBIDDEN_REMEDY = (
+    "; allow this user to write there, or set paths.cache_dir and paths.run_dir to folders of "
+    "your own"
+)
 
 
 class Stopped(Exception):
@@ -73,6 +79,8 @@ def write(path, data):
                 "no space left on the disk; make room, or set paths.cache_dir and paths.run_dir to "
                 "another one"
             )
+        elif error.errno in FORBIDDEN:
+            reason += FORBIDDEN_REMEDY
         raise OSError(error.errno, f"not written: {reason}", path) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -81,6 +89,8 @@ def write(path, data):
 def remove_abandoned(folder, age):
     """Remove the temporary files that killed writers left in a folder: those that nobody has
     touched for `age` seconds."""
+    if not os.access(folder, os.W_OK):
+        return  # it is for reading alone
     for path in Path(folder).glob("*.part"):
         # not found: its writer has just finished, or another process removed it first
         with contextlib.suppress(FileNotFoundError):
@@ -98,9 +108,10 @@ def size_of(folder):
     return total
 
 
-def local_folder(path, key):
+def local_folder(path, key, must_write=True):
     """Path of a folder to write to, with ~ expanded; it need not exist. ValueError naming the
-    config key when it cannot be written."""
+    config key when it cannot be written. must_write=False: one that exists may be for reading
+    alone, as a cache that holds everything may be; what is written there all the same fails."""
     if "://" in str(path):
         raise ValueError(
             f"{key}={path}: results and caches are written to a local folder; set {key} to one"
@@ -109,21 +120,26 @@ def local_folder(path, key):
     parent = os.path.abspath(path)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+    may_write = os.access(parent, os.W_OK) or (parent == os.path.abspath(path) and not must_write)
+    if not os.path.isdir(parent) or not may_write:
         raise ValueError(
             f"{key}={path} cannot be written, for {parent} cannot; set {key} to another one"
         )
     return path
 
 
-def end_with_parent():
-    """First thing of a process of ours: from now on it ends when its parent does, however that
-    ends."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 # --------------------------------------------------------------------------------- locks and hashes
+
+
+@contextlib.contextmanager
+def what_to_do():
+    """Within, an OSError about what this user may not write says what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FORBIDDEN:
+            error.strerror += FORBIDDEN_REMEDY
+        raise
 
 
 @contextlib.contextmanager
@@ -133,11 +149,13 @@ def locked(path, stop=None):
 
     The holder may remove or rename the file. The lock of a process that is killed is free.
     """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     stop = stop or threading.Event()
     for tries in itertools.count(1):
-        # unbuffered: on a full disk, closing would fail too
-        with open(path, "a+b", buffering=0) as file:
+        with what_to_do():
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            # unbuffered: on a full disk, closing would fail too
+            opened = open(path, "a+b", buffering=0)  # noqa: SIM115
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))

@@ -40,6 +40,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
+import begin
 import files
 
 # phantom.yaml says what its numbers mean and where they come from
@@ -122,10 +123,10 @@ def draw_vessels(rng):
         arcade = disc_x - 9 * t, disc_y * (1 - t) + height * (1 - (1 - t) ** 4) + wobble()
         curves.append((*arcade, 0.15 - 0.06 * t))
         # their branches towards the centre, which itself is free of vessels
-        for begin in rng.integers(40, 330, 5):
+        for start in rng.integers(40, 330, 5):
             end = np.array([rng.uniform(-2.8, 2.8), up * rng.uniform(-0.4, 0.5)])
             end *= max(1, 0.5 / np.hypot(*end))
-            branch = [a[begin] * (1 - t) + b * t + wobble() for a, b in zip(arcade, end)]
+            branch = [a[start] * (1 - t) + b * t + wobble() for a, b in zip(arcade, end)]
             curves.append((*branch, rng.uniform(0.07, 0.1) - 0.02 * t))
     # a few on the nasal side of the disc
     for angle in rng.uniform(-1.4, 1.4, 4):
@@ -477,7 +478,7 @@ def write_dataset(
     # children only run numpy, scipy and pydicom: torch's threads, which do not survive a fork, are
     # never called there.
     pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("fork"), files.end_with_parent
+        processes, multiprocessing.get_context("fork"), begin.end_with_parent
     )
     facts = {"effect": effect, "participants": participants, "seed": seed, "scale": scale}
     try:

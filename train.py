@@ -20,6 +20,11 @@ the augmentation              data.augment
 which head and epoch is best  progress.better
 """
 
+if __name__ in ("__main__", "__mp_main__"):
+    import begin
+
+    begin.process()
+
 import contextlib
 import math
 import random

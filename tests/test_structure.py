@@ -11,6 +11,7 @@ from helpers import ROOT
 
 # a file imports only files above it
 ORDER = [
+    "begin",
     "config",
     "files",
     "losses",
