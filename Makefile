@@ -2,14 +2,17 @@
 .DEFAULT_GOAL := help
 ## CKPT=demo            the name of a file in configs/: which checkpoint, on which data
 ## MODE=probe           probe, or the name of a file in configs/ to lay over it: attentive, finetune, knn, ...
+## TASK=                the label: the name of a file in configs/tasks/; AI-READI's diabetes label where empty
 ## PYTHON=python3.11    the Python that makes .venv
 CKPT ?= demo
 MODE ?= probe
+TASK ?=
 PYTHON ?= python3.11
 finetune preview: MODE = finetune
-RUN = runs/cls_$(CKPT)$(if $(filter-out probe,$(MODE)),_$(MODE))
-CONFIGS = --config configs/$(CKPT).yaml$(if $(filter-out probe,$(MODE)), --config configs/$(MODE).yaml)
-NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)_$(MODE))
+RUN = runs/cls_$(CKPT)$(if $(TASK),_$(TASK))$(if $(filter-out probe,$(MODE)),_$(MODE))
+TASK_CONFIG = $(if $(TASK), --config configs/tasks/$(TASK).yaml)
+CONFIGS = --config configs/$(CKPT).yaml$(TASK_CONFIG)$(if $(filter-out probe,$(MODE)), --config configs/$(MODE).yaml)
+NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)$(if $(TASK),_$(TASK))_$(MODE))
 
 .PHONY: help doctor probe finetune sweep preview check setup setup-xla lint test test-slow test-xla \
     bench bench-limits bench-times tpu-setup tpu-train tpu-fetch clean
@@ -31,7 +34,7 @@ MODES ?= probe
 sweep: setup  ## train and score all CKPTS in all MODES, then the leaderboard
 	@failed=; runs=; for ckpt in $(CKPTS); do for mode in $(MODES); do echo; echo "== $$ckpt, $$mode"; \
 	    if $(MAKE) --no-print-directory probe CKPT=$$ckpt MODE=$$mode RESUME=auto; \
-	    then runs="$$runs runs/cls_$$ckpt"; [ $$mode = probe ] || runs="$${runs}_$$mode"; else failed="$$failed $$ckpt/$$mode"; fi; \
+	    then runs="$$runs runs/cls_$$ckpt$(if $(TASK),_$(TASK))"; [ $$mode = probe ] || runs="$${runs}_$$mode"; else failed="$$failed $$ckpt/$$mode"; fi; \
 	done; done; echo; \
 	[ -z "$$runs" ] || .venv/bin/python eval.py --leaderboard $$runs || failed="$$failed leaderboard"; \
 	[ -z "$$failed" ] || { echo "FAILED, and not in the leaderboard:$$failed; what they print is above"; exit 1; }
@@ -40,10 +43,10 @@ preview: setup  ## draw augmented views of CKPT's volumes
 	.venv/bin/python scripts/preview.py $(CONFIGS) runs/preview_$(CKPT).png
 
 check: setup  ## who is in the data, who is missing and why; with DEEP=1, every volume is opened
-	.venv/bin/python data.py$(if $(DEEP), --deep) --config configs/$(CKPT).yaml
+	.venv/bin/python data.py$(if $(DEEP), --deep) --config configs/$(CKPT).yaml$(TASK_CONFIG)
 
 doctor: setup  ## is this machine ready? packages, GPU or TPU, disk, memory, B2, W&B
-	.venv/bin/python scripts/doctor.py --config configs/$(CKPT).yaml
+	.venv/bin/python scripts/doctor.py --config configs/$(CKPT).yaml$(TASK_CONFIG)
 
 setup: .venv/installed  ## install the pinned packages into .venv
 setup-xla: .venv-xla/installed

@@ -14,8 +14,7 @@ import numpy as np
 import device
 import files
 import metrics
-from ledger import LABELS
-from report import draw_leaderboard, number, png, render, span, text_table
+from report import draw_leaderboard, number, png, render, span, text_table, units
 from results import open_results
 
 
@@ -61,10 +60,13 @@ def reason_not_comparable(a, b):
             f"other labels: participant {first[:40]} is of class {a.label_of[first]} in {a.name} "
             f"and {b.label_of[first]} in {b.name} ({len(relabelled)} such)"
         )
+    names_a, names_b = a.result["classes"], b.result["classes"]
+    if names_a != names_b:
+        return f"other classes: {', '.join(names_a)} and {', '.join(names_b)}"
     hash_a, hash_b = a.result["labels_sha256"], b.result["labels_sha256"]
     if hash_a != hash_b:
         return (
-            f"other labels: {LABELS} of {a.name} (sha256 {hash_a[:12]}) "
+            f"other labels: the table of {a.name} (sha256 {hash_a[:12]}) "
             f"is not that of {b.name} ({hash_b[:12]})"
         )
     return None
@@ -74,7 +76,8 @@ def compare_pairs(runs):
     """metrics.compare_all of Results that can be compared, in the first one's order."""
     ids = list(runs[0].label_of)
     probabilities = {run.name: np.array([run.p_of[i] for i in ids]) for run in runs}
-    return metrics.compare_all(list(runs[0].label_of.values()), probabilities, ids)
+    people = [runs[0].participant_of[i] for i in ids]
+    return metrics.compare_all(list(runs[0].label_of.values()), probabilities, people)
 
 
 def compare(folders, split):
@@ -105,10 +108,10 @@ def compare(folders, split):
         for run in runs
     ]
     lines = [
-        f"{split}, {len(first.label_of)} participants, {first.result['data']}\n",
+        f"{split}, {len(first.label_of)} {units(first.result)}, {first.result['data']}\n",
         f"{text_table(header, rows)}\n",
     ]
-    volumes = {f"{run.result['scanner']}, {run.result['anatomic_region']}" for run in runs}
+    volumes = {run.result["volumes_asked"] for run in runs}
     if len(volumes) > 1:
         what = "these runs saw other volumes of the same participants"
         lines.append(f"note: {what}: {'; '.join(sorted(volumes))}")
@@ -190,7 +193,11 @@ def rank(runs):
     runs that can be compared with each other is.
     """
     runs = sorted(runs, key=lambda r: (-r.result["balanced_accuracy"], r.result["log_loss"]))
-    seen = lambda run: (frozenset(run.label_of.items()), run.result["labels_sha256"])
+    seen = lambda run: (
+        frozenset(run.label_of.items()),
+        tuple(run.result["classes"]),
+        run.result["labels_sha256"],
+    )
     [(largest, _)] = Counter(map(seen, runs)).most_common(1)
     first = next(run for run in runs if seen(run) == largest)
     reasons = {run.name: reason_not_comparable(first, run) for run in runs}

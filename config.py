@@ -85,6 +85,13 @@ def different(values):
     return values
 
 
+def any_order(axes):
+    names = [name.strip() for name in axes.split(",")]
+    if sorted(names) != ["columns", "frames", "rows"]:
+        raise ValueError
+    return ",".join(names)
+
+
 boolean = described("true or false", bool, strict=True)
 text = described(
     "a text, in quotes where YAML would read something else",
@@ -98,11 +105,75 @@ image_size = described(
     exactly(3, Annotated[int, Field(strict=True, gt=0)]),
 )
 class_weights = described(
-    "auto, effective, none or a list of 4 numbers >= 0",
-    Literal["auto", "effective", "none"] | exactly(4, number(0)),
+    "auto, effective, none or a list of numbers >= 0, one for each class",
+    Literal["auto", "effective", "none"] | list[number(0)],
+)
+axes = described(
+    "frames, rows and columns in the order in which the file has them, such as rows,columns,frames",
+    str,
+    AfterValidator(any_order),
+)
+ordinal_choices = described(
+    f"auto, or {words_of(choices(boolean))}", Literal["auto"] | choices(boolean)
 )
 different_seeds = Annotated[list[integer(0)], AfterValidator(different), Field(min_length=1)]
 seeds = optional(described("a list of different seeds", different_seeds))
+
+
+def texts(value):
+    """What stands in a cell of a table, as YAML gives it: a text or a number."""
+    if type(value) not in (str, int, float):  # YAML reads yes, no, true and false as booleans
+        raise ValueError
+    return str(value)
+
+
+def listed(values):
+    """One value, or a list of different ones -> the list, as texts."""
+    return different([texts(v) for v in (values if isinstance(values, list) else [values])])
+
+
+def named_values(values):
+    """{value: name shown}, or a list of values that are their own names -> the dict, as texts."""
+    names = values if isinstance(values, dict) else dict(zip(listed(values), listed(values)))
+    names = {texts(value): texts(name) for value, name in names.items()}
+    if len(set(names.values())) < 2 or not all(names.values()):
+        raise ValueError
+    return names
+
+
+def asked_for(columns):
+    return {texts(column): listed(values) for column, values in columns.items()}
+
+
+def increasing(values):
+    if sorted(set(values)) != values:
+        raise ValueError
+    return values
+
+
+columns = described(
+    "a column's name, or a list of names that are accepted",
+    list[text],
+    BeforeValidator(listed),
+    min_length=1,
+)
+classes = described(
+    "a mapping of every value in the table to the name shown, in order, or a list of values; two "
+    "classes or more; in quotes where YAML would read something else (yes, no)",
+    dict,
+    BeforeValidator(named_values),
+    max_length=1000,
+)
+where = described(
+    "a mapping of columns to a value or a list of values, in quotes where YAML would read "
+    "something else (yes, no)",
+    dict,
+    BeforeValidator(asked_for),
+)
+finite = Annotated[float, BeforeValidator(not_boolean), Field(allow_inf_nan=False)]
+thresholds = described(
+    "a list of numbers that increase", list[finite], AfterValidator(increasing), min_length=1
+)
 LOSSES = one_of("ce", "focal", "label_smoothing", "logit_adjustment", "balanced_softmax", "ordinal")
 
 KEYS = {
@@ -112,8 +183,29 @@ KEYS = {
     "paths.checkpoint_path": text,
     "paths.cache_dir": text,
     "paths.run_dir": text,
-    "data.scanner": text,
-    "data.anatomic_region": text,
+    "data.task": optional(text),
+    "data.labels": text,
+    "data.participants": optional(text),
+    "data.manifest": optional(text),
+    "data.columns.participant": columns,
+    "data.columns.label": text,
+    "data.columns.split": optional(text),
+    "data.columns.file": text,
+    "data.columns.eye": optional(text),
+    "data.columns.site": optional(text),
+    "data.columns.age": optional(text),
+    "data.columns.has_oct": optional(text),
+    "data.classes": classes,
+    "data.thresholds": optional(thresholds),
+    "data.ordered": boolean,
+    "data.unit": one_of("participant", "eye", "volume"),
+    "data.where": where,
+    "data.split.val": number(0, below=1),
+    "data.split.test": number(0, below=1),
+    "data.scanner": optional(text),
+    "data.anatomic_region": optional(text),
+    "data.axes": optional(axes),
+    "data.variable": optional(text),
     "data.image_size": optional(image_size),
     "data.batch_size": integer(1),
     "data.num_workers": integer(0, 257),
@@ -156,7 +248,7 @@ KEYS = {
     "train.sweep.weight_decay": choices(number(0)),
     "train.sweep.class_weights": choices(class_weights),
     "train.sweep.loss": choices(LOSSES),
-    "train.sweep.ordinal": choices(boolean),
+    "train.sweep.ordinal": ordinal_choices,
     "train.precision": one_of("fp32", "bf16"),
     "train.micro_batch": integer(1),
     "train.activation_checkpointing": boolean,
@@ -186,6 +278,7 @@ def check_together(cfg):
     """ValueError where values that are fine by themselves contradict each other, or where one asks
     for something that would not happen."""
     trains = not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch >= 0  # sooner or later
+    check_classes(cfg)
     check_encoder(cfg, trains)
     heads = math.prod(len(values) for values in vars(cfg.train.sweep).values() if values)
     if heads > MOST_HEADS:
@@ -197,6 +290,45 @@ def check_together(cfg):
     if cfg.model.head.kind != "network":
         check_reference(cfg)
     check_augmentation(cfg, trains)
+
+
+def class_names(cfg):
+    """The names of the classes, in order: a class is the place of its name."""
+    return tuple(dict.fromkeys(cfg.data.classes.values()))
+
+
+def check_classes(cfg):
+    """What depends on how many classes there are, and on whether they are in an order."""
+    number = len(class_names(cfg))
+    if cfg.data.thresholds and len(cfg.data.thresholds) != number - 1:
+        raise ValueError(
+            f"data.thresholds={cfg.data.thresholds} makes {len(cfg.data.thresholds) + 1} classes, "
+            f"and data.classes names {number}; name one for each interval"
+        )
+    for name in ("train.class_weights", "train.sweep.class_weights"):
+        schemes = cfg.train.sweep.class_weights if "sweep" in name else [cfg.train.class_weights]
+        for scheme in schemes or []:
+            if isinstance(scheme, list) and len(scheme) != number:
+                raise ValueError(
+                    f"{name}={scheme} has {len(scheme)} numbers, and there are {number} classes "
+                    "(data.classes); give one for each"
+                )
+    ordinal = {
+        "model.head.ordinal=true": cfg.model.head.ordinal,
+        "train.loss=ordinal": cfg.train.loss == "ordinal",
+        "train.sweep.ordinal": True in (cfg.train.sweep.ordinal or []),
+        "train.sweep.loss": "ordinal" in (cfg.train.sweep.loss or []),
+    }
+    for name in (name for name, is_asked in ordinal.items() if is_asked and not cfg.data.ordered):
+        raise ValueError(
+            f"{name} is for classes that are in an order, and data.ordered=false says that these "
+            "are not; set data.ordered=true, or do without"
+        )
+    if cfg.data.split.val + cfg.data.split.test >= 1:
+        raise ValueError(
+            f"data.split.val={cfg.data.split.val} and data.split.test={cfg.data.split.test} leave "
+            "nobody for training; set less"
+        )
 
 
 def check_placeholders(cfg):
@@ -346,7 +478,7 @@ def flatten(tree, prefix=""):
         name, part = f"{prefix}{key}", {}
         if value is None and name == "train.sweep":
             part = {key: None for key in KEYS if key.startswith("train.sweep.")}
-        elif isinstance(value, dict) and value:
+        elif isinstance(value, dict) and value and name not in KEYS:
             part = flatten(value, name + ".")
         elif value not in (None, {}) or name not in SECTIONS:
             part = {name: value}  # else a section whose keys are all commented out
@@ -523,12 +655,25 @@ def resolve(tree, overrides, where, places=None):
             got = repr(flat[name])[:200]
             raise ValueError(f"{name} must be {words_of(kind)}; got {got}{place}") from None
     cfg = nest(checked)
+    name_task(cfg, {override.partition("=")[0] for override in overrides})
+    if cfg.train.sweep.ordinal == "auto":
+        cfg.train.sweep.ordinal = [False, True] if cfg.data.ordered else None
     try:
         check_together(cfg)
     except ValueError as error:
         named = [f"{key}: {place}" for key, place in places.items() if f"{key}=" in str(error)]
         raise ValueError(f"{error} ({'; '.join(named)})" if named else str(error)) from None
     return cfg
+
+
+def name_task(cfg, given):
+    """Let the run's folder and name tell its task, where the command line does not give them: two
+    tasks of one encoder must not replace each other's results."""
+    task, folder = cfg.data.task, cfg.paths.run_dir.rstrip("/")
+    if task and "paths.run_dir" not in given and not folder.endswith(f"_{task}"):
+        cfg.paths.run_dir = f"{folder}_{task}"
+    if task and "log.run_name" not in given and not cfg.log.run_name.endswith(f"_{task}"):
+        cfg.log.run_name = f"{cfg.log.run_name}_{task}"
 
 
 def to_dict(cfg):

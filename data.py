@@ -39,7 +39,6 @@ import begin
 import facts
 import files
 import ledger
-from ledger import CLASS_NAMES
 from volumes import (  # noqa: F401  (preprocess and others, for whoever imports them from here)
     PREPROCESSING,
     READING,
@@ -327,7 +326,7 @@ def resample(planes, angle, scale, centre):
     return F.grid_sample(planes[None], grid, padding_mode="border", align_corners=False)[0]
 
 
-def epoch_order(labels, sampler, seed, epoch):
+def epoch_order(labels, sampler, seed, epoch, num_classes):
     """The epoch's len(labels) draws, as indices of labels (n,); seed and epoch alone decide them.
 
     "shuffle": everything once. "stratified": rounds of num_classes draws, each class once in a
@@ -338,14 +337,14 @@ def epoch_order(labels, sampler, seed, epoch):
     shuffled = lambda n: torch.randperm(n, generator=generator)
     if sampler == "shuffle":
         return shuffled(len(labels))
-    rounds = math.ceil(len(labels) / len(CLASS_NAMES))
+    rounds = math.ceil(len(labels) / num_classes)
     columns = []
-    for k, name in enumerate(CLASS_NAMES):
+    for k in range(num_classes):
         own = (labels == k).nonzero().flatten()
         if not len(own):
             raise ValueError(
                 "data.sampler=stratified draws every class, and no training volume is of class "
-                f"{k} ({name}); set data.sampler=shuffle"
+                f"{k}; set data.sampler=shuffle"
             )
         passes = [own[shuffled(len(own))] for _ in range(math.ceil(rounds / len(own)))]
         columns.append(torch.cat(passes)[:rounds])
@@ -412,7 +411,7 @@ def main():
     config.check_placeholders(cfg)
     phantom.prepare(cfg)
     book = ledger.read(cfg)
-    print(f"{book.description}: {cfg.data.scanner}, {cfg.data.anatomic_region}")
+    print(f"{book.description}: {ledger.volumes_asked(cfg)}")
     print(ledger.table(book))
     if args.deep:
         deep_check(cfg, book)

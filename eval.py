@@ -7,7 +7,8 @@
 
 The first two write eval_SPLIT.json, predictions_SPLIT.csv, plots/*.png and report.html beside the
 checkpoint; the others read these. --leaderboard writes leaderboard.md, .csv and .html in runs/.
-A row is a participant: probabilities are averaged over both eyes and repeated scans.
+A row is a participant (or an eye or a volume: data.unit): probabilities are averaged over all
+volumes, of both eyes and repeated scans.
 """
 
 if __name__ in ("__main__", "__mp_main__"):
@@ -60,7 +61,7 @@ def evaluate_run(ckpt, split, overrides=()):
     dev = device.get(cfg.device.backend)
     found = features.encode(cfg, book, samples, encoder, dev, earlier=saved["scans"])
     volumes = [heads.predict(bank, found.x)[0] for bank in banks]  # (volumes, K) by each head
-    predictions, *of_other_seeds = [heads.by_participant(found.samples, p) for p in volumes]
+    predictions, *of_other_seeds = [heads.by_unit(found.samples, p) for p in volumes]
 
     table = runs.predictions_csv(predictions)
     result = {
@@ -69,11 +70,14 @@ def evaluate_run(ckpt, split, overrides=()):
         "epoch": saved["epoch"],
         "volumes": len(found.samples),
         "data": book.description,
-        "scanner": cfg.data.scanner,
-        "anatomic_region": cfg.data.anatomic_region,
+        "task": cfg.data.task or cfg.data.columns.label,
+        "classes": list(book.classes),
+        "ordered": cfg.data.ordered,
+        "unit": cfg.data.unit,
+        "volumes_asked": ledger.volumes_asked(cfg),
         "encoder_sha256": encoder.sha256,
         "checkpoint_sha256": files.sha256(opened.path),
-        "labels_sha256": book.sha256[ledger.LABELS],
+        "labels_sha256": book.sha256["labels"],
         "predictions_sha256": files.hashed(table),
         **score(opened, book, found.samples, volumes[0], predictions),
     }
@@ -125,9 +129,11 @@ def load_model(opened):
 def changed_tables(opened, book, overrides):
     """Names of the tables that are not what the run was trained with. ValueError when there are any
     and the user did not ask for other data."""
-    tables = {ledger.LABELS: "labels_sha256", ledger.MANIFEST: "manifest_sha256"}
-    changed = [name for name, key in tables.items() if book.sha256[name] != opened.saved[key]]
-    if changed and not any(override.startswith("paths.data=") for override in overrides):
+    cfg, saved = opened.cfg.data, opened.saved
+    names = {"labels": cfg.labels, "manifest": cfg.manifest}
+    changed = [n for key, n in names.items() if book.sha256[key] != saved[f"{key}_sha256"]]
+    others = ("paths.data=", "data.labels=", "data.participants=", "data.manifest=")
+    if changed and not any(override.startswith(others) for override in overrides):
         raise ValueError(
             f"{' and '.join(changed)} in {opened.cfg.paths.data} changed since {opened.path} was "
             "trained; put that back, train again, or name the other data: paths.data=..."
@@ -143,23 +149,28 @@ def score(opened, book, samples, volumes, predictions):
 
     samples, volumes (n, K): of the volumes, which predictions average over the participants.
     """
-    row_of = {row.participant_id: row for row in book.rows}
+    cfg, num_classes = opened.cfg, len(book.classes)
+    row_of = {row.unit: row for row in book.rows}
     trained = [row_of[i].label for i in opened.saved["train_participants"] if i in row_of]
     prior = None  # the shares of the classes in training
     if trained:
-        prior = np.bincount(trained, minlength=len(ledger.CLASSES)) / len(trained)
-    groups = {
-        "site": [row_of[i].site for i in predictions.ids],
-        "age": [age_band(row_of[i].age) for i in predictions.ids],
-        "scanner": [opened.cfg.data.scanner] * len(predictions.ids),
-    }
+        prior = np.bincount(trained, minlength=num_classes) / len(trained)
+    groups = {}
+    if cfg.data.columns.site is not None:
+        groups["site"] = [row_of[i].site for i in predictions.ids]
+    if cfg.data.columns.age is not None:
+        groups["age"] = [age_band(row_of[i].age) for i in predictions.ids]
+    if cfg.data.manifest is not None and cfg.data.scanner is not None:
+        groups["scanner"] = [cfg.data.scanner] * len(predictions.ids)
     result = metrics.evaluate(
-        predictions.y_true, predictions.p, len(ledger.CLASSES), predictions.ids, prior, groups
+        predictions.y_true, predictions.p, num_classes, predictions.participants, prior, groups
     )
     ids, labels = [s.participant_id for s in samples], np.array([s.label for s in samples])
-    sides = [s.laterality for s in samples]
-    result["subgroups"]["laterality"] = metrics.subgroups(labels, volumes, sides, ids=ids)
-    scores = metrics.score_with_intervals(labels, volumes, len(ledger.CLASSES), ids)
+    if cfg.data.columns.eye is not None:
+        sides = [s.laterality for s in samples]
+        of_sides = metrics.subgroups(labels, volumes, sides, num_classes, ids)
+        result["subgroups"]["laterality"] = of_sides
+    scores = metrics.score_with_intervals(labels, volumes, num_classes, ids)
     names = ("n", "participants", *report.SCORE_NAMES, "ci95")
     result["per_volume"] = {name: scores[name] for name in names}
     return result
@@ -178,7 +189,7 @@ def calibrate(validation, predictions):
     """Fit a temperature to the checkpoint's validation, and score the predictions with it."""
     T = metrics.temperature(np.array(validation["y_true"]), validation["p"].numpy())
     p = metrics.rescale(predictions.p, T)
-    scores = metrics.score(predictions.y_true, p)
+    scores = metrics.score(predictions.y_true, p, p.shape[1])
     calibrated = {name: scores[name] for name in ("log_loss", "brier", "ece")}
     calibrated["reliability"] = metrics.reliability(predictions.y_true, p)
     return {"temperature": T, "calibrated": calibrated}
@@ -186,16 +197,16 @@ def calibrate(validation, predictions):
 
 def score_floors(opened, book, found, encoder, dev, predictions):
     """The probes of eval.floors, each compared with the run -> {name: scores}."""
-    cfg, y_true, ids = opened.cfg, predictions.y_true, predictions.ids
+    cfg, y_true, people = opened.cfg, predictions.y_true, predictions.participants
     floors = {}
     for name, state in opened.saved["floors"].items():
         x = found.x
         if name == "random encoder":
             other = features.random_encoder(encoder, cfg.seed)
             x = features.encode(cfg, book, found.samples, other, dev, again=True).x
-        p = heads.by_participant(found.samples, heads.predict(references.load(state, cfg), x)[0]).p
-        scores = metrics.score_with_intervals(y_true, p, len(ledger.CLASSES), ids)
-        pair = metrics.compare(y_true, predictions.p, p, ids)
+        p = heads.by_unit(found.samples, heads.predict(references.load(state, cfg), x)[0]).p
+        scores = metrics.score_with_intervals(y_true, p, p.shape[1], people)
+        pair = metrics.compare(y_true, predictions.p, p, people)
         floors[name] = {
             **{key: scores[key] for key in report.SCORE_NAMES},
             "ci95": {key: scores["ci95"][key] for key in metrics.SCORES},
@@ -208,7 +219,9 @@ def score_floors(opened, book, found, encoder, dev, predictions):
 
 def score_seeds(repeats, predictions):
     """Mean and standard deviation of the scores over train.seeds, of the Predictions of each."""
-    scores = [metrics.score(of_seed.y_true, of_seed.p) for of_seed in predictions]
+    scores = [
+        metrics.score(of_seed.y_true, of_seed.p, of_seed.p.shape[1]) for of_seed in predictions
+    ]
     seeds = {"seeds": [repeat["seed"] for repeat in repeats]}
     for name in metrics.SCORES:
         values = [of_seed[name] for of_seed in scores]
@@ -235,7 +248,9 @@ def alarms(opened, book, result, predictions, changed):
                 f"{result['balanced_accuracy']:.3f} against {floor['balanced_accuracy']:.3f}, "
                 f"p = {floor['p_value']:.3f}"
             )
-    seen = sorted(set(saved["train_participants"]) & set(predictions.ids))
+    person_of = {row.unit: row.participant_id for row in book.rows}
+    trained = {person_of.get(unit, unit) for unit in saved["train_participants"]}
+    seen = sorted(trained & set(predictions.participants))
     if seen:
         names = files.first_few(seen)
         found.append(f"{len(seen)} participants of {split} were trained on: {names}")
@@ -246,7 +261,7 @@ def alarms(opened, book, result, predictions, changed):
             f"{len(missing)} labelled participants of {split} have no volume and are not scored"
         )
     used = [row for row in book.rows if row.split == split and row.status == "used"]
-    partly = [row.participant_id for row in used if row.reason]
+    partly = [row.unit for row in used if row.reason]
     if partly:
         names = files.first_few(partly)
         found.append(f"{len(partly)} participants of {split} lack some of their volumes: {names}")
@@ -265,11 +280,12 @@ def update_ledger(path, book, split):
     """Write what was found of the split's participants into the run's ledger; the other rows stay
     as training left them."""
     header, *rows = ledger.rows_for_csv(book)
-    earlier = {}
+    earlier, key = {}, "unit" if "unit" in header else "participant_id"
     if path.exists():
         table = files.read_csv(path, header, "remove it, and it is made anew")
-        earlier = {row["participant_id"]: [row[name] for name in header] for row in table}
-    rows = [row if row[1] == split else earlier.get(row[0], row) for row in rows]
+        earlier = {row[key]: [row[name] for name in header] for row in table}
+    key_at, split_at = header.index(key), header.index("split")
+    rows = [row if row[split_at] == split else earlier.get(row[key_at], row) for row in rows]
     files.write(path, files.csv_text([header, *rows]))
 
 

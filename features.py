@@ -65,9 +65,9 @@ class Features:
         return torch.tensor([s.label for s in self.samples])
 
     @property
-    def participants(self):
-        """{participant_id: label}, in order."""
-        return {s.participant_id: s.label for s in self.samples}
+    def units(self):
+        """{unit: label}, in order: of the participants, or of what data.unit says."""
+        return {s.unit: s.label for s in self.samples}
 
     def rows(self, indices):
         """The Features of some of the volumes."""

@@ -2,8 +2,8 @@
 
     write("a.jsonl", text)                            # text, bytes, or a function that writes
     with locked("cache/locks/x", stop) as file: ...   # one holder on this host at a time
-    rows = read_tsv("a.tsv", ["study_group"])         # list of dicts; ValueError says what is wrong
-    rows = read_csv("a.csv", ["id"], "train again")   # the same of a file that a run left, and
+    table = read_table("a.tsv")                       # TSV or CSV -> Table: its header and rows
+    rows = read_csv("a.csv", ["id"], "train again")   # dicts of a file that a run left, and
     found = read_json("a.json", "train again")        # what to do about it; a dict
     write("a.csv", csv_text([["id", "y"], [17, 0]]))  # the first row is the header
     save_array("cache/a.npy", array)                  # with its checksum
@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -189,51 +190,62 @@ def hashed(text):
 # ------------------------------------------------------------------------------- tables and arrays
 
 
-def read_tsv(path, columns, name=None):
-    """Tab-separated file -> list of dicts of texts. ValueError naming the file, and what is wrong.
+@dataclass
+class Table:
+    """A table of texts. name: what messages call it, short: the same within a sentence."""
 
-    columns: required names, each a name or a tuple of accepted spellings, of which the first is
-    the key in the dicts. name: what messages call the file, for one that was fetched.
-    """
-    name = name or path
+    name: str
+    short: str
+    header: list
+    rows: list  # {column: cell}
+
+
+def read_table(path, name=None, short=None):
+    """Text file with a header, its cells parted by tabs, commas or semicolons -> Table. ValueError
+    naming the file, and what is wrong."""
+    name = str(name or path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.reader(f, delimiter="\t")
+            first = f.readline()
+            f.seek(0)
+            delimiter = max("\t,;", key=first.count)  # a tab where there is none at all
+            reader = csv.reader(f, delimiter=delimiter)
             header = [cleaned(cell) for cell in next(reader, [])]
             table = [cells for cells in reader if any(cleaned(cell) for cell in cells)]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"{name} is not a tab-separated text in UTF-8, save it as one: {error}"
-        ) from error
+        raise ValueError(f"{name} is not a table in UTF-8, save it as one: {error}") from error
     check_header(header, name)
     for cells in table:  # a stray quotation mark joins cells and swallows rows
         if len(cells) != len(header) or any("\n" in cell or "\t" in cell for cell in cells):
             raise ValueError(
                 f"{name}: the row that begins with '{cells[0][:40]}' does not have {len(header)} "
                 "cells as the header has, or has a cell of several lines; look for a stray "
-                "quotation mark or tab there"
+                "quotation mark or delimiter there"
             )
     rows = [dict(zip(header, map(cleaned, cells))) for cells in table]
-    for column in columns:
-        spellings = (column,) if isinstance(column, str) else column
-        present = [s for s in spellings if s in header]
-        if not present:
-            commas = "; save it with tabs" if len(header) == 1 and "," in header[0] else ""
-            raise ValueError(
-                f"{name} has no column '{' or '.join(spellings)}'; found "
-                f"{', '.join(header)}{commas}"
-            )
-        for row in rows:
-            value, *others = [row.pop(spelling) for spelling in present]
-            for spelling, other in zip(present[1:], others):
-                if other != value:
-                    raise ValueError(
-                        f"{name}: columns '{present[0]}' and '{spelling}' mean the same and "
-                        f"differ, first where one has '{value}' and the other '{other}'; remove or "
-                        "rename the wrong one"
-                    )
-            row[spellings[0]] = value
-    return rows
+    return Table(name, short or name, header, rows)
+
+
+def merge_spellings(table, spellings, key):
+    """Give a column of a Table the first of its accepted spellings as its name. ValueError where
+    none is there, or two differ. key: what in the configuration lists them."""
+    present = [s for s in spellings if s in table.header]
+    if not present:
+        raise ValueError(
+            f"{table.name} has no column '{' or '.join(spellings)}'; found "
+            f"{', '.join(table.header)}; name the right one with {key}"
+        )
+    for row in table.rows:
+        value, *others = [row.pop(spelling) for spelling in present]
+        for spelling, other in zip(present[1:], others):
+            if other != value:
+                raise ValueError(
+                    f"{table.name}: columns '{present[0]}' and '{spelling}' mean the same and "
+                    f"differ, first where one has '{value}' and the other '{other}'; remove or "
+                    "rename the wrong one"
+                )
+        row[spellings[0]] = value
+    table.header = [spellings[0], *(c for c in table.header if c not in spellings)]
 
 
 def cleaned(cell):

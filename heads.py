@@ -4,7 +4,7 @@
     logits = bank(features)                     # (B, C), or tokens (B, T, C) -> (G, B, 4)
     optimizer = Optimizer(cfg, bank, encoder)   # AdamW with G learning rates and weight decays
     p = predict(bank, x)                        # (G, volumes, 4)
-    by_participant(samples, p)                  # averaged over the volumes of a participant
+    by_unit(samples, p)                         # averaged over the volumes of a participant
 
 A plain probe and fine-tuning are G = 1; a sweep has a head for every combination of settings. Each
 head becomes what it would be alone. To write another head, change Heads: whatever maps x to
@@ -169,8 +169,10 @@ def start(cfg, seed, train, num_classes):
     bank = new_heads(cfg, num_classes, settings_of(cfg))
     # (volumes, views, C) or (volumes, views, T, C) -> (rows, C)
     bank.mean, bank.std = statistics(train.views.flatten(0, -2))
-    people = list(train.participants.values())
-    weights = [losses.class_weights(people, num_classes, h["class_weights"]) for h in bank.settings]
+    of_units = list(train.units.values())
+    weights = [
+        losses.class_weights(of_units, num_classes, h["class_weights"]) for h in bank.settings
+    ]
     counts = train.labels.bincount(minlength=num_classes)
     counts = counts if cfg.data.sampler == "shuffle" else torch.ones(num_classes)
     bank.register_buffer("class_weights", torch.stack(weights), persistent=False)
@@ -207,8 +209,9 @@ def last_layer(bank, train, is_ordinal):
     x = (train.views.flatten(0, 1) - bank.mean) / bank.std  # (volumes * views, C) or (..., T, C)
     if bank.query is not None:
         x = x.mean(dim=1)  # what queries of zero pool: (volumes * views, C)
-    number_of = {participant: n for n, participant in enumerate(train.participants)}
-    participants = torch.tensor([number_of[s.participant_id] for s in train.samples])
+    people = [s.participant_id for s in train.samples]
+    number_of = {participant: n for n, participant in enumerate(dict.fromkeys(people))}
+    participants = torch.tensor([number_of[participant] for participant in people])
     labels, participants = (v.repeat_interleave(views) for v in (train.labels, participants))
     return discriminant(x, labels, participants, num_classes, is_ordinal)
 
@@ -353,15 +356,20 @@ def per_head(values, parameter):
 
 @dataclass
 class Predictions:
-    """Probabilities of participants: ids (n,), y_true (n,), p (n, num_classes), or (G, n,
-    num_classes) of G heads."""
+    """Probabilities of units (data.unit): ids (n,), y_true (n,), p (n, num_classes), or (G, n,
+    num_classes) of G heads; participants (n,), whose each unit is: the ids themselves, where a unit
+    is a participant."""
 
     ids: list
     y_true: np.ndarray
     p: np.ndarray
+    participants: list = None
+
+    def __post_init__(self):
+        self.participants = self.participants or self.ids
 
     def of_head(self, g):
-        return Predictions(self.ids, self.y_true, self.p[g])
+        return Predictions(self.ids, self.y_true, self.p[g], self.participants)
 
 
 def predict(bank, x):
@@ -372,16 +380,17 @@ def predict(bank, x):
         return torch.softmax(bank(x).float().cpu().double(), dim=-1).numpy()
 
 
-def by_participant(samples, probabilities):
-    """Mean probability over a participant's volumes, (..., volumes, num_classes) -> Predictions,
-    participants in order."""
-    label_of = {}
+def by_unit(samples, probabilities):
+    """Mean probability over the volumes of a unit (a participant, or what data.unit says), (...,
+    volumes, num_classes) -> Predictions, units in order."""
+    first = {}
     for sample in samples:
-        label_of.setdefault(sample.participant_id, sample.label)
-    number_of = {participant: n for n, participant in enumerate(label_of)}
-    participants = [number_of[sample.participant_id] for sample in samples]
+        first.setdefault(sample.unit, sample)
+    number_of = {unit: n for n, unit in enumerate(first)}
+    rows = [number_of[sample.unit] for sample in samples]
     p = np.moveaxis(probabilities, -2, 0)  # (volumes, ..., num_classes)
-    sums = np.zeros((len(label_of), *p.shape[1:]))
-    np.add.at(sums, participants, p)
-    means = sums / np.bincount(participants).reshape(-1, *[1] * (p.ndim - 1))
-    return Predictions(list(label_of), np.array(list(label_of.values())), np.moveaxis(means, 0, -2))
+    sums = np.zeros((len(first), *p.shape[1:]))
+    np.add.at(sums, rows, p)
+    means = sums / np.bincount(rows).reshape(-1, *[1] * (p.ndim - 1))
+    labels, participants = zip(*((s.label, s.participant_id) for s in first.values()))
+    return Predictions(list(first), np.array(labels), np.moveaxis(means, 0, -2), list(participants))

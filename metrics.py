@@ -7,8 +7,8 @@
     compare(y_true, probs_a, probs_b)          # is A better than B on the same participants?
     compare_all(y_true, {"A": probs_a, ...})   # all pairs, Holm-corrected
 
-A row is a participant, or one volume of a participant where `ids` repeat. In shapes, n is the
-number of rows, K of classes, R of resamples. Needs numpy and scipy alone.
+A row is a participant, or an eye or a volume of one where `ids` repeat. In shapes, n is the number
+of rows, K of classes, R of resamples. Needs numpy and scipy alone.
 """
 
 import functools
@@ -216,17 +216,25 @@ def participants(y_true, ids):
     """First row of every participant (P,), and the participant of every row (n,)."""
     ids = np.arange(len(y_true)) if ids is None else np.asarray(ids)
     _, first, member = np.unique(ids, return_index=True, return_inverse=True)
-    for i in np.flatnonzero(y_true[first][member] != y_true):
-        raise ValueError(f"participant {ids[i]} has rows of two classes")
     return first, member
 
 
-def resample(y_true, ids=None):
-    """Bootstrap over participants within each class, whose sizes stay -> (RESAMPLES, n), how often
-    each row was drawn. Rows that share an id are drawn together. Read-only."""
+def strata(y_true, ids):
+    """The class of every participant (P,); of one whose rows have several classes, a number above
+    all classes, one for each set of them."""
     first, member = participants(y_true, ids)
-    weights = drawn(tuple(y_true[first].tolist()), RESAMPLES)
-    return weights if ids is None else weights[:, member]
+    found, mixed = y_true[first], np.unique(member[y_true[first][member] != y_true])
+    sets = [tuple(np.unique(y_true[member == person])) for person in mixed]
+    number_of = {classes: n for n, classes in enumerate(sorted(set(sets)), start=y_true.max() + 1)}
+    found[mixed] = [number_of[classes] for classes in sets]
+    return found
+
+
+def resample(y_true, ids=None):
+    """Bootstrap over participants within each of `strata`, whose sizes stay -> (RESAMPLES, n), how
+    often each row was drawn. Rows that share an id are drawn together. Read-only."""
+    weights = drawn(tuple(strata(y_true, ids).tolist()), RESAMPLES)
+    return weights if ids is None else weights[:, participants(y_true, ids)[1]]
 
 
 def permutations(labels):
@@ -234,11 +242,30 @@ def permutations(labels):
     return np.random.default_rng(0).permuted(np.tile(labels, (RESAMPLES, 1)), axis=1)
 
 
+def permuted_labels(y_true, ids=None):
+    """RESAMPLES permutations of the labels among the participants, always the same -> (R, n).
+
+    Where rows of a participant have several classes, whole participants change places with others
+    of as many rows, and the rows within each do: what relates the rows of one stays.
+    """
+    first, member = participants(y_true, ids)
+    if (y_true[first][member] == y_true).all():
+        return permutations(y_true[first])[:, member]
+    rng, permuted = np.random.default_rng(0), np.empty((RESAMPLES, len(y_true)), y_true.dtype)
+    sizes = np.bincount(member)
+    rows_of = np.split(np.argsort(member, kind="stable"), np.cumsum(sizes)[:-1])
+    for size in np.unique(sizes):
+        rows = np.array([rows for rows in rows_of if len(rows) == size])  # (people, size)
+        moved = np.argsort(rng.random((RESAMPLES, len(rows))), axis=1)  # (R, people)
+        labels = rng.permuted(y_true[rows][moved], axis=2)  # (R, people, size)
+        permuted[:, rows.ravel()] = labels.reshape(RESAMPLES, -1)
+    return permuted
+
+
 def permuted_scores(y_true, probabilities, ids=None):
     """The scores of these predictions when the labels are permuted among the participants -> as
     `scores`, with R = RESAMPLES."""
-    first, member = participants(y_true, ids)
-    permuted = permutations(y_true[first])[:, member]  # (R, n)
+    permuted = permuted_labels(y_true, ids)  # (R, n)
     # every row stands there once with each class as its label, and has weight where a permutation
     # gives it that label
     classes = np.unique(y_true)
@@ -540,7 +567,8 @@ def compare_all(y_true, runs, ids=None):
     """Is one of these runs better than another? Paired bootstrap over the same participants, within
     each class -> a dict for each pair.
 
-    y_true (n,), runs {name: probabilities (n, K)}, ids (n,) names for messages.
+    y_true (n,), runs {name: probabilities (n, K)}, ids (n,) participants: rows that share one are
+    drawn together.
       a, b, balanced_accuracy_a, balanced_accuracy_b
       difference        balanced accuracy of a minus that of b; ci95: its 95 % interval
       p_value           two-sided: share of resamples on the far side of zero, doubled (Efron &
@@ -562,17 +590,29 @@ def compare_all(y_true, runs, ids=None):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         right[name] = p.argmax(axis=1) == labels
-    # A bootstrap of m has (m - 1) / m of the variance, which is made good for every class (Rao & Wu
-    # 1988). Mean recall is then the weighted sum of the right answers.
-    m = np.bincount(labels)[labels]
-    spread = 1 + (resample(labels) - 1) * np.sqrt(m / np.maximum(m - 1, 1))
-    weights = np.vstack([np.ones(len(labels)), spread]) / (m * len(np.unique(labels)))
-    values = {name: weights @ r for name, r in right.items()}  # of the data, then of each resample
+    # of the data, then of each resample
+    weights = np.vstack([np.ones(len(labels)), spread_out(labels, ids)])
+    is_true = np.eye(labels.max() + 1)[labels][:, np.unique(labels)]  # (n, K)
+    total = weights @ is_true
+    values = {
+        name: ratio(weights @ (is_true * r[:, None]), total).mean(axis=1)
+        for name, r in right.items()
+    }
     pairs = [compare_pair(a, b, values, right) for a, b in itertools.combinations(runs, 2)]
     for pair, p in zip(pairs, holm([pair["p_value"] for pair in pairs])):
         pair["p_holm"] = float(p)
         pair["sentence"] = verdict(pair, len(pairs))
     return pairs
+
+
+def spread_out(y_true, ids):
+    """`resample` -> (R, n), with the variance that a bootstrap of m lacks, (m - 1) / m of it, made
+    good in every stratum (Rao & Wu 1988)."""
+    if ids is not None and len(set(ids)) == len(ids):
+        ids = None
+    of_people = strata(y_true, ids)
+    m = np.bincount(of_people)[of_people][participants(y_true, ids)[1]]
+    return 1 + (resample(y_true, ids) - 1) * np.sqrt(m / np.maximum(m - 1, 1))
 
 
 def compare_pair(a, b, values, right):

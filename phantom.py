@@ -5,9 +5,9 @@
     python phantom.py data/full --participants 30 --scale 1 1 1    # the scanners' real geometry:
                                                 # 102 MB per Triton volume before compression
 
-Written: participants.tsv, retinal_oct/manifest.tsv, multi-frame ophthalmic DICOM files under
-retinal_oct/structural_oct/, and phantom.json, which says that the data is synthetic and how large
-the effect of the class is:
+Written: participants.tsv, clinical_data/measurement.csv (HbA1c), retinal_oct/manifest.tsv,
+multi-frame ophthalmic DICOM files under retinal_oct/structural_oct/, and phantom.json, which says
+that the data is synthetic and how large the effect of the class is:
   literature  differences as published; hardly visible in a single eye, so expect a balanced
               accuracy close to chance
   boosted     the same directions, several times larger, plus bright foci and dark cysts; for demo
@@ -45,6 +45,7 @@ import files
 
 # phantom.yaml says what its numbers mean and where they come from
 TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+MEASUREMENT_COLUMNS = ["measurement_id", "person_id", "measurement_concept_id", "value_as_number"]
 GROUPS, SPLITS, SITES = TABLES["groups"], TABLES["splits"], TABLES["sites"]
 PARTICIPANT_COLUMNS, MANIFEST_COLUMNS = TABLES["participant_columns"], TABLES["manifest_columns"]
 PROTOCOLS = [row | {"shape": tuple(row["shape"])} for row in TABLES["protocols"]]
@@ -428,6 +429,17 @@ def draw_participants(participants, seed):
     return [row | {"index": i} for i, row in enumerate(rows)]
 
 
+def measurements(people, seed):
+    """Rows of OMOP's table of measurements: HbA1c of everybody, and another value beside it."""
+    rng, rows = np.random.default_rng([seed, 3004410]), []
+    for person in people:
+        mean, sd = TABLES["hba1c"][person["label"]]
+        hba1c, cholesterol = round(max(4.0, rng.normal(mean, sd)), 1), int(rng.normal(190, 35))
+        for concept, value in ((3004410, hba1c), (3027114, cholesterol)):
+            rows.append([len(rows) + 1, person["participant_id"], concept, value])
+    return rows
+
+
 def write_table(path, rows):
     """Write rows, lists of values of which the first is the header, as a TSV file."""
     files.write(path, "".join("\t".join(map(str, row)) + "\n" for row in rows))
@@ -488,6 +500,8 @@ def write_dataset(
         write_table(part / "retinal_oct/manifest.tsv", [MANIFEST_COLUMNS, *manifest])
         table = [[person[name] for name in PARTICIPANT_COLUMNS] for person in people]
         write_table(part / "participants.tsv", [PARTICIPANT_COLUMNS, *table])
+        measured = files.csv_text([MEASUREMENT_COLUMNS, *measurements(people, seed)])
+        files.write(part / "clinical_data/measurement.csv", measured)
         files.write(part / "phantom.json", json.dumps(facts) + "\n")
         os.replace(part, root)
     except OSError as error:

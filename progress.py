@@ -180,7 +180,7 @@ def epoch_record(train, epoch, g, settings):
     seen, draws = epoch.seen[g].double(), epoch.drawn.bincount(minlength=len(labels))
     there = draws.nonzero().flatten()  # a stratified epoch leaves some out
     p = seen[there, 1:] / seen[there, 1:].sum(dim=1, keepdim=True)
-    trained = heads.by_participant([train.samples[i] for i in there], p.numpy())
+    trained = heads.by_unit([train.samples[i] for i in there], p.numpy())
     # metrics.score would compare all pairs of participants, which thousands of them would feel
     (train_accuracy,), _ = metrics.quick_scores(trained.y_true, trained.p[None])
     predicted = np.bincount(trained.p.argmax(axis=1), minlength=num_classes)

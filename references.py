@@ -58,8 +58,8 @@ def fit(cfg, train, num_classes):
     rows = train.views.flatten(0, 1)  # (volumes * views, C)
     labels = train.labels.repeat_interleave(train.views.shape[1])
     mean, std = heads.statistics(rows)
-    x, people = (rows - mean) / std, list(train.participants.values())
-    weights = losses.class_weights(people, num_classes, cfg.train.class_weights)
+    x, of_units = (rows - mean) / std, list(train.units.values())
+    weights = losses.class_weights(of_units, num_classes, cfg.train.class_weights)
     if cfg.model.head.kind == "knn":
         k = [k for k in NEIGHBOURS if k <= len(x)]
         bank = KNN(x.shape[1], num_classes, len(x), len(k))

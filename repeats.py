@@ -11,11 +11,11 @@ import os
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+import config
 import files
 import heads
-import ledger
 import losses
 import metrics
 import references
@@ -69,17 +69,17 @@ def fit_all(fit, cfg, run, train, val, floor):
 def fit_references(cfg, seed, train, val, dev):
     """As train.fit, of scikit-learn's logistic regression for every C, or of kNN for every k. There
     is nothing to train in steps, so it is recorded as a single epoch; seed and dev are not used."""
-    num_classes, labels = len(ledger.CLASSES), train.labels
+    num_classes, labels = len(config.class_names(cfg)), train.labels
     bank = references.fit(cfg, train, num_classes)
-    people = list(train.participants.values())
-    weights = losses.class_weights(people, num_classes, cfg.train.class_weights)[labels]
+    of_units = list(train.units.values())
+    weights = losses.class_weights(of_units, num_classes, cfg.train.class_weights)[labels]
     p = torch.from_numpy(heads.predict(bank, train.x)).float()  # (G, volumes, num_classes)
     logits, order = p.clamp(min=torch.finfo(torch.float64).eps).log(), torch.arange(len(labels))
     row_losses = -logits[:, order, labels]  # (G, volumes)
     epoch = Epoch(1, order, bank)
     loss = (row_losses * weights).sum(dim=1) / weights.sum()  # (G,)
     epoch.add(order, row_losses, logits, loss * len(labels))
-    epoch.finish(heads.by_participant(val.samples, heads.predict(bank, val.x)))
+    epoch.finish(heads.by_unit(val.samples, heads.predict(bank, val.x)))
     progress = Progress(cfg, len(p), steps_per_epoch=1)
     progress.update(epoch)
     return best_head(cfg, bank, progress, [epoch], train)
@@ -173,10 +173,10 @@ def mean_and_sd(values):
 
 def shuffle_labels(samples, seed):
     """The samples with the participants' labels permuted among them."""
-    people = list({s.participant_id: s.label for s in samples}.items())
-    labels = [people[i][1] for i in np.random.default_rng(seed).permutation(len(people))]
-    label_of = {i: label for (i, _), label in zip(people, labels)}
-    return [dataclasses.replace(s, label=label_of[s.participant_id]) for s in samples]
+    units = list({s.unit: s.label for s in samples}.items())
+    labels = [units[i][1] for i in np.random.default_rng(seed).permutation(len(units))]
+    label_of = {unit: label for (unit, _), label in zip(units, labels)}
+    return [dataclasses.replace(s, label=label_of[s.unit]) for s in samples]
 
 
 @dataclasses.dataclass
@@ -190,7 +190,7 @@ class Fold:
 
 def check_folds(cfg, labels):
     """ValueError where data.cv asks for more folds than a class has participants (labels (n,))."""
-    counts = np.bincount(labels, minlength=len(ledger.CLASSES))
+    counts = np.bincount(labels, minlength=len(config.class_names(cfg)))
     if cfg.data.cv and counts.min() < cfg.data.cv:
         raise ValueError(
             f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; "
@@ -205,21 +205,25 @@ def cross_validate(fit, cfg, seeds, train, val):
     the next fold chooses head and epoch, the others train.
     """
     everybody = train.with_others(val)
-    ids, labels = list(everybody.participants), np.array(list(everybody.participants.values()))
-    num_classes = len(ledger.CLASSES)
+    units, labels = list(everybody.units), np.array(list(everybody.units.values()))
+    person_of = {s.unit: s.participant_id for s in everybody.samples}
+    num_classes = len(config.class_names(cfg))
     check_folds(cfg, labels)
+    # a participant is never in two folds
+    kind = StratifiedKFold if list(person_of.values()) == units else StratifiedGroupKFold
     found = []
     for seed in seeds:
-        folds = StratifiedKFold(cfg.data.cv, shuffle=True, random_state=seed).split(ids, labels)
-        fold_of = {ids[i]: fold for fold, (_, held) in enumerate(folds) for i in held}
+        folds = kind(cfg.data.cv, shuffle=True, random_state=seed)
+        folds = folds.split(units, labels, list(person_of.values()))
+        fold_of = {units[i]: fold for fold, (_, held) in enumerate(folds) for i in held}
         for fold in range(cfg.data.cv):
             part = {"train": [], "choose": [], "hold": []}
             for i, sample in enumerate(everybody.samples):
-                away = (fold_of[sample.participant_id] - fold) % cfg.data.cv
+                away = (fold_of[sample.unit] - fold) % cfg.data.cv
                 part[{0: "hold", 1: "choose"}.get(away, "train")].append(i)
             hold = everybody.rows(part["hold"])
             fitted = fit(cfg, seed, everybody.rows(part["train"]), everybody.rows(part["choose"]))
-            held = heads.by_participant(hold.samples, heads.predict(fitted.head, hold.x)[0])
+            held = heads.by_unit(hold.samples, heads.predict(fitted.head, hold.x)[0])
             score = metrics.score(held.y_true, held.p, num_classes)
             row = {"seed": seed, "fold": fold, "participants": len(held.ids), **fitted.best}
             del row["chosen"]
@@ -231,7 +235,10 @@ def cross_validate(fit, cfg, seeds, train, val):
 def held_out(folds, seed):
     """The Predictions of all participants, each as its fold held it out."""
     parts = [fold.held for fold in folds if fold.row["seed"] == seed]
-    ids = [participant for part in parts for participant in part.ids]
-    return heads.Predictions(
-        ids, *(np.concatenate([getattr(part, name) for part in parts]) for name in ("y_true", "p"))
+    ids, people = (
+        [i for part in parts for i in getattr(part, name)] for name in ("ids", "participants")
     )
+    y_true, p = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("y_true", "p")
+    )
+    return heads.Predictions(ids, y_true, p, people)

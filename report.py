@@ -21,7 +21,7 @@ import numpy as np
 
 import files
 import metrics
-from ledger import CLASS_NAMES, SPLITS
+from labels import SPLITS
 from results import read_result
 
 SCORE_NAMES = {
@@ -52,6 +52,8 @@ def span(interval):
 def score_table(result, names=SCORE_NAMES):
     """Each score with its interval and its floors."""
     header = ["", "score", "95 % interval", "majority class", "random answers", "chance band"]
+    if not result["ordered"]:  # how far apart two classes are means nothing then
+        names = [name for name in names if name != "quadratic_kappa"]
     rows = [
         [
             SCORE_NAMES[name],
@@ -87,7 +89,7 @@ def floor_table(result):
 def class_table(result):
     """Every class: its participants, how many were predicted, its F1 with the interval."""
     columns = zip(
-        CLASS_NAMES,
+        result["classes"],
         result["true_counts"],
         result["predicted_counts"],
         result["f1_per_class"],
@@ -97,7 +99,7 @@ def class_table(result):
         [name, str(true), str(predicted), f"{number(f1)} ({span(interval)})"]
         for name, true, predicted, f1, interval in columns
     ]
-    return ["class", "participants", "predicted", "F1"], rows
+    return ["class", units(result), "predicted", "F1"], rows
 
 
 def group_table(result):
@@ -113,7 +115,19 @@ def group_table(result):
         for name, groups in result["subgroups"].items()
         for group in groups
     ]
-    return ["group", "participants", "balanced accuracy", "95 % interval", "all others"], rows
+    return ["group", units(result), "balanced accuracy", "95 % interval", "all others"], rows
+
+
+def units(result):
+    """What was scored, in the plural."""
+    return result["unit"] + "s"
+
+
+def counted(result):
+    """How much was scored, in words."""
+    number = f"{result['n']} {units(result)}"
+    people = f" of {result['participants']} participants" if result["unit"] != "participant" else ""
+    return f"{number}{people}, {result['volumes']} volumes"
 
 
 def text_table(header, rows):
@@ -133,7 +147,7 @@ def sentence(result):
         f"{result['run']} on {result['split']}: "
         f"balanced accuracy {result['balanced_accuracy']:.3f} "
         f"(95 % interval {interval}; chance band {chance}), "
-        f"{result['n']} participants, {result['volumes']} volumes, "
+        f"{counted(result)}, "
         f"checkpoint of epoch {result['epoch']}, {result['data']}."
     )
 
@@ -196,14 +210,15 @@ def draw_confusion(result):
 
     counts = np.array(result["confusion_matrix"])  # rows: true
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axis = new_figure(5.2, 4.6)
-    display = ConfusionMatrixDisplay(shares, display_labels=CLASS_NAMES)
+    size = max(4.6, 0.6 * len(shares))
+    figure, axis = new_figure(size + 0.6, size)
+    display = ConfusionMatrixDisplay(shares, display_labels=result["classes"])
     # up to the middle of the colours, on which black text is easy to read
     colours = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 2}, "text_kw": {"color": "black"}}
-    display.plot(ax=axis, xticks_rotation=20, colorbar=False, **colours)
+    display.plot(ax=axis, xticks_rotation=20 if len(shares) < 6 else 90, colorbar=False, **colours)
     for cell, text in np.ndenumerate(display.text_):
         text.set_text(f"{counts[cell]}\n{shares[cell]:.0%}")
-    title = f"{result['split']}: participants, share of the row"
+    title = f"{result['split']}: {units(result)}, share of the row"
     axis.set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
@@ -211,8 +226,9 @@ def draw_confusion(result):
 def draw_roc(result, y_true, p):
     from sklearn.metrics import roc_curve
 
-    figure, axis = new_figure(4.8, 4.6)
-    for k, name in enumerate(CLASS_NAMES):
+    many = len(result["classes"]) > 8
+    figure, axis = new_figure(8 if many else 4.8, 4.6)
+    for k, name in enumerate(result["classes"]):
         auroc = result["auroc_per_class"][k]
         if auroc is not None:
             false_rate, true_rate, _ = roc_curve(y_true == k, p[:, k])
@@ -223,7 +239,8 @@ def draw_roc(result, y_true, p):
         ylabel="true positives, share of the class",
         title=f"{result['split']}: ROC, each class against the rest",
     )
-    axis.legend(frameon=False, title="AUROC", loc="lower right")
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 7}
+    axis.legend(frameon=False, title="AUROC", **(beside if many else {"loc": "lower right"}))
     return figure
 
 
@@ -243,7 +260,7 @@ def draw_reliability(result):
         ylim=(-0.03, 1.03),
         xlabel="probability of the answer",
         ylabel="share of right answers",
-        title=f"{result['split']}: reliability (area: participants)",
+        title=f"{result['split']}: reliability (area: {units(result)})",
     )
     axis.legend(frameon=False, loc="upper left")
     return figure
@@ -257,27 +274,25 @@ def draw_epochs(axis, epochs, names):
         axis.plot(x, y, label=label, marker=".")
 
 
-def draw_training(epochs, best_epoch):
+def draw_training(epochs, best_epoch, num_classes):
     """Loss and balanced accuracy over the epochs."""
     figure, axes = new_figure(9, 3.4, columns=2)
     for axis, name in zip(axes, ("loss", "balanced_accuracy")):
         draw_epochs(axis, epochs, {part: f"{part}/{name}" for part in ("train", "val")})
         axis.axvline(best_epoch, **GUIDE | {"linestyle": "--"}, label="best checkpoint")
         axis.set(xlabel="epoch", title=name.replace("_", " "))
-    axes[1].axhline(1 / len(CLASS_NAMES), **GUIDE, label="one class for all")
+    axes[1].axhline(1 / num_classes, **GUIDE, label="one class for all")
     axes[1].legend(frameon=False)
     return figure
 
 
-def draw_shares(epochs):
+def draw_shares(epochs, classes):
     """How often each class is answered on validation over the epochs: a collapse is seen here."""
     figure, axis = new_figure(9, 3)
-    draw_epochs(
-        axis, epochs, {name: f"val/predicted_share_{k}" for k, name in enumerate(CLASS_NAMES)}
-    )
-    title = "validation: share of the participants that each class is answered for"
+    draw_epochs(axis, epochs, {name: f"val/predicted_share_{k}" for k, name in enumerate(classes)})
+    title = "validation: how often each class is answered, as a share"
     axis.set(xlabel="epoch", ylim=(-0.03, 1.03), title=title)
-    axis.legend(frameon=False, ncols=len(CLASS_NAMES))
+    axis.legend(frameon=False, ncols=min(len(classes), 5))
     return figure
 
 
@@ -306,8 +321,8 @@ def write_plots(folder, result, y_true, p):
     }
     if (folder / "metrics.jsonl").exists():
         epochs = read_history(folder / "metrics.jsonl")
-        figures["training"] = draw_training(epochs, result["epoch"])
-        figures["shares"] = draw_shares(epochs)
+        figures["training"] = draw_training(epochs, result["epoch"], len(result["classes"]))
+        figures["shares"] = draw_shares(epochs, result["classes"])
     for name, figure in figures.items():
         files.write(folder / "plots" / f"{name}.png", png(figure))
 
@@ -380,7 +395,7 @@ def write_report(folder):
         title=results[-1]["run"],
         results=results,
         pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.png")},
-        classes=CLASS_NAMES,
+        classes=tuple(results[-1]["classes"]),
         splits=SPLITS,
         ledger=files.read_csv(folder / "ledger.csv", columns, "remove it, and run eval.py again"),
         provenance=files.read_json(provenances[0], "remove it") if provenances else {},

@@ -22,11 +22,10 @@ from pydantic import Field
 import files
 import metrics
 from config import boolean, exactly
-from ledger import CLASS_NAMES
 from runs import BEST
 
+MOST_CLASSES = 1000  # as config.KEYS allows
 MOST_PARTICIPANTS = 50_000  # whose predictions are compared: 10,000 resamples of them are drawn
-NUM_CLASSES = len(CLASS_NAMES)
 
 # -------------------------------------------------------------------- what eval_SPLIT.json holds
 
@@ -43,14 +42,49 @@ def shape(name, kinds, **optional):
     return pydantic.create_model(name, **kinds, **{key: (k, None) for key, k in optional.items()})
 
 
-def each(names, kind):
-    """{name: kind}, of scores; those of every class are lists."""
-    per_class = exactly(NUM_CLASSES, kind)
-    return {name: per_class if name in metrics.PER_CLASS else kind for name in names}
+@functools.cache
+def model_of(num_classes):
+    """The pydantic model of eval_SPLIT.json, of so many classes."""
+
+    def each(names, kind):  # of scores; those of every class are lists
+        per_class = exactly(num_classes, kind)
+        return {name: per_class if name in metrics.PER_CLASS else kind for name in names}
+
+    everything = (*ALL_SCORES, *metrics.PER_CLASS)
+    scores, intervals = shape("Scores", each(everything, Score)), each(everything, Interval)
+    intervals = shape("Intervals", intervals)
+    result = {
+        "split": Literal["val", "test"],
+        **dict.fromkeys(("run", "data", "task", "volumes_asked", "content_sha256"), Text),
+        **dict.fromkeys(("encoder_sha256", "checkpoint_sha256", "labels_sha256"), Text),
+        "predictions_sha256": Text,
+        "classes": exactly(num_classes, Text),
+        "ordered": boolean,
+        "unit": Literal["participant", "eye", "volume"],
+        **dict.fromkeys(("n", "participants", "volumes", "epoch"), Count),
+        **each(everything, Score),
+        **dict.fromkeys(("balanced_accuracy", "accuracy", "macro_f1", "log_loss"), Number),
+        "majority_baseline": Number,
+        **dict.fromkeys(("true_counts", "predicted_counts"), exactly(num_classes, Count)),
+        "confusion_matrix": exactly(num_classes, exactly(num_classes, Count)),
+        **{"ci95": intervals, "chance": intervals, "majority": scores, "random": scores},
+        "chance_band": exactly(2, Number),
+        "reliability": BINS,
+        "subgroups": dict[Text, list[shape("Group", GROUP)]],
+        "per_volume": shape("PerVolume", each(ALL_SCORES, Score) | PER_VOLUME),
+        "alarms": list[Text],
+        "unreadable": list[shape("Unreadable", UNREADABLE)],
+    }
+    return shape(
+        "Result",
+        result,
+        floors=dict[Text, shape("Floor", FLOOR)],
+        seeds=shape("Seeds", {"seeds": list[Count], "balanced_accuracy": SPREAD}),
+        temperature=Number,
+        calibrated=shape("Calibrated", CALIBRATED),
+    )
 
 
-SCORES = shape("Scores", each((*ALL_SCORES, *metrics.PER_CLASS), Score))
-INTERVALS = shape("Intervals", each((*ALL_SCORES, *metrics.PER_CLASS), Interval))
 BINS = list[shape("Bin", {"confidence": Number, "accuracy": Number, "count": Count})]
 GROUP = {"group": Text, "n": Count, "small": boolean, "balanced_accuracy": Score, "ci95": Interval}
 GROUP |= {"rest": Score, "p_above_rest": Score}
@@ -58,36 +92,10 @@ FLOOR = {"balanced_accuracy": Number, "difference": Number, "p_value": Number}
 FLOOR |= {"difference_ci95": exactly(2, Number)}
 FLOOR["ci95"] = shape("FloorIntervals", {"balanced_accuracy": exactly(2, Number)})
 SPREAD = shape("Spread", {"mean": Number, "sd": Number, "each": list[Number]})
-CALIBRATED = each(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}
-PER_VOLUME = {"n": Count, "ci95": shape("VolumeIntervals", each(ALL_SCORES, Interval))}
-RESULT = {
-    "split": Literal["val", "test"],
-    **dict.fromkeys(("run", "data", "scanner", "anatomic_region", "content_sha256"), Text),
-    **dict.fromkeys(("encoder_sha256", "checkpoint_sha256", "labels_sha256"), Text),
-    "predictions_sha256": Text,
-    **dict.fromkeys(("n", "participants", "volumes", "epoch"), Count),
-    **each((*ALL_SCORES, *metrics.PER_CLASS), Score),
-    **dict.fromkeys(("balanced_accuracy", "accuracy", "macro_f1", "log_loss"), Number),
-    "majority_baseline": Number,
-    **dict.fromkeys(("true_counts", "predicted_counts"), exactly(NUM_CLASSES, Count)),
-    "confusion_matrix": exactly(NUM_CLASSES, exactly(NUM_CLASSES, Count)),
-    **{"ci95": INTERVALS, "chance": INTERVALS, "majority": SCORES, "random": SCORES},
-    "chance_band": exactly(2, Number),
-    "reliability": BINS,
-    "subgroups": dict[Text, list[shape("Group", GROUP)]],
-    "per_volume": shape("PerVolume", each(ALL_SCORES, Score) | PER_VOLUME),
-    "alarms": list[Text],
-    "unreadable": list[shape("Unreadable", {"participant_id": Text, "path": Text, "reason": Text})],
-}
-SEEDS = shape("Seeds", {"seeds": list[Count], "balanced_accuracy": SPREAD})
-MODEL = shape(
-    "Result",
-    RESULT,
-    floors=dict[Text, shape("Floor", FLOOR)],
-    seeds=SEEDS,
-    temperature=Number,
-    calibrated=shape("Calibrated", CALIBRATED),
-)
+CALIBRATED = dict.fromkeys(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}
+OF_VOLUMES = shape("VolumeIntervals", dict.fromkeys(ALL_SCORES, Interval))
+PER_VOLUME = {"n": Count, "ci95": OF_VOLUMES}
+UNREADABLE = {"participant_id": Text, "path": Text, "reason": Text}
 
 
 def sealed(result):
@@ -113,7 +121,8 @@ def read_result(folder, split):
             f"content_sha256 says; {again}"
         )
     try:
-        MODEL.model_validate(result)
+        num_classes = len(result.get("classes") or []) or 2
+        model_of(min(num_classes, MOST_CLASSES)).model_validate(result)
     except pydantic.ValidationError as error:
         unusable = files.first_few(dict.fromkeys(e["loc"][0] for e in error.errors()))
         raise ValueError(f"{path} has no {unusable} that can be used; {again}") from error
@@ -139,8 +148,9 @@ class Results:
 
     name: str
     result: dict  # eval_SPLIT.json
-    label_of: dict  # {participant: class}
-    p_of: dict  # {participant: probabilities (K,)}
+    label_of: dict  # {unit: class}, of participants, or of what data.unit says
+    p_of: dict  # {unit: probabilities (K,)}
+    participant_of: dict  # {unit: participant}
 
 
 def open_results(name, folder, split):
@@ -153,26 +163,27 @@ def open_results(name, folder, split):
         raise ValueError(f"{table} is not what {path} was computed from; {again}")
     if checkpoint.is_file() and files.sha256(checkpoint) != result["checkpoint_sha256"]:
         raise ValueError(f"{checkpoint} is not the checkpoint that {path} is about; {again}")
-    run = Results(name, result, *read_predictions(table, again))
+    run = Results(name, result, *read_predictions(table, result, again))
     check_scores(run, table, again)
     return run
 
 
-def read_predictions(table, again):
-    """predictions_SPLIT.csv -> {participant: class}, {participant: probabilities (K,)}. ValueError
-    where it holds anything else."""
-    columns = [f"p{k}" for k in range(NUM_CLASSES)]
-    rows = files.read_csv(table, ["participant_id", "y_true", *columns], again)
+def read_predictions(table, result, again):
+    """predictions_SPLIT.csv -> {unit: class}, {unit: probabilities (K,)}, {unit: participant}.
+    ValueError where it holds anything else."""
+    columns = [f"p{k}" for k in range(len(result["classes"]))]
+    key = "participant_id" if result["unit"] == "participant" else "unit"
+    rows = files.read_csv(table, [*{"participant_id", key}, "y_true", *columns], again)
     if not 0 < len(rows) <= MOST_PARTICIPANTS:
         raise ValueError(f"{table} has {len(rows)} participants; {again}")
-    label_of, p_of = {}, {}
+    label_of, p_of, participant_of = {}, {}, {}
     for row in rows:
-        participant = row["participant_id"]
+        participant = row[key]
         try:
             label, p = int(row["y_true"]), [float(row[column]) for column in columns]
         except ValueError:
             label, p = -1, [np.nan]
-        if not (0 <= label < NUM_CLASSES and metrics.are_distributions(np.array(p))):
+        if not (0 <= label < len(columns) and metrics.are_distributions(np.array(p))):
             raise ValueError(
                 f"{table}: participant {participant[:40]} has no class and probabilities that can "
                 f"be used; {again}"
@@ -180,24 +191,26 @@ def read_predictions(table, again):
         if participant in label_of:
             raise ValueError(f"{table}: participant {participant[:40]} is there twice; {again}")
         label_of[participant], p_of[participant] = label, p
-    return label_of, p_of
+        participant_of[participant] = row["participant_id"]
+    return label_of, p_of, participant_of
 
 
 def check_scores(run, table, again):
     """ValueError unless the numbers that are shown and ranked by are those of the predictions."""
     result = run.result
     y, p = (np.array(list(values.values())) for values in (run.label_of, run.p_of))
-    cells = np.bincount(NUM_CLASSES * y + p.argmax(axis=1), minlength=NUM_CLASSES**2)
-    expected = metrics.score(y, p, NUM_CLASSES) | {"participants": len(y)}
+    people, num_classes = list(run.participant_of.values()), len(result["classes"])
+    cells = np.bincount(num_classes * y + p.argmax(axis=1), minlength=num_classes**2)
+    expected = metrics.score(y, p, num_classes) | {"participants": len(set(people))}
     present = np.array(expected["true_counts"]) > 0
-    expected["confusion_matrix"] = np.reshape(cells, (NUM_CLASSES, -1))
+    expected["confusion_matrix"] = np.reshape(cells, (num_classes, -1))
     expected["majority_baseline"] = max(expected["true_counts"]) / len(y)
     expected["majority"] = {"balanced_accuracy": 1 / present.sum()}
     if present.all():  # the shares of all classes add up to 1, whatever training's are
-        expected["random"] = {"balanced_accuracy": 1 / NUM_CLASSES}
+        expected["random"] = {"balanced_accuracy": 1 / num_classes}
     wrong = [name for name, value in expected.items() if not agree(result[name], value)]
     if not wrong:
-        interval, band = interval_and_band(list(run.label_of), y, p)
+        interval, band = interval_and_band(people, y, p)
         expected = {"ci95": {"balanced_accuracy": interval}, "chance_band": band}
         wrong = [name for name, value in expected.items() if not agree(result[name], value)]
     if wrong:
@@ -220,17 +233,18 @@ def agree(found, expected):
 def interval_and_band(ids, y, p):
     """The 95 % interval and the chance band of balanced accuracy, as metrics.evaluate computes them
     beside those of all other scores, in a hundredth of its time."""
-    of_class = np.bincount(y, minlength=NUM_CLASSES)
+    of_class = np.bincount(y, minlength=p.shape[1])
     weight = 1 / (np.maximum(of_class, 1) * (of_class > 0).sum())  # (K,) of a right answer
     answers = p.argmax(axis=1)
-    resampled = metrics.resample(y, ids) @ (weight[y] * (answers == y))  # (R,)
-    first, member = metrics.participants(y, ids)
-    labels = permutations(tuple(y[first].tolist()))[:, member]  # (R, n)
+    is_true, weights = np.eye(p.shape[1])[y][:, of_class > 0], metrics.resample(y, ids)  # (R, n)
+    recall = metrics.ratio(weights @ (is_true * (answers == y)[:, None]), weights @ is_true)
+    resampled = np.nanmean(recall, axis=1)  # (R,)
+    labels = permuted_labels(tuple(y.tolist()), tuple(ids))  # (R, n)
     permuted = (weight[labels] * (labels == answers)).sum(axis=1)
     return metrics.interval(resampled), metrics.interval(permuted)
 
 
 @functools.lru_cache(maxsize=2)
-def permutations(labels):
-    """metrics.permutations of labels, a tuple; kept, for comparable runs have the same."""
-    return metrics.permutations(labels)
+def permuted_labels(labels, ids):
+    """metrics.permuted_labels of tuples; kept, for comparable runs have the same."""
+    return metrics.permuted_labels(np.array(labels), ids)

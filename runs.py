@@ -51,10 +51,12 @@ KINDS |= dict.fromkeys(("encoder_sha256", "labels_sha256", "manifest_sha256"), s
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
 HARMLESS += ("train.save_every", "train.micro_batch", "train.activation_checkpointing")
 HARMLESS += ("data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline")
-HARMLESS += ("data.max_missing",)
+# the content of tables is known by its hash
+HARMLESS += ("data.max_missing", "data.labels", "data.participants", "data.manifest")
 # those that may differ when it is scored
 CHANGEABLE = ("paths.*", "device.*", "data.max_missing", "data.num_workers", "data.prefetch")
 CHANGEABLE += ("data.cache_gb", "data.fetch_deadline")
+CHANGEABLE += ("data.labels", "data.participants", "data.manifest")
 
 
 def check_folder(cfg):
@@ -280,7 +282,7 @@ class Run:
         if self.wandb.run is not None:
             saved = read_saved(os.path.join(self.folder, BEST), {"val_predictions"})
             everybody = ledger.rows_for_csv(self.book) if self.cfg.log.wandb_participants else None
-            tracking.finish(self.wandb, saved, everybody)
+            tracking.finish(self.wandb, saved, self.book.classes, everybody)
         score = ["--ckpt", self.folder, "--split", "test"]
         print(f"next: {command_line('eval.py', *score)}")
         device.barrier(self.dev)  # nobody ends before rank 0 has written all
@@ -289,8 +291,8 @@ class Run:
 def start(cfg, book, encoder, train, val, dev, needed):
     """The Run, nothing written yet. ValueError where train.resume=auto finds a run that this one
     would not go on with, or that lacks what is `needed`."""
-    tables = (book.sha256[name] for name in (ledger.LABELS, ledger.MANIFEST))
-    values = config.to_dict(cfg), encoder.sha256, *tables, list(train.participants)
+    tables = (book.sha256[name] for name in ("labels", "manifest"))
+    values = config.to_dict(cfg), encoder.sha256, *tables, list(train.units)
     identity = dict(zip(IDENTITY, values)) | {"volumes": [len(train.samples), len(val.samples)]}
     folder = os.path.expanduser(cfg.paths.run_dir)
     earlier = resumable(folder, identity, needed) if cfg.train.resume == "auto" else None
@@ -333,9 +335,13 @@ def changed_settings(old, new):
 def predictions_csv(predictions):
     """Predictions -> CSV text."""
     classes = [f"p{k}" for k in range(predictions.p.shape[1])]
-    rows = zip(predictions.ids, predictions.y_true.tolist(), predictions.p.tolist())
     header = ["participant_id", "y_true", *classes]
-    return files.csv_text([header, *([i, y, *p] for i, y, p in rows)])
+    numbers = [[y, *p] for y, p in zip(predictions.y_true.tolist(), predictions.p.tolist())]
+    names = [[participant] for participant in predictions.participants]
+    if predictions.ids != predictions.participants:
+        header.insert(1, "unit")
+        names = [[*name, unit] for name, unit in zip(names, predictions.ids)]
+    return files.csv_text([header, *([*name, *row] for name, row in zip(names, numbers))])
 
 
 def scores_of(record, predictions):
@@ -346,7 +352,7 @@ def scores_of(record, predictions):
         "val_loss": record["val/loss"],
         "train_balanced_accuracy": record["train/balanced_accuracy"],
         "val_predictions": {
-            "participant_id": predictions.ids,
+            "participant_id": predictions.participants,
             "y_true": predictions.y_true.tolist(),
             "p": torch.from_numpy(predictions.p),
         },

@@ -3,7 +3,7 @@
     check(cfg)                              # before anything is computed
     tracker = start(cfg, folder, earlier_id)
     tracker.log(record)                     # once an epoch
-    finish(tracker, saved)                  # what the run came to on validation
+    finish(tracker, saved, names)           # what the run came to on validation
 
 The quieter of log.wandb and of the environment (WANDB_MODE, WANDB_DISABLED) holds. Where that is
 disabled, wandb is not even imported; ranks above 0 log nothing. W&B never ends a run: without its
@@ -23,7 +23,6 @@ import pydantic
 
 import config
 import device
-import ledger
 import metrics
 
 LEVELS = ("online", "offline", "disabled")  # from loud to quiet
@@ -177,6 +176,8 @@ def described(cfg):
     trains = not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch >= 0
     settings = config.to_dict(cfg)
     del settings["paths"], settings["demo"]["dir"]
+    for name in ("labels", "participants", "manifest", "checksums"):
+        del settings["data"][name]
     return {
         "project": cfg.log.wandb_project,
         "name": cfg.log.run_name,
@@ -186,7 +187,7 @@ def described(cfg):
             "finetune" if trains else "probe",
             cfg.model.head.kind,
             cfg.model.pool_method,
-            cfg.data.scanner,
+            *([cfg.data.scanner] if cfg.data.scanner else []),
         ],
     }
 
@@ -242,10 +243,10 @@ def stop_wandb():
 # -------------------------------------------------------------------------------------- the end
 
 
-def finish(tracker, saved, ledger_rows=None):
+def finish(tracker, saved, names, ledger_rows=None):
     """Log what the run came to on validation: summary with intervals and alarms, confusion matrix,
-    ROC curves. saved: the best checkpoint; ledger_rows: of all participants, the header first,
-    where the ledger is to be sent too.
+    ROC curves. saved: the best checkpoint; names: of the classes; ledger_rows: of all participants,
+    the header first, where the ledger is to be sent too.
 
     The alarms are those of metrics, which name classes, and those of eval.py, which name
     participants, are not among them.
@@ -253,7 +254,6 @@ def finish(tracker, saved, ledger_rows=None):
     from sklearn.metrics import roc_curve
 
     y, p = saved["val_predictions"]["y_true"], saved["val_predictions"]["p"].numpy()
-    names = ledger.CLASS_NAMES
     result = metrics.evaluate(y, p, len(names), saved["val_predictions"]["participant_id"])
     if saved["train_balanced_accuracy"] is not None:
         result["alarms"] += metrics.gap_alarm(
@@ -274,13 +274,13 @@ def finish(tracker, saved, ledger_rows=None):
 
     def send(run):
         run.summary.update(summary)  # first, for pictures need the server and may fail
-        run.log(pictures(y, p.argmax(axis=1).tolist(), curves, ledger_rows))
+        run.log(pictures(y, p.argmax(axis=1).tolist(), names, curves, ledger_rows))
         run.finish()
 
     tracker.send(send)
 
 
-def pictures(y_true, y_predicted, curves, ledger_rows):
+def pictures(y_true, y_predicted, names, curves, ledger_rows):
     """Confusion matrix, ROC curves {class: (false positives, true positives)} and ledger (None:
     left out), as W&B draws them. Of the first it uploads the counts, not the rows."""
     import wandb
@@ -288,7 +288,7 @@ def pictures(y_true, y_predicted, curves, ledger_rows):
     xs, ys = ([curve[axis] for curve in curves.values()] for axis in (0, 1))
     drawn = {
         "val/confusion_matrix": wandb.plot.confusion_matrix(
-            y_true=y_true, preds=y_predicted, class_names=list(ledger.CLASS_NAMES)
+            y_true=y_true, preds=y_predicted, class_names=list(names)
         ),
         "val/roc": wandb.plot.line_series(
             xs, ys, keys=list(curves), title="ROC, one against the rest", xname="false positives"

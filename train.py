@@ -14,7 +14,7 @@ then `python eval.py --ckpt RUN_DIR --split test`. This script is meant to be co
 To change                     edit
 the loss                      losses.LOSSES; heads.Heads.row_losses applies it
 the head                      heads.Heads: its parameters have a leading axis of G heads
-the label                     ledger.py: CLASSES and read_labels
+the label                     configs/tasks/, docs/your-own.md
 the learning rate's schedule  lr_factor below
 the augmentation              data.augment
 which head and epoch is best  progress.better
@@ -117,7 +117,8 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
     an attentive head takes. A plain probe and fine-tuning are G = 1.
     """
     epochs, unfreeze_epoch = cfg.train.epochs, config.first_epoch_of_encoder(cfg)  # infinity: never
-    bank = heads.start(cfg, seed, train_set, len(ledger.CLASSES)).to(dev)
+    bank = heads.start(cfg, seed, train_set, len(config.class_names(cfg))).to(dev)
+    num_classes = bank.weight.shape[1]
     network = prepare_encoder(cfg, encoder, dev) if unfreeze_epoch <= epochs else None
     optimizer = heads.Optimizer(cfg, bank, network)
     labels = train_set.labels  # (volumes,)
@@ -135,7 +136,7 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
     for epoch in progress.epochs(f"{len(bank.settings)} heads", show_bar=run is None):
         # Every random number depends on seed, epoch, step and volume alone: neither the number of
         # replicas nor an interruption changes the result.
-        order = data.epoch_order(labels, cfg.data.sampler, seed, epoch)
+        order = data.epoch_order(labels, cfg.data.sampler, seed, epoch, num_classes)
         batches = order.split(batch_size)
         first_step = progress.step  # above 0 where an epoch is resumed
         encoder_trains = epoch >= unfreeze_epoch
@@ -190,7 +191,7 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
         if encoder_trains:
             x_val = features.encode_now(cfg, val_set.samples, encoder, dev, f"val of epoch {epoch}")
             x_val = x_val.to(dev)
-        predictions = heads.by_participant(val_set.samples, heads.predict(bank, x_val))
+        predictions = heads.by_unit(val_set.samples, heads.predict(bank, x_val))
         summary.finish(predictions, head_factor, encoder_factor * cfg.train.lr_encoder)
         # until the encoder trains, patience begins anew: at first, training it costs some score
         reset_patience = epoch <= unfreeze_epoch <= epochs
@@ -281,8 +282,8 @@ def volumes_of(cfg, samples, steps, encoder, epoch):
 def check_classes(cfg, book):
     """ValueError, before anything is encoded, where the sampler or the class weights need every
     class in training and one is not there, or where a class has too few people for data.cv."""
-    people = {s.participant_id: s.label for s in book.of("train") + book.of("val")}
-    repeats.check_folds(cfg, list(people.values()))
+    units = {s.unit: s.label for s in book.of("train") + book.of("val")}
+    repeats.check_folds(cfg, list(units.values()))
     if cfg.data.sampler == "stratified":
         ledger.check_classes(book, "data.sampler=stratified")
     for scheme in cfg.train.sweep.class_weights or [cfg.train.class_weights]:

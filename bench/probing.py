@@ -179,7 +179,11 @@ def train_and_evaluate(folder, arguments, seed):
 
 def finetune(seeds=(1, 2, 3)):
     spread = lambda values: f"{np.mean(values):.3f} ± {np.std(values, ddof=len(seeds) > 1):.3f}"
-    names = "balanced accuracy", "macro F1", *(f"F1 {name}" for name in ledger.CLASS_NAMES)
+    names = (
+        "balanced accuracy",
+        "macro F1",
+        *(f"F1 {name}" for name in config.class_names(config.load("configs/demo.yaml"))),
+    )
     row("on test", *names, "above chance")
     for name, arguments in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ import torch
 import b2
 import config
 import device
+import ledger
 import tracking
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -78,7 +79,7 @@ def data(cfg):
     config.check_placeholders(cfg)
     if cfg.demo.dir:
         return "the demo's data and encoder are written by make probe"
-    b2.find(b2.join(cfg.paths.data, "participants.tsv"), 30)
+    b2.find(ledger.place_of(cfg, cfg.data.labels), 30)
     b2.find(cfg.paths.checkpoint_path, 30)
     return "the tables and the encoder are there"
 

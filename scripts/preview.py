@@ -38,7 +38,7 @@ def draw(cfg, book, size, views=5):
     axes = figure.subplots(2 * len(samples), 1 + views, squeeze=False, subplot_kw=no_ticks)
     with contextlib.closing(data.stream(volumes, book, range(len(samples)), cfg)) as arriving:
         for i, key, volume in tqdm(arriving, "preview", len(samples), unit="volume"):
-            axes[2 * i, 0].set_ylabel(ledger.CLASS_NAMES[samples[i].label])
+            axes[2 * i, 0].set_ylabel(book.classes[samples[i].label])
             draw_views(axes[2 * i : 2 * i + 2], cfg, key, volume)
     for view, axis in enumerate(axes[0]):
         axis.set_title(f"view {view}" if view else "original")

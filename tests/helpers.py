@@ -53,6 +53,15 @@ TINY = os.path.join(FIXTURES, "vjepa3d_tiny.pt")
 DEMO = os.path.join(ROOT, "configs", "demo.yaml")
 PROBE = os.path.join(ROOT, "configs", "probe.yaml")
 
+# AI-READI's study_group, whose position is the label, and the names that are shown
+CLASSES = (
+    "healthy",
+    "pre_diabetes_lifestyle_controlled",
+    "oral_medication_and_or_non_insulin_injectable_medication_controlled",
+    "insulin_dependent",
+)
+CLASS_NAMES = ("healthy", "pre-diabetes", "oral medication", "insulin")
+
 # ------------------------------------------------------------------------- settings and commands
 
 
@@ -423,11 +432,14 @@ def write_results(folder, p, y=LABELS_159, ids=None, **changes):
         "epoch": 1,
         "volumes": len(y),
         "data": "SYNTHETIC data",
-        "scanner": "topcon_triton",
-        "anatomic_region": "Macula",
+        "task": "study_group",
+        "ordered": True,
+        "unit": "participant",
+        "volumes_asked": "topcon_triton, Macula",
         "encoder_sha256": "abcdef" * 10,
         "checkpoint_sha256": "f" * 64,
         "labels_sha256": "0" * 64,
+        "classes": list(CLASS_NAMES),
         "predictions_sha256": hashlib.sha256(table).hexdigest(),
         "unreadable": [],
         "per_volume": scores,

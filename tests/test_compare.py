@@ -156,7 +156,7 @@ def edit_file(name, old, new):
         ),
         (
             edit_result(lambda result: result.update(labels_sha256="1" * 64)),
-            "other labels: participants.tsv of a .sha256 000000000000. is not that of b",
+            "other labels: the table of a .sha256 000000000000. is not that of b",
         ),
         (
             edit_result(lambda result: result.update(split="val")),
@@ -253,7 +253,7 @@ def test_neither_takes_settings(a_and_b, command, what):
 
 def test_other_volumes_of_the_same_participants_are_noted(tmp_path, command):
     a = write_results(tmp_path / "a", answers(0.5, 0))
-    b = write_results(tmp_path / "b", answers(0.5, 1), scanner="zeiss_cirrus")
+    b = write_results(tmp_path / "b", answers(0.5, 1), volumes_asked="zeiss_cirrus, Macula")
     assert (
         "note: these runs saw other volumes of the same participants: topcon_triton, Macula; "
         "zeiss_cirrus, Macula"

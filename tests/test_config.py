@@ -1,4 +1,5 @@
 import os
+import pathlib
 import re
 import time
 
@@ -11,9 +12,30 @@ import config
 CONFIGS = os.path.join(ROOT, "configs")
 
 
-@pytest.mark.parametrize("name", sorted(os.listdir(CONFIGS)))
+SHIPPED = [path.relative_to(CONFIGS) for path in sorted(pathlib.Path(CONFIGS).rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("name", SHIPPED, ids=str)
 def test_every_shipped_config_loads(name):
     config.load(os.path.join(CONFIGS, name))
+
+
+def test_the_default_task_is_the_one_of_that_name():
+    default = config.to_dict(config.load(f"{CONFIGS}/base.yaml"))
+    laid = config.load([f"{CONFIGS}/base.yaml", f"{CONFIGS}/tasks/aireadi_diabetes.yaml"])
+    assert laid.data.task == "aireadi_diabetes"
+    assert config.to_dict(laid)["data"] == default["data"] | {"task": "aireadi_diabetes"}
+
+
+def test_a_task_is_in_the_runs_folder_and_name_unless_they_are_given():
+    files = [f"{CONFIGS}/demo.yaml", f"{CONFIGS}/tasks/aireadi_laterality.yaml"]
+    cfg = config.load(files)
+    assert cfg.paths.run_dir == "./runs/cls_demo_aireadi_laterality"
+    assert cfg.log.run_name == "demo_linear_probe_aireadi_laterality"
+    again = config.resolve(config.to_dict(cfg), [], "the run's own")
+    assert (again.paths.run_dir, again.log.run_name) == (cfg.paths.run_dir, cfg.log.run_name)
+    cfg = config.load(files, ["paths.run_dir=runs/x", "log.run_name=x"])
+    assert (cfg.paths.run_dir, cfg.log.run_name) == ("runs/x", "x")
 
 
 def test_a_second_file_lies_over_the_first():
@@ -41,7 +63,10 @@ def test_every_key_is_read_somewhere():
     names = [name for name in os.listdir(ROOT) if name.endswith(".py") and name != "config.py"]
     sources = [content(os.path.join(ROOT, name)) for name in names]
     have_one_value_only = {"train.scheduler", "train.optimizer"}
-    for key in set(config.KEYS) - have_one_value_only:
+    of_tables = {key for key in config.KEYS if key.startswith("data.columns.")}
+    for key in of_tables:  # labels.py looks for every column by its role
+        assert f'"{key.rpartition(".")[2]}"' in content(os.path.join(ROOT, "labels.py")), key
+    for key in set(config.KEYS) - have_one_value_only - of_tables:
         assert any(is_read(key, source) for source in sources), key
 
 
@@ -78,7 +103,7 @@ def test_child_overrides_parent_and_command_line_overrides_both(tmp_path):
         ("data.image_size=[64,384]", "data.image_size must be"),
         (
             "train.class_weights=[1,2]",
-            "train.class_weights must be auto, effective, none or a list of 4 numbers",
+            "train.class_weights=[1.0, 2.0] has 2 numbers, and there are 4 classes",
         ),
         ("train.loss=hinge", "train.loss must be one of ce, focal, label_smoothing"),
         ("train.epochs", "is no override"),

@@ -982,14 +982,14 @@ def labels():
 
 @pytest.mark.parametrize("sampler", ["shuffle", "stratified"])
 def test_seed_and_epoch_decide_the_order(labels, sampler):
-    one, same, other = (data.epoch_order(labels, sampler, 42, epoch) for epoch in (1, 1, 2))
+    one, same, other = (data.epoch_order(labels, sampler, 42, epoch, 4) for epoch in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert len(one) == len(labels)
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_stratified_epochs_draw_classes_evenly(labels, epoch):
-    order = data.epoch_order(labels, "stratified", 42, epoch)
+    order = data.epoch_order(labels, "stratified", 42, epoch, 4)
     drawn = labels[order]
     rounds = [sorted(drawn[i : i + 4].tolist()) for i in range(0, 96, 4)]
     assert all(of_round == [0, 1, 2, 3] for of_round in rounds)
@@ -999,11 +999,11 @@ def test_stratified_epochs_draw_classes_evenly(labels, epoch):
 
 
 def test_a_shuffled_epoch_has_everything_once(labels):
-    order = data.epoch_order(labels, "shuffle", 42, 1)
+    order = data.epoch_order(labels, "shuffle", 42, 1, 4)
     assert sorted(order.tolist()) == list(range(97))
 
 
 def test_stratified_epochs_need_every_class(labels):
     message = r"no training volume is of class 3 \(insulin\); set data.sampler=shuffle"
     with pytest.raises(ValueError, match=message):
-        data.epoch_order(labels[:90], "stratified", 42, 1)
+        data.epoch_order(labels[:90], "stratified", 42, 1, 4)

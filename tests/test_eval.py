@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    CLASSES,
     ROOT,
     TINY,
     TUNE,
@@ -57,7 +58,7 @@ def test_every_participant_of_the_split_with_oct_is_scored(scored, written, spli
         if row["recommended_split"] == split and row["retinal_oct"] == "TRUE"
     ]
     assert sorted(ids) == sorted(of_split)
-    assert [ledger.CLASSES[k] for k in y] == [people[i]["study_group"] for i in ids]
+    assert [CLASSES[k] for k in y] == [people[i]["study_group"] for i in ids]
 
 
 @SPLITS

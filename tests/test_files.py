@@ -164,24 +164,33 @@ def test_checksums(tmp_path):
 # ------------------------------------------------------------------------------------------ tables
 
 
-def test_read_tsv_takes_any_spelling_of_a_column(tmp_path):
+def read(path, columns, name=None):
+    """The rows of a table that must have these columns, each a name or several spellings."""
+    table = files.read_table(path, name)
+    for column in columns:
+        spellings = [column] if isinstance(column, str) else column
+        files.merge_spellings(table, spellings, "data.columns.x")
+    return table.rows
+
+
+def test_read_table_takes_any_spelling_of_a_column(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfperson_id \tage\r\n 17 \t40\r\n\t\r\n")
     columns = [("participant_id", "person_id"), "age"]
-    (row,) = files.read_tsv(tmp_path / "a.tsv", columns)  # blank rows do not count
+    (row,) = read(tmp_path / "a.tsv", columns)  # blank rows do not count
     assert (row["participant_id"], row["age"]) == ("17", "40")
 
 
-def test_read_tsv_cleans_every_cell(tmp_path):
+def test_read_table_cleans_every_cell(tmp_path):
     """Also those of columns that nobody asked for, and where two files were put together."""
     data = "\ufeffc\t age\t\t\n1 \t 40 \tx\ty\n\ufeff 2\t\xa041\t\t\n".encode()
     write_bytes(tmp_path / "a.tsv", data)
-    rows = files.read_tsv(tmp_path / "a.tsv", ["c"])  # two header cells are empty: that is no name
+    rows = read(tmp_path / "a.tsv", ["c"])  # two header cells are empty: that is no name
     assert [(row["c"], row["age"]) for row in rows] == [("1", "40"), ("2", "41")]
 
 
-def test_read_tsv_takes_two_spellings_that_say_the_same(tmp_path):
+def test_read_table_takes_two_spellings_that_say_the_same(tmp_path):
     write_bytes(tmp_path / "a.tsv", b"d\tc\te\n17 \t17\tx\n18\t 18\ty\n")
-    rows = files.read_tsv(tmp_path / "a.tsv", [("c", "d")])
+    rows = read(tmp_path / "a.tsv", [("c", "d")])
     assert rows == [{"c": "17", "e": "x"}, {"c": "18", "e": "y"}]
 
 
@@ -200,19 +209,22 @@ def test_read_tsv_takes_two_spellings_that_say_the_same(tmp_path):
             "'2'; remove or rename",
         ),
         (b"c\td\n1\t\n", "'c' and 'd' mean .* one has '1' and the other ''"),
-        (b"a,c\n1,2\n", "has no column 'c or d'; found a,c; save it with tabs"),
-        ("c\n1\n".encode("utf-16"), "is not a tab-separated text in UTF-8, save it as one"),
+        (
+            b"a,b\n1,2\n",
+            "has no column 'c or d'; found a, b; name the right one with data.columns.x",
+        ),
+        ("c\n1\n".encode("utf-16"), "is not a table in UTF-8, save it as one"),
         (b"a\tb\n1\t2\n", "table has no column 'c or d'; found a, b"),
         (b"", "table has no column 'c or d'; found "),
-        (b"c\n\xe4\n", "table is not a tab-separated text in UTF-8"),
+        (b"c\n\xe4\n", "table is not a table in UTF-8"),
         (b"c\te\n1\n", "table: the row that begins with '1' does not have 2 cells"),
-        (b'c\te\n1\t"2\n3\t4"\n', "look for a stray quotation mark or tab there"),
+        (b'c\te\n1\t"2\n3\t4"\n', "look for a stray quotation mark or delimiter"),
     ],
 )
-def test_read_tsv_says_what_is_wrong(tmp_path, data, message):
+def test_read_table_says_what_is_wrong(tmp_path, data, message):
     write_bytes(tmp_path / "a.tsv", data)
     with pytest.raises(ValueError, match=message):
-        files.read_tsv(tmp_path / "a.tsv", [("c", "d")], "table")
+        read(tmp_path / "a.tsv", [("c", "d")], "table")
 
 
 def test_csv_text_is_read_back(tmp_path):

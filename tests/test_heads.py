@@ -499,7 +499,7 @@ def test_predictions_are_averaged_over_the_volumes_of_a_participant():
     samples = samples_of([2, 0, 1])
     samples = [samples[0], samples[1], samples[0], samples[2], samples[0]]
     p = np.random.default_rng(0).dirichlet(np.ones(4), (2, 5))  # of two heads
-    found = heads.by_participant(samples, p)
+    found = heads.by_unit(samples, p)
     assert found.ids == ["0", "1", "2"] and found.y_true.tolist() == [2, 0, 1]
     assert np.allclose(found.p[:, 0], p[:, [0, 2, 4]].mean(axis=1))
     assert np.allclose(found.p[:, 1:], p[:, [1, 3]])

@@ -4,7 +4,18 @@ import re
 import shutil
 
 import pytest
-from helpers import PREFIX, ROOT_URL, content, edit, read_bytes, remote, tables, triton, write_bytes
+from helpers import (
+    CLASSES,
+    PREFIX,
+    ROOT_URL,
+    content,
+    edit,
+    read_bytes,
+    remote,
+    tables,
+    triton,
+    write_bytes,
+)
 
 import files
 import ledger
@@ -51,7 +62,7 @@ def test_rows_say_what_the_table_says(written, read):
     for row in book.rows:
         person = people[row.participant_id]
         assert row.split == person["recommended_split"]
-        assert ledger.CLASSES[row.label] == person["study_group"]
+        assert CLASSES[row.label] == person["study_group"]
         assert row.site == person["clinical_site"]
 
 

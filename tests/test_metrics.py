@@ -260,9 +260,57 @@ def test_volumes_of_a_participant_are_drawn_together():
         assert two["chance"][name] == pytest.approx(one["chance"][name], abs=1e-9), name
 
 
-def test_a_participant_has_one_class():
-    with pytest.raises(ValueError, match="participant 0001 has rows of two classes"):
-        metrics.evaluate([0, 1, 2], np.full((3, 4), 0.25), ids=["0000", "0001", "0001"])
+def two_eyes(people=80, seed=0):
+    """Of so many people a left and a right eye (classes 0 and 1), rows in no order, and answers
+    that depend on the person more than on the eye."""
+    rng = np.random.default_rng(seed)
+    y, ids = np.tile([0, 1], people), np.repeat(np.arange(people), 2)
+    logit = 0.8 * (2 * y - 1) + 1.5 * rng.normal(size=people)[ids] + rng.normal(size=2 * people)
+    order = rng.permutation(2 * people)
+    p = 1 / (1 + np.exp(-logit[order]))
+    return y[order], np.stack([1 - p, p], axis=1), ids[order]
+
+
+def test_both_eyes_of_a_person_are_drawn_together_where_their_classes_differ():
+    y, p, ids = two_eyes()
+    weights = metrics.resample(y, ids)
+    for person in (0, 17, 79):
+        left, right = np.flatnonzero(ids == person)
+        assert (weights[:, left] == weights[:, right]).all()
+    assert (weights.sum(axis=1) == len(y)).all()
+    low, high = metrics.evaluate(y, p, 2, ids)["ci95"]["balanced_accuracy"]
+    rng, right = np.random.default_rng(1), p.argmax(axis=1) == y
+    of_person = np.array([right[ids == person].mean() for person in range(80)])
+    slow = [of_person[rng.integers(80, size=80)].mean() for _ in range(4000)]
+    assert np.allclose([low, high], np.percentile(slow, [2.5, 97.5]), atol=0.012)
+
+
+def test_the_chance_band_of_two_eyes_swaps_them_within_a_person():
+    y, p, ids = two_eyes()
+    low, high = metrics.evaluate(y, p, 2, ids)["chance_band"]
+    rng, answers, slow = np.random.default_rng(1), p.argmax(axis=1), []
+    for _ in range(3000):
+        swap = rng.random(80) < 0.5
+        slow.append(np.mean(np.where(swap[ids], 1 - y, y) == answers))
+    assert np.allclose([low, high], np.percentile(slow, [2.5, 97.5]), atol=0.012)
+    # answers that go by the person alone say nothing of the eye, whatever permutation
+    by_person = np.eye(2)[(ids % 2).astype(int)]
+    assert metrics.evaluate(y, by_person, 2, ids)["chance_band"] == [0.5, 0.5]
+
+
+def test_a_comparison_draws_the_rows_of_a_participant_together():
+    """Rows that are there four times tell no more than once."""
+    rng = np.random.default_rng(0)
+    y, once = rng.integers(0, 3, 159), {}
+    for name, skill in (("a", 0.5), ("b", 0.65)):
+        said = np.where(rng.random(159) < skill, y, rng.integers(0, 3, 159))
+        once[name] = np.eye(3)[said] * 0.7 + 0.1
+    (single,) = metrics.compare_all(y, once, np.arange(159))
+    four = {name: np.repeat(p, 4, axis=0) for name, p in once.items()}
+    (repeated,) = metrics.compare_all(np.repeat(y, 4), four, np.repeat(np.arange(159), 4))
+    assert repeated["difference"] == pytest.approx(single["difference"])
+    assert repeated["p_value"] == pytest.approx(single["p_value"])
+    assert np.allclose(repeated["ci95"], single["ci95"])
 
 
 def slow_values(y, p, draws, draw):

@@ -112,7 +112,7 @@ def test_a_reference_run_is_scikit_learn_on_the_features(written, kind):
             )
             reference.fit(standardised(x, x), y)
             p = reference.predict_proba(standardised(x_val, x))
-        found = heads.by_participant(val, p)
+        found = heads.by_unit(val, p)
         accuracy = balanced_accuracy_score(found.y_true, found.p.argmax(axis=1))
         loss = log_loss(found.y_true, found.p, labels=range(4))
         scores.append(accuracy)

@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from helpers import FLOOR, answers, content, copy_of, quick, trained, write_results
+from helpers import CLASS_NAMES, FLOOR, answers, content, copy_of, quick, trained, write_results
 from PIL import Image
 
 import compare
@@ -72,7 +72,7 @@ def test_the_report_counts_participants_by_split_and_class(reported, text):
         [sum(r["split"] == split and r["label"] == str(k) for r in rows) for split in ledger.SPLITS]
         for k in range(4)
     ]
-    numbers_of = dict(zip([*ledger.CLASS_NAMES, "all"], [*used, np.sum(used, axis=0)]))
+    numbers_of = dict(zip([*CLASS_NAMES, "all"], [*used, np.sum(used, axis=0)]))
     for name, numbers in numbers_of.items():
         assert re.search(rf"{name} +" + " +".join(f"{n}/{n}" for n in numbers), text)
 

@@ -26,6 +26,7 @@ ORDER = [
     "model",
     "phantom",
     "facts",
+    "labels",
     "ledger",
     "data",
     "features",

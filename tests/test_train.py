@@ -419,7 +419,7 @@ def test_every_epoch_sees_another_view(written, tmp_path, monkeypatch):
     n, usual = len(samples), {"flip": 0.5, "intensity_jitter": 0.1, "random_crop": 0.1}
     assert len(seen) == 2 * n
     for epoch in (1, 2):
-        order = data.epoch_order(labels, "shuffle", 42, epoch)
+        order = data.epoch_order(labels, "shuffle", 42, epoch, 4)
         for x, i in zip(seen[(epoch - 1) * n : epoch * n], order.tolist()):
             key, volume = volumes.load(i)
             expected = data.augment(volume, usual | {"rotation": 5.0}, f"42 {epoch} {key}")
@@ -476,7 +476,7 @@ def test_a_run_equals_one_written_from_the_formulas(written, tmp_path):
         rates[name] = p, lr_encoder * layer_decay ** (3 - layer), 0 if is_plain else weight_decay
     steps, state = -(-len(samples) // size), {}
     for epoch in range(epochs):
-        order = data.epoch_order(labels, "shuffle", 42, epoch + 1)
+        order = data.epoch_order(labels, "shuffle", 42, epoch + 1, 4)
         for step in range(steps):
             batch = order[step * size : (step + 1) * size]
             trains = epoch >= head_epochs
