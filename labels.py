@@ -324,10 +324,10 @@ def draw_splits(cfg, rows):
     split_of, owed = {}, dict.fromkeys(shares, 0.0)
     for stratum in sorted(strata):
         people = sorted(strata[stratum], key=lambda pid: hashed(f"{cfg.seed} {pid}"))
-        left = len(people) - 1  # one at least is for training
+        number, left = len(people), len(people) - 1  # one at least is for training
         for split, share in shares.items():
             # what rounding took from one class goes to the next
-            owed[split] += share * len(people)
+            owed[split] += share * number
             take = min(left, math.floor(owed[split] + 0.5))
             owed[split] -= take
             left -= take
