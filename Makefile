@@ -3,6 +3,7 @@
 ## CKPT=demo            the name of a file in configs/: which checkpoint, on which data
 ## MODE=probe           probe, or the name of a file in configs/ to lay over it: attentive, finetune, knn, ...
 ## TASK=                the label: the name of a file in configs/tasks/; AI-READI's diabetes label where empty
+## RESUME=auto             of probe and finetune: go on with a run that was interrupted
 ## PYTHON=python3.11    the Python that makes .venv
 CKPT ?= demo
 MODE ?= probe
@@ -28,7 +29,7 @@ probe finetune: setup  ## train, then score on val and on test; the demo without
 	.venv/bin/python eval.py --ckpt $(RUN) --split test
 
 # every checkpoint in every mode, then the leaderboard. What is finished stays; what fails is named at the end
-## CKPTS="a b" MODES="probe knn"    those of make sweep
+## CKPTS="a b" MODES="probe knn"    those of make sweep; without, single_domain_01, single_domain_02 and multi_domain, by probe
 CKPTS ?= single_domain_01 single_domain_02 multi_domain
 MODES ?= probe
 sweep: setup  ## train and score all CKPTS in all MODES, then the leaderboard
@@ -102,5 +103,5 @@ bench-times: setup
 tpu-setup tpu-train tpu-fetch:
 	scripts/tpu.sh $(@:tpu-%=%)
 
-clean:  ## remove the demo's data, runs and caches
-	rm -rf demo demo_literature runs cache
+clean:  ## remove the demo's data, caches and runs; yours stay
+	rm -rf demo demo_literature demo_encoders runs/cls_demo* runs/preview_demo*

@@ -115,6 +115,9 @@ def compare(folders, split):
     if len(volumes) > 1:
         what = "these runs saw other volumes of the same participants"
         lines.append(f"note: {what}: {'; '.join(sorted(volumes))}")
+    places = list(dict.fromkeys(run.result["data"] for run in runs))
+    if len(places) > 1:
+        lines.append(f"note: these runs were scored on data of several places: {'; '.join(places)}")
     for pair in compare_pairs(runs):
         lines += [
             f"{pair['sentence']}.",
@@ -254,7 +257,8 @@ def verdict(best, split, p_holm, tied, num_pairs):
     if tied:
         others = files.first_few(tied, 3)
         return f"{name} leads with {score}, but is not shown to be better than {others}."
+    corrected = f", Holm over {num_pairs} pairs" if num_pairs > 1 else ""
     return (
         f"{name} is the best of {len(p_holm) + 1} runs: {score}, better than every other "
-        f"(p at most {max(p_holm.values()):.4f}, Holm over {num_pairs} pairs)."
+        f"(p at most {max(p_holm.values()):.4f}{corrected})."
     )

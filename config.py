@@ -655,6 +655,7 @@ def resolve(tree, overrides, where, places=None):
             got = repr(flat[name])[:200]
             raise ValueError(f"{name} must be {words_of(kind)}; got {got}{place}") from None
     cfg = nest(checked)
+    check_swept(cfg, {override.partition("=")[0] for override in overrides})
     name_task(cfg, {override.partition("=")[0] for override in overrides})
     if cfg.train.sweep.ordinal == "auto":
         cfg.train.sweep.ordinal = [False, True] if cfg.data.ordered else None
@@ -664,6 +665,17 @@ def resolve(tree, overrides, where, places=None):
         named = [f"{key}: {place}" for key, place in places.items() if f"{key}=" in str(error)]
         raise ValueError(f"{error} ({'; '.join(named)})" if named else str(error)) from None
     return cfg
+
+
+def check_swept(cfg, given):
+    """ValueError where the command line gives a key whose values train.sweep tries anyway."""
+    for name, values in vars(cfg.train.sweep).items():
+        key = "model.head.ordinal" if name == "ordinal" else f"train.{name}"
+        if key in given and values and f"train.sweep.{name}" not in given:
+            raise ValueError(
+                f"{key} would change nothing, for train.sweep.{name}={values} tries other values; "
+                f"set train.sweep.{name}=null for yours alone, or train.sweep=null for one head"
+            )
 
 
 def name_task(cfg, given):

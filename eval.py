@@ -71,7 +71,6 @@ def evaluate_run(ckpt, split, overrides=()):
         "volumes": len(found.samples),
         "data": book.description,
         "task": cfg.data.task or cfg.data.columns.label,
-        "classes": list(book.classes),
         "ordered": cfg.data.ordered,
         "unit": cfg.data.unit,
         "volumes_asked": ledger.volumes_asked(cfg),
@@ -165,6 +164,8 @@ def score(opened, book, samples, volumes, predictions):
     result = metrics.evaluate(
         predictions.y_true, predictions.p, num_classes, predictions.participants, prior, groups
     )
+    result["classes"] = list(book.classes)
+    result["alarms"] = metrics.alarms(result)
     ids, labels = [s.participant_id for s in samples], np.array([s.label for s in samples])
     if cfg.data.columns.eye is not None:
         sides = [s.laterality for s in samples]

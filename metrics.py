@@ -462,10 +462,11 @@ def subgroups(y_true, probabilities, groups, num_classes=4, ids=None):
 
 
 def alarms(result):
-    """What a reader must know before believing the scores of `evaluate` -> list of sentences."""
+    """What a reader must know before believing the scores of `evaluate` -> list of sentences.
+    result["classes"], where it is there, has the names of the classes."""
     n, hits = result["n"], np.diag(result["confusion_matrix"])
     true, predicted = np.array(result["true_counts"]), np.array(result["predicted_counts"])
-    present = true > 0
+    present, names = true > 0, result.get("classes", range(len(true)))
     of_classes = {
         "model collapse: class {} never predicted": present & (predicted == 0),
         "class {} predicted, but never rightly (F1 = 0)": present & (predicted > 0) & (hits == 0),
@@ -474,14 +475,14 @@ def alarms(result):
     found = []
     for text, applies in of_classes.items():
         if applies.any():
-            found.append(text.format(", ".join(map(str, np.flatnonzero(applies)))))
+            found.append(text.format(", ".join(str(names[k]) for k in np.flatnonzero(applies))))
     for k in range(len(true)):
         # far apart by size, 10 points, and by McNemar's test at 5 % over all classes (Bonferroni)
         p_value = mcnemar(predicted[k] - hits[k], true[k] - hits[k])
         if abs(predicted[k] - true[k]) > 0.1 * n and p_value * len(true) < 0.05:
             found.append(
-                f"class {k} is answered {predicted[k]} times and true {true[k]} times of {n}: "
-                "shares far apart"
+                f"class {names[k]} is answered {predicted[k]} times and true {true[k]} times of "
+                f"{n}: shares far apart"
             )
     if result["accuracy"] <= result["majority_baseline"]:
         found.append(

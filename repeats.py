@@ -210,11 +210,12 @@ def cross_validate(fit, cfg, seeds, train, val):
     num_classes = len(config.class_names(cfg))
     check_folds(cfg, labels)
     # a participant is never in two folds
-    kind = StratifiedKFold if list(person_of.values()) == units else StratifiedGroupKFold
+    by_person = list(person_of.values()) == units
+    kind = StratifiedKFold if by_person else StratifiedGroupKFold
     found = []
     for seed in seeds:
         folds = kind(cfg.data.cv, shuffle=True, random_state=seed)
-        folds = folds.split(units, labels, list(person_of.values()))
+        folds = folds.split(units, labels, None if by_person else list(person_of.values()))
         fold_of = {units[i]: fold for fold, (_, held) in enumerate(folds) for i in held}
         for fold in range(cfg.data.cv):
             part = {"train": [], "choose": [], "hold": []}

@@ -437,8 +437,12 @@ def open_checkpoint(ckpt, overrides=()):
             )
     path = os.path.join(ckpt, BEST) if os.path.isdir(ckpt) else ckpt
     if not os.path.isfile(path):
+        inside = sorted(os.listdir(ckpt)) if os.path.isdir(ckpt) else []
+        others = [name for name in inside if os.path.isfile(os.path.join(ckpt, name, BEST))]
+        hint = f"; it holds the runs {files.first_few(others)}" if others else ""
         raise FileNotFoundError(
-            f"--ckpt {ckpt}: {path} is not there; train first, or name a run folder or its {BEST}"
+            f"--ckpt {ckpt}: {path} is not there; train first, or name a run folder or its "
+            f"{BEST}{hint}"
         )
     folder, name = os.path.split(os.path.abspath(path))
     if name != BEST:  # last.pt, say: its results must not pass for those of the best checkpoint
@@ -459,6 +463,8 @@ def read_saved(path, keys):
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = sorted(keys - set(saved))
+        if "model_state_dict" in saved:
+            raise KeyError("it is an encoder's file; --ckpt names a run's folder")
         if missing:
             raise KeyError(", ".join(missing))
         others = [key for key in saved if not isinstance(saved[key], KINDS.get(key, object))]

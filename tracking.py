@@ -255,6 +255,7 @@ def finish(tracker, saved, names, ledger_rows=None):
 
     y, p = saved["val_predictions"]["y_true"], saved["val_predictions"]["p"].numpy()
     result = metrics.evaluate(y, p, len(names), saved["val_predictions"]["participant_id"])
+    result["alarms"] = metrics.alarms(result | {"classes": names})
     if saved["train_balanced_accuracy"] is not None:
         result["alarms"] += metrics.gap_alarm(
             saved["train_balanced_accuracy"], saved["val_balanced_accuracy"]

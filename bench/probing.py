@@ -53,7 +53,9 @@ def draw(means, dim, rows, seed):
 
 def features_of(x, y):
     """x (n, dim), y (n,) -> features.Features of as many participants with one volume each."""
-    samples = [SimpleNamespace(participant_id=str(i), label=int(k)) for i, k in enumerate(y)]
+    samples = [
+        SimpleNamespace(participant_id=str(i), unit=str(i), label=int(k)) for i, k in enumerate(y)
+    ]
     return features.Features(samples, torch.as_tensor(x))
 
 

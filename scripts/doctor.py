@@ -87,6 +87,11 @@ def data(cfg):
 def wandb(cfg):
     tracking.check(cfg)
     mode, variable = tracking.wanted_mode(cfg)
+    if mode == "online":
+        import wandb
+
+        if not tracking.has_key(wandb.setup().settings):
+            return "W&B has no key, so that runs are logged offline; wandb login makes one"
     return f"W&B is {mode}" + (f", by {variable}" if variable else "")
 
 

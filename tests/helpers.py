@@ -382,7 +382,10 @@ def evaluate(ckpt, split, overrides=()):
 
 def samples_of(labels):
     """A participant with one volume for every label."""
-    return [SimpleNamespace(participant_id=str(i), label=int(k)) for i, k in enumerate(labels)]
+    return [
+        SimpleNamespace(participant_id=str(i), unit=str(i), label=int(k))
+        for i, k in enumerate(labels)
+    ]
 
 
 def features_of(x, y):
@@ -444,8 +447,9 @@ def write_results(folder, p, y=LABELS_159, ids=None, **changes):
         "unreadable": [],
         "per_volume": scores,
         **scores,
-        **changes,
     }
+    result["alarms"] = metrics.alarms(result)
+    result |= changes
     os.makedirs(folder)
     write_bytes(f"{folder}/predictions_test.csv", table)
     write_bytes(f"{folder}/eval_test.json", json.dumps(results.sealed(result)).encode())

@@ -302,7 +302,7 @@ def board(tmp_path_factory):
     folder = tmp_path_factory.mktemp("board")
     for name, skill in SKILLS.items():
         write_results(folder / name, answers(*skill))
-    collapse = "model collapse: class 3 never predicted"
+    collapse = "model collapse: class insulin never predicted"
     edit_result(lambda result: result["alarms"].append(collapse))(folder / "worse")
     floors = {"random encoder": FLOOR}
     edit_result(lambda result: result.update(floors=floors))(folder / "good")
@@ -359,7 +359,7 @@ def test_the_leaderboard_says_what_there_is_to_know(board):
     for part in (
         f"{best['run']} leads with balanced accuracy {best['balanced accuracy']} on test, "
         f"but is not shown to be better than {tied}.",
-        "worse: ALARM: model collapse: class 3 never predicted",
+        "worse: ALARM: model collapse: class insulin never predicted",
         f"untested: not ranked: {folder / 'untested'} has no eval_test.json; run eval.py --ckpt",
     ):
         assert part in text and part in said and html.escape(part) in page

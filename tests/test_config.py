@@ -46,6 +46,13 @@ def test_a_second_file_lies_over_the_first():
     assert (cfg.model.head.hidden, cfg.train.epochs) == (256, 7)
 
 
+def test_a_value_that_the_sweep_replaces_is_refused():
+    for key in ("train.lr_head=0.1", "train.weight_decay=1", "model.head.ordinal=true"):
+        with pytest.raises(ValueError, match=f"{key.partition('=')[0]} would change nothing"):
+            config.load(PROBE, [key])
+        config.load(PROBE, [key, "train.sweep=null"])
+
+
 def test_base_yaml_has_every_key():
     keys = config.flatten(yaml.safe_load(content(f"{CONFIGS}/base.yaml")))
     assert set(keys) == set(config.KEYS)
@@ -76,7 +83,7 @@ def test_child_overrides_parent_and_command_line_overrides_both(tmp_path):
     )
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "child.yaml").write_text("base: ../parent.yaml\ntrain: {epochs: 8}\n")
-    overrides = ["train.lr_head=3e-4", "data.anatomic_region=Macula, 12 x 12"]
+    overrides = ["train.lr_head=3e-4", "data.anatomic_region=Macula, 12 x 12", "train.sweep=null"]
     cfg = config.load(tmp_path / "sub" / "child.yaml", overrides)
     assert (cfg.seed, cfg.train.epochs, cfg.train.lr_head) == (1, 8, 3e-4)
     assert cfg.data.anatomic_region == "Macula, 12 x 12"

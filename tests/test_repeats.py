@@ -195,7 +195,7 @@ def folded(written, tmp_path_factory):
 def held_out_by(folded):
     """The participants whom each fold neither trained on nor chose by."""
     _, fitted, _, _, everybody = folded
-    parts = [set(a.participants) | set(b.participants) for a, b in fitted[2:]]
+    parts = [set(a.units) | set(b.units) for a, b in fitted[2:]]
     return [set(everybody) - part for part in parts]
 
 
@@ -219,8 +219,8 @@ def test_the_three_parts_of_a_fold_are_disjoint_and_have_all_volumes(folded):
     book = ledger.read(cfg)
     volumes = Counter(s.participant_id for s in book.of("train") + book.of("val"))
     for trains, chooses in fitted[2:]:
-        assert not set(trains.participants) & set(chooses.participants)
-        assert len(trains.samples) == sum(volumes[i] for i in trains.participants)
+        assert not set(trains.units) & set(chooses.units)
+        assert len(trains.samples) == sum(volumes[i] for i in trains.units)
 
 
 def test_every_class_is_spread_over_the_folds(folded):
@@ -332,8 +332,8 @@ def test_a_floor_is_a_probe_on_shuffled_labels(floored):
 
 def test_volumes_of_a_participant_keep_one_shuffled_label(floored):
     (mine, _), _, (shuffled, _) = floored[1]
-    assert len({(s.participant_id, s.label) for s in shuffled.samples}) == len(mine.participants)
-    assert sorted(shuffled.participants.values()) == sorted(mine.participants.values())
+    assert len({(s.participant_id, s.label) for s in shuffled.samples}) == len(mine.units)
+    assert sorted(shuffled.units.values()) == sorted(mine.units.values())
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def test_an_alarm_that_is_taken_out_with_the_seal_is_refused(tmp_path):
     result = read(folder)
     result["alarms"] = [alarm for alarm in result["alarms"] if "collapse" not in alarm]
     write(folder, result)
-    with pytest.raises(ValueError, match="lacks an alarm of .*: model collapse: class 1, 2, 3"):
+    with pytest.raises(ValueError, match="lacks an alarm of .*: model collapse: class pre-dia"):
         results.open_results("a", folder, "test")
 
 
