@@ -104,8 +104,10 @@ def fit_logistic_regressions(bank, x, labels, weights):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the setting says it instead
             fitted.fit(x.double().numpy(), labels.numpy())
-        bank.weight[g] = torch.from_numpy(fitted.coef_)
-        bank.bias[g] = torch.from_numpy(fitted.intercept_)
+        weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+        if len(weight) == 1:  # of two classes, scikit-learn has the logit of the second alone
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        bank.weight[g], bank.bias[g] = weight, bias
         setting["converged"] = bool(fitted.n_iter_.max() < fitted.max_iter)
 
 
