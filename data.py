@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 from collections import deque
@@ -61,21 +62,26 @@ class Volumes:
     read again every time: replacing volumes does not help when every epoch reads all of them. What
     comes from the disk and what was just made are the same numbers. Other processes may use the
     same cache_dir; each volume is fetched once. ids: of all participants, as facts.check takes
-    them.
+    them. axes, variable: how the arrays of these samples are to be read (formats.py).
     """
 
-    def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300, ids=()):
+    def __init__(
+        self, samples, size, cache_dir, cache_gb=50, deadline=300, ids=(), axes=None, variable=None
+    ):
         self.samples, self.size, self.ids = list(samples), tuple(size), ids
         self.cache_dir = Path(files.local_folder(cache_dir, "paths.cache_dir", must_write=False))
         self.folder = self.cache_dir / "volumes"
         self.limit, self.deadline = cache_gb * 1e9, deadline
+        self.axes, self.variable = axes, variable
         self.is_counted = False  # has this process counted what the cache holds?
         self.stop = threading.Event()  # set: what is being fetched is given up
 
     def key(self, i):
         """Key of volume i in the cache; None for a local file whose content is not known yet."""
         content = self.content(i)
-        return content and files.hashed(f"{content} {self.size} {PREPROCESSING}")
+        # only where they are set: the keys of other volumes are older than these two
+        how = f" {self.axes} {self.variable}" if self.axes or self.variable else ""
+        return content and files.hashed(f"{content} {self.size} {PREPROCESSING}{how}")
 
     def content(self, i):
         """What identifies the content of volume i: the store's checksum; of a local file the
@@ -94,10 +100,9 @@ class Volumes:
         return sha1 if sha1 and (sha256 or not expected) else None
 
     def note(self, i):
-        """File that remembers a local file's checksums, as long as nothing touches that file."""
-        path = os.path.abspath(self.samples[i].path)
-        stat = os.stat(path)
-        identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        """File that remembers the checksums of a local file or folder, as long as nothing touches
+        it or what it holds."""
+        identity = files.identity(self.samples[i].path)
         return self.cache_dir / "checksums" / files.hashed(identity)
 
     def facts(self, i, key):
@@ -149,13 +154,14 @@ class Volumes:
         path = source.path
         try:
             if b2.is_remote(path):
-                path = b2.fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
-            return decode(path, self.size)
+                fetch = b2.fetch_folder if source.members else b2.fetch
+                path = fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
+            return decode(path, self.size, self.axes, self.variable)
         except (b2.Absent, b2.Corrupt, Unreadable) as error:
             raise Unreadable(str(error).replace(path, source.path)) from error
         finally:
-            if path != source.path:
-                os.remove(path)  # the preprocessed volume is what the cache keeps
+            if path != source.path:  # the preprocessed volume is what the cache keeps
+                shutil.rmtree(path) if source.members else os.remove(path)
 
     def admit(self, path, volume):
         """Keep a volume, if there is room. The lock's own file holds the number of bytes in use,

@@ -362,7 +362,7 @@ def open_nifti(path, variable):
 
 
 def millimetres(header):
-    """The spacing of a NIfTI's axes; () without a unit, and where all are 1, which nobody has set."""
+    """The spacing of a NIfTI's axes; () without a unit, and where all are 1, which nobody set."""
     unit = {"meter": 1000, "mm": 1, "micron": 0.001}.get(header.get_xyzt_units()[0])
     sizes = [float(size) for size in header.get_zooms()]
     if not unit or all(size == 1 for size in sizes[:3]):

@@ -19,7 +19,7 @@ from pathlib import PurePath
 
 import b2
 import facts
-from files import checksum, first_few, json_object, read_tsv, sha256
+from files import checksum, first_bytes, first_few, json_object, read_tsv, sha256
 
 CLASSES = (  # study_group of participants.tsv; its position is the label
     "healthy",
@@ -384,11 +384,6 @@ def shown(paths, cfg):
 def same_content(sources):
     """{path: b2.Object} -> lists of paths whose files hold the same bytes. A store knows checksums;
     local files are read only where their sizes and first bytes agree."""
-
-    def first_bytes(path):
-        with open(path, "rb") as f:
-            return f.read(4096)
-
     if any(b2.is_remote(path) for path in sources):
         traits = [lambda path: sources[path].checksum or path]
     else:

@@ -108,8 +108,8 @@ def entries(archive):
     dicom.CEILING, or are encrypted, in several folders or not inflated within bounds."""
     found = []
     for info in archive.infolist():
-        parts = info.filename.split("/")
-        if not info.is_dir() and not any(IGNORED.fullmatch(part) for part in parts):
+        name = info.filename.rpartition("/")[2]
+        if not (info.is_dir() or IGNORED.fullmatch(name) or "__MACOSX/" in info.filename):
             found.append(info)
     if len(found) > MOST_FILES:
         raise ValueError(f"it holds {len(found)} files; {MOST_FILES} are the most for one volume")
@@ -204,7 +204,7 @@ def frame_of(member, kind, size):
     try:
         if kind == "TIFF":
             with pages_of(io.BytesIO(content), len(content)) as (_, _, read):
-                frame = read([0])[0]
+                frame = next(read([0]))
         elif kind == "PNG":
             frame = imagecodecs.png_decode(content)
         # libjpeg fills what is missing with grey, and says nothing
