@@ -19,7 +19,7 @@ import numpy as np
 import dicom
 from files import first_few
 
-EYES = {"OD": "R", "OS": "L", 0: "R", 1: "L"}
+EYES = {"OD": "R", "OS": "L", 0: "R", 1: "L", ord("R"): "R", ord("L"): "L"}
 
 
 def eyepy_needed(path):
@@ -152,9 +152,10 @@ def said_by(series):
     from eyepy.io.he.e2e_format import TypesEnum
 
     patient = series.patient.folders.get(TypesEnum.patient) if series.patient else None
+    side = series.folders.get(TypesEnum.laterality)
     return {
         "patient_id": patient[0].data.patient_id.strip("\0 ") if patient else None,
-        "laterality": series.laterality() if TypesEnum.laterality in series.folders else None,
+        "laterality": EYES.get(int(side[0].data.laterality)) if side else None,
     }
 
 
@@ -163,6 +164,10 @@ def check_e2e(path):
     and its data, are within the file: eyepy would go round in circles, or ask for any memory."""
     size, at = os.path.getsize(path), 36 + 52
     with open(path, "rb") as file:
+        if file.read(21) == b"E2EMultipleVolumeFile":
+            raise ValueError(
+                "it is a container of several .e2e; export every examination by itself"
+            )
         while at < size:
             file.seek(at)
             head = file.read(52)
@@ -173,14 +178,17 @@ def check_e2e(path):
             if len(table) < 44 * count:
                 return
             end = at + 52 + 44 * count
-            for start, length in ((e[1], e[2]) for e in struct.iter_unpack("<11I", table)):
-                if start + length > size:
+            for _, start, length, *_, kind, _ in struct.iter_unpack("<11I", table):
+                file.seek(start + 60)
+                sizes = struct.unpack("<5I", file.read(20).ljust(20, b"\0"))
+                pixels = sizes[3] * sizes[4] if kind == 0x40000000 else 0
+                if start + length > size or pixels > size or (pixels and max(sizes[:3:2]) > size):
                     raise ValueError("it is cut short: some of its data are beyond its end")
-            start, length = struct.unpack_from("<2I", table, len(table) - 40)
-            following = start + length + 60
-            if following < end:
+            if not length:  # a directory that is not full is the last
+                return
+            if start + length + 60 < end:
                 raise ValueError("it is damaged: one of its directories points back at itself")
-            at = following
+            at = start + length + 60
 
 
 # ------------------------------------------------------------------------------ Topcon

@@ -353,6 +353,7 @@ def check_alike(found, headers):
                 f"{member.name} has {ds.NumberOfFrames} frames and is not alone; name that file "
                 "instead of its folder"
             )
+        dicom.check_kind(ds)
         dicom.check_syntax(ds)
         dicom.check_pixels(ds, "PixelData" if ds.get("BitsStored") else "FloatPixelData")
         for name in ("SeriesInstanceUID", "PatientID", "Rows", "Columns", "ImageLaterality"):

@@ -38,9 +38,7 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(script):
 @pytest.mark.slow
 def test_replicas_that_are_being_started_end_with_their_parent(dataset, tmp_path):
     more = ["device.processes=12", "device.backend=cpu"]
-    process = start(
-        "train.py", "--config", "configs/demo.yaml", *settings(dataset, tmp_path), *more
-    )
+    process = start("train.py", "--config", "configs/demo.yaml", *settings(dataset, tmp_path), *more)
     wait_until(lambda: len(children_of(process.pid)) >= 12, 120)
     children = children_of(process.pid)
     begun = time.monotonic()

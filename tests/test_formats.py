@@ -6,6 +6,7 @@ agree with the descriptions, not that every scanner does.
 """
 
 import hashlib
+import importlib
 import io
 import os
 import struct
@@ -15,13 +16,15 @@ import zipfile
 import zlib
 
 import h5py
+import imagecodecs
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import scipy.io
 import tifffile
 from helpers import read_bytes, smooth_volume, write_bytes, write_dicom, zipped
-from PIL import Image
+from PIL import Image, ImageSequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
 
 import b2
@@ -1116,3 +1119,352 @@ def test_folders_with_the_same_files_are_found(tmp_path, volume):
     assert ledger.same_content(b2.find_all(paths)) == [paths[:2]]
     (tmp_path / "empty").mkdir()
     assert b2.find_all([str(tmp_path / "empty")])[str(tmp_path / "empty")].size == 0
+
+
+# ------------------------------------------------------------------------------ scanners' own files
+
+
+def shown_by_heidelberg(values):
+    """Reflectivities -> grey values, as HEYEX shows them."""
+    shown = (np.log(np.clip(values, 0, 1) + 2.44e-4) + 8.3) / 8.285
+    return np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
+
+
+def vol_file(volume, scan_pattern=3):
+    """A .vol, after the description in eyepy (whose own writer fails at its dates)."""
+    frames, rows, columns = volume.shape
+    head = bytearray(2048)
+    struct.pack_into(
+        "<12s3I3d", head, 0, b"HSF-OCT-103", columns, frames, rows, 0.0115, 0.12, 0.0039
+    )
+    struct.pack_into("<2I2d", head, 48, 8, 6, 0.01, 0.01)
+    struct.pack_into("<4s", head, 84, b"OS")
+    struct.pack_into("<2i", head, 96, scan_pattern, 300)
+    struct.pack_into("<24s", head, 140, b"1001")
+    content = bytes(head) + bytes(48)  # the fundus picture
+    for i, frame in enumerate(volume):
+        own = struct.pack("<12sI4dI", b"HSF-BS-103", 300, 0, i, 6, i, 0).ljust(300, b"\0")
+        content += own + frame.astype("<f4").tobytes()
+    return content
+
+
+def reflectivities(volume):
+    return (np.exp(volume / np.float32(255) * 8.285 - 8.3) - 2.44e-4).astype(np.float32)
+
+
+def test_a_vol(tmp_path, volume):
+    write_bytes(tmp_path / "a.vol", vol_file(reflectivities(volume)))
+    found, facts = volumes.read(tmp_path / "a.vol")
+    assert np.array_equal(found, volume) and found.dtype == np.uint8
+    assert np.array_equal(shown_by_heidelberg(reflectivities(volume)), volume)
+    expected = {"patient_id": "1001", "laterality": "L", "thickness": 0.12, "scanner": None}
+    expected |= {"spacing": [0.0039, 0.0115], "syntax": "Heidelberg .vol", "notes": []}
+    assert {name: facts[name] for name in expected} == expected
+    part = volumes.read_volume(tmp_path / "a.vol", SIZE)
+    assert np.flatnonzero(part.any(axis=(1, 2))).tolist() == [2, 7, 12, 17]
+
+
+@pytest.mark.parametrize("pattern, name", [(2, "circle"), (5, "star")])
+def test_scans_that_are_no_volume_are_refused(tmp_path, volume, pattern, name):
+    write_bytes(tmp_path / "a.vol", vol_file(reflectivities(volume), scan_pattern=pattern))
+    assert f"lie on a {name}" in refusal(tmp_path / "a.vol")
+
+
+@pytest.mark.parametrize("at, name", [(12, "columns"), (16, "frames"), (20, "rows"), (48, "SLO")])
+@pytest.mark.parametrize("value", [0, 10**6, 2**32 - 1])
+def test_a_vol_that_promises_what_it_does_not_hold(tmp_path, volume, at, name, value):
+    content = bytearray(vol_file(reflectivities(volume)))
+    content[at : at + 4] = struct.pack("<I", value)
+    write_bytes(tmp_path / "a.vol", content)
+    if name != "SLO" or value:
+        assert peak_of(tmp_path / "a.vol")[1] < 40
+    for keep in (0.01, 0.5, 0.99):
+        write_bytes(tmp_path / "a.vol", content[: int(keep * len(content))])
+        refusal(tmp_path / "a.vol")
+
+
+def e2e_file(series):
+    """An .e2e: {series id: (patient id, side, codes (frames, rows, columns) of 16 bits)}."""
+    head = lambda magic: struct.pack("<12sI20s", magic, 100, bytes(20))
+    entries, data = [], b""
+
+    def add(kind, content, number, slice_id=-1, ind=0):
+        entries.append((len(data), len(content), number, slice_id, ind, kind))
+        return (
+            struct.pack(
+                "<12s5I4i2H2I",
+                b"MDbData",
+                0,
+                0,
+                0,
+                len(content),
+                0,
+                1,
+                1,
+                number,
+                slice_id,
+                ind,
+                0,
+                kind,
+                0,
+            )
+            + content
+        )
+
+    for number, (patient, side, codes) in series.items():
+        data += add(9, struct.pack("<31s66sIs25s", b"", b"", 0, b"F", patient.encode()), number)
+        data += add(11, bytes(14) + side.encode() + bytes(12), number)
+        for i in np.random.default_rng(2).permutation(len(codes)):
+            rows, columns = codes[i].shape
+            meta = bytearray(428)
+            struct.pack_into("<3I4f", meta, 0, 0, rows, columns, 0, i, 6, i)
+            struct.pack_into("<4I", meta, 64, len(codes), i, 3, 0)
+            struct.pack_into("<I", meta, 60, columns)
+            data += add(10004, bytes(meta), number, 2 * i)
+            pixels = struct.pack("<5I", codes[i].nbytes, 35652097, codes[i].size, rows, columns)
+            data += add(0x40000000, pixels + codes[i].astype("<u2").tobytes(), number, 2 * i, 1)
+    start = 36 + 52 + 52 + 44 * len(entries)
+    table = b"".join(
+        struct.pack("<4I4i2H2I", 0, start + at, length, 0, 1, 1, number, slice_id, ind, 0, kind, 0)
+        for at, length, number, slice_id, ind, kind in entries
+    )
+    directory = head(b"MDbDir") + struct.pack("<4I", len(entries), 88, 0, 0)
+    return (
+        head(b"CMDb")
+        + head(b"MDbMDir")
+        + struct.pack("<4I", 0, 88, 88, 0)
+        + directory
+        + table
+        + data
+    )
+
+
+def codes_of(volume):
+    """Codes of 16 bits whose exponents lie where reflectivities do. Their mantissas are the same
+    from either end: eyepy and oct-converter take the lowest bit for the highest, and without a file
+    of Heidelberg's own nobody here can tell whether that is right."""
+    low = volume.astype(np.uint16) & 31
+    high = sum(((low >> bit) & 1) << (4 - bit) for bit in range(5))
+    return ((54 + volume // 32).astype(np.uint16) << 10) + (high << 5) + low
+
+
+def decoded(codes):
+    """6 bits of exponent, 10 of mantissa, no sign; without the codes for nothing."""
+    return (1 + (codes & 1023) / 1024) * 2.0 ** ((codes >> 10).astype(float) - 63)
+
+
+def test_an_e2e(tmp_path, volume):
+    codes = codes_of(volume)
+    write_bytes(tmp_path / "a.e2e", e2e_file({7: ("1001", "L", codes)}))
+    found, facts = volumes.read(tmp_path / "a.e2e")
+    right = shown_by_heidelberg(decoded(codes))
+    assert np.abs(found.astype(int) - right).max() <= 1 and np.ptp(right) > 100
+    expected = {"patient_id": "1001", "laterality": "L", "syntax": "Heidelberg .e2e", "notes": []}
+    assert {name: facts[name] for name in expected} == expected and found.shape == volume.shape
+    part = volumes.read_volume(tmp_path / "a.e2e", SIZE)
+    kept = np.flatnonzero(part.any(axis=(1, 2)))
+    assert kept.tolist() == [2, 7, 12, 17] and np.array_equal(part[kept], found[kept])
+
+
+def test_of_several_volumes_of_an_e2e_one_must_be_named(tmp_path, volume):
+    codes = codes_of(volume)
+    content = {7: ("1001", "L", codes), 9: ("1001", "R", codes[::-1]), 11: ("1001", "R", codes[:1])}
+    write_bytes(tmp_path / "a.e2e", e2e_file(content))
+    message = refusal(tmp_path / "a.e2e")
+    assert "2 volumes, the series 7, 9; name one" in message
+    for name, side in (("7", "L"), ("9", "R")):
+        found, facts = volumes.read(tmp_path / "a.e2e", variable=name)
+        right = shown_by_heidelberg(decoded(content[int(name)][2]))
+        assert np.abs(found.astype(int) - right).max() <= 1 and facts["laterality"] == side
+    refusal(tmp_path / "a.e2e", None, "8")
+
+
+def chunk(name, content):
+    return bytes([len(name)]) + name.encode() + struct.pack("<I", len(content)) + content
+
+
+def fda_file(pixels, **more):
+    """An .fda of chunks: the pixels', then those of participant, scanner, eye and size."""
+    chunks = {
+        "@PATIENT_INFO_02": b"1001".ljust(32, b"\0") + bytes(300),
+        "@CAPTURE_INFO_02": b"\1" + bytes(105),
+    }
+    chunks |= {"@HW_INFO_03": b"Triton plus".ljust(16, b"\0") + bytes(100)}
+    chunks |= {"@PARAM_SCAN_04": struct.pack("<3I3d", 0, 0, 0, 6.0, 5.0, 2.6) + bytes(18)}
+    content = b"".join(chunk(name, value) for name, value in ({**pixels, **chunks, **more}).items())
+    return b"FOCTFDA" + struct.pack("<2I", 2, 0) + content + b"\0"
+
+
+def coded_fda(volume, encode):
+    frames, rows, columns = volume.shape
+    coded = [encode(frame) for frame in volume]
+    parts = b"".join(struct.pack("<I", len(part)) + part for part in coded)
+    head = struct.pack("<B6I", 2, 0, 0, columns, rows, frames, 0)
+    return {"@IMG_JPEG": head + parts}
+
+
+def raw_fda(volume):
+    frames, rows, columns = volume.shape
+    head = struct.pack("<B4IBI", 2, columns, rows, 16, frames, 0, volume.size * 2)
+    return {"@IMG_MOT_COMP_03": head + volume.astype("<u2").tobytes()}
+
+
+def jpeg2000(frame):
+    return imagecodecs.jpeg2k_encode(frame, reversible=True, resolutions=2)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        lambda v: coded_fda(v, jpeg2000),
+        lambda v: coded_fda(v, lambda f: imagecodecs.jpeg8_encode(f, lossless=True)),
+        raw_fda,
+    ],
+    ids=["JPEG 2000", "JPEG", "raw"],
+)
+def test_an_fda(tmp_path, volume, pixels):
+    write_bytes(tmp_path / "a.fda", fda_file(pixels(volume)))
+    found, facts = volumes.read(tmp_path / "a.fda")
+    assert np.array_equal(found, volume)
+    expected = {"patient_id": "1001", "scanner": "Triton plus", "laterality": "L"}
+    expected |= {"spacing": [0.0026, 0.2], "thickness": 0.25, "syntax": "Topcon .fda", "notes": []}
+    assert {name: facts[name] for name in expected} == expected
+    part = volumes.read_volume(tmp_path / "a.fda", SIZE)
+    assert np.flatnonzero(part.any(axis=(1, 2))).tolist() == [2, 7, 12, 17]
+
+
+def test_an_fda_that_contradicts_itself(tmp_path, volume):
+    pixels = coded_fda(volume, jpeg2000)["@IMG_JPEG"]
+    for at, value in ((9, 31), (13, 25), (17, 21), (17, 2**31), (9, 2**31)):
+        changed = bytearray(pixels)
+        changed[at : at + 4] = struct.pack("<I", value)
+        write_bytes(tmp_path / "a.fda", fda_file({"@IMG_JPEG": bytes(changed)}))
+        refusal(tmp_path / "a.fda")
+    write_bytes(tmp_path / "a.fda", fda_file({}))
+    assert "neither @IMG_JPEG nor @IMG_MOT_COMP_03" in refusal(tmp_path / "a.fda")
+
+
+ZEISS = "P1001_Macular Cube 30x20_1-2-2020_10-20-30_OS_sn1234_cube_z.img"
+
+
+def test_an_img_of_zeiss(tmp_path, volume):
+    """The first byte is the lower right pixel of the first B-scan."""
+    write_bytes(tmp_path / ZEISS, volume[:, ::-1, ::-1].tobytes())
+    found, facts = volumes.read(tmp_path / ZEISS)
+    assert np.array_equal(found, volume)
+    expected = {"patient_id": "P1001", "laterality": "L", "syntax": "Zeiss .img", "notes": []}
+    assert {name: facts[name] for name in expected} == expected
+    part = volumes.read_volume(tmp_path / ZEISS, SIZE)
+    assert np.flatnonzero(part.any(axis=(1, 2))).tolist() == [2, 7, 12, 17]
+
+
+@pytest.mark.parametrize("name", ["scan.img", ZEISS.replace("30x20", "512x128"), "0x0.img"])
+def test_an_img_whose_name_does_not_tell_its_size(tmp_path, volume, name):
+    write_bytes(tmp_path / name, volume.tobytes())
+    assert "the cube in its name, as 'Cube 512x128'" in refusal(tmp_path / name)
+
+
+def test_an_img_of_a_store_keeps_its_name(tmp_path, volume, store):
+    stored = volume[:, ::-1, ::-1].tobytes()
+    with store({f"d/{ZEISS}": stored}):
+        kept = data.Volumes([sample_of(f"b2://bucket/d/{ZEISS}")], SIZE, tmp_path / "cache")
+        key, found = kept.load(0)
+        right = volumes.preprocess(volume, SIZE).numpy().astype(np.float16)
+        assert np.array_equal(found[0], right) and kept.facts(0, key)["laterality"] == "L"
+
+
+# ------------------------------------------------------------------------------ files of others
+
+
+def package_file(package, *parts):
+    return os.path.join(os.path.dirname(importlib.import_module(package).__file__), *parts)
+
+
+NIBABEL = [
+    "anatomical.nii",
+    "example_nifti2.nii.gz",
+    "reoriented_anat_moved.nii",
+    "resampled_anat_moved.nii",
+]
+
+
+@pytest.mark.parametrize("name", NIBABEL)
+def test_niftis_of_nibabel(name):
+    path = package_file("nibabel", "tests", "data", name)
+    right = nibabel.load(path).get_fdata()
+    if right.ndim == 4:
+        assert f"has the shape {right.shape}" in refusal(path)
+        return
+    alike = {"rtol": 1e-5, "equal_nan": True}
+    assert np.allclose(volumes.read_volume(path), right.transpose(2, 1, 0), **alike)
+    assert np.allclose(volumes.read_volume(path, None, "frames,rows,columns"), right, **alike)
+
+
+def test_mats_of_scipy():
+    """110 files of MATLAB 4 to 7.4, little and big endian, of which some are damaged on purpose."""
+    folder = package_file("scipy.io.matlab", "tests", "data")
+    read = []
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith(".mat"):
+            continue
+        path = os.path.join(folder, name)
+        try:
+            found = volumes.read_volume(path)
+        except volumes.Unreadable as error:
+            assert len(str(error)) < 500
+            continue
+        read.append(name)
+        loaded = [v for v in scipy.io.loadmat(path).values() if getattr(v, "ndim", 0) >= 3]
+        assert np.array_equal(np.moveaxis(np.squeeze(loaded[0]), 2, 0), found)
+    assert len(read) >= 1, read
+
+
+def test_the_duke_layout_is_read_as_matlab_shows_it(tmp_path):
+    """Duke's .mat have images (512, 1000, 100), rows x columns x frames, beside maps of layers."""
+    scan = smooth_volume(12, 20, 40)
+    content = {"images": in_matlab(scan), "layerMaps": np.ones((12, 40, 3)), "Age": 70}
+    scipy.io.savemat(tmp_path / "a.mat", content, do_compression=True)
+    assert "images, layerMaps" in refusal(tmp_path / "a.mat")
+    assert np.array_equal(volumes.read_volume(tmp_path / "a.mat", variable="images"), scan)
+
+
+def test_tiffs_of_skimage():
+    path = package_file("skimage", "data", "multipage.tif")
+    right = np.stack([np.asarray(page) for page in ImageSequence.Iterator(Image.open(path))])
+    assert np.array_equal(volumes.read_volume(path), right) and right.shape == (2, 15, 10)
+    message = refusal(package_file("skimage", "data", "multipage_rgb.tif"))
+    assert "it is 2 x 3 x 10 x 10 (axes QSYX)" in message
+
+
+def test_dicom_series_of_pydicom_are_no_oct():
+    """Folders of CT and MR slices: every one is refused by what it is, or by two that differ."""
+    root, seen = package_file("pydicom", "data", "test_files", "dicomdirtests"), 0
+    for folder, _, names in os.walk(root):
+        if names and folder != root:
+            message, seen = refusal(folder), seen + 1
+            assert any(words in message for words in ("no structural OCT", "which is no file"))
+    assert seen > 5
+
+
+def test_a_ct_series_of_pydicom_that_claims_to_be_oct(tmp_path):
+    """Its own positions and pixels, with the class of OCT."""
+    root, found = package_file("pydicom", "data", "test_files", "dicomdirtests"), []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            ds = pydicom.dcmread(os.path.join(folder, name), force=True)
+            if ds.get("Modality") == "CT" and "ImagePositionPatient" in ds:
+                found.append(ds)
+    groups = {}
+    for ds in found:
+        groups.setdefault(ds.SeriesInstanceUID, []).append(ds)
+    longest = max(groups.values(), key=len)
+    assert len(longest) > 2
+    for i, ds in enumerate(longest):
+        ds.SOPClassUID, ds.Modality = "1.2.840.10008.5.1.4.1.1.77.1.5.4", "OPT"
+        ds.save_as(tmp_path / f"{i}")
+    order = sorted(longest, key=lambda ds: float(ds.ImagePositionPatient[2]))
+    right = np.stack(
+        [ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for ds in order]
+    )
+    array = volumes.read_volume(tmp_path)
+    assert np.array_equal(array, right) or np.array_equal(array, right[::-1])
