@@ -105,7 +105,10 @@ def read_e2e(path, choose, series_id=None):
     from eyepy.io.he import HeE2eReader
 
     with HeE2eReader(path) as reader:
-        volumes = {str(series.id): in_order(series) for series in reader.series}
+        try:
+            volumes = {str(series.id): in_order(series) for series in reader.series}
+        except MemoryError:  # for headers, which are small where they are whole
+            raise ValueError("one of its headers is damaged") from None
         volumes = {name: slices for name, slices in volumes.items() if len(slices) > 1}
         if series_id is None and len(volumes) == 1:
             (series_id,) = volumes
@@ -172,11 +175,9 @@ def check_e2e(path):
             file.seek(at)
             head = file.read(52)
             count = struct.unpack_from("<I", head, 36)[0] if len(head) == 52 else 0
-            if not head.startswith(b"MDbDir") or not 0 < count <= 2**16:
-                return  # eyepy stops here too
             table = file.read(44 * count)
-            if len(table) < 44 * count:
-                return
+            if not head.startswith(b"MDbDir") or not count or len(table) < 44 * count:
+                raise ValueError(f"it is damaged or cut short: at {at} it has no directory")
             end = at + 52 + 44 * count
             for _, start, length, *_, kind, _ in struct.iter_unpack("<11I", table):
                 file.seek(start + 60)

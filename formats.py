@@ -257,24 +257,71 @@ def open_mat(path, variable):
     return open_mat5(path, variable)
 
 
-def open_mat5(path, variable):
-    from scipy.io import loadmat, whosmat
+# types of data elements, and classes of arrays (MATLAB's MAT-File Format, table 1-1 and 1-3)
+STORED = {
+    1: "i1",
+    2: "u1",
+    3: "i2",
+    4: "u2",
+    5: "i4",
+    6: "u4",
+    7: "f4",
+    9: "f8",
+    12: "i8",
+    13: "u8",
+}
+CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8"}
+CLASSES |= {15: "u8"}
 
-    content = inflated(path)
-    sizes = {"double": "f8", "single": "f4", "logical": "u1"}
-    sizes |= {
-        f"{sign}int{bits}": f"{sign or 'i'}{bits // 8}"
-        for sign in ("u", "")
-        for bits in (8, 16, 32, 64)
-    }
-    found = {
-        name: (shape, np.dtype(sizes.get(kind, "O"))) for name, shape, kind in whosmat(content)
-    }
+
+def open_mat5(path, variable):
+    """A .mat of version 5. Not by scipy.io: there a damaged file can end the whole process."""
+    content = inflated(path).getbuffer()
+    order = "<" if content[126:128] == b"IM" else ">"
+    found, parts, at = {}, {}, 128
+    while at + 8 <= len(content):
+        kind, matrix, at = element(content, at, order)
+        header = matrix_header(matrix, order) if kind == 14 else None  # miMATRIX
+        if header:
+            name, shape, dtype, rest = header
+            found[name], parts[name] = (shape, dtype), rest
     name = pick(found, variable)
-    check_size(*found[name])
-    content.seek(0)
-    values = loadmat(content, variable_names=[name])[name]
-    return Array(np.asarray(values), "MATLAB")
+    shape, dtype = found[name]
+    check_size(shape, dtype)
+    kind, stored, _ = element(parts[name], 0, order)
+    if kind not in STORED:
+        raise ValueError(f"its {name} is damaged")
+    values = np.frombuffer(stored, order + STORED[kind], math.prod(shape))
+    # MATLAB stores whole numbers in as few bytes as they need
+    return Array(values.astype(dtype, copy=False).reshape(shape, order="F"), "MATLAB")
+
+
+def element(view, at, order):
+    """The data element that begins at `at` -> its type, its data, and where the next one begins."""
+    first, length = np.frombuffer(view, order + "u4", 2, at).tolist()
+    if first >> 16:  # at most 4 bytes, within the tag
+        kind, length, start, end = first & 0xFFFF, first >> 16, at + 4, at + 8
+    else:
+        kind, start = first, at + 8
+        end = start + length + -length % 8
+    if start + length > len(view):
+        raise ValueError("it is cut short")
+    return kind, view[start : start + length], end
+
+
+def matrix_header(view, order):
+    """Name, shape and dtype of an array, and the elements after these; None for what has no shape.
+    What is no array of real numbers gets the dtype of an object."""
+    _, flags, at = element(view, 0, order)
+    bits = int.from_bytes(flags[:4], "little" if order == "<" else "big")
+    if bits & 0xFF not in range(1, 16):
+        return None
+    kind, sizes, at = element(view, at, order)
+    _, name, at = element(view, at, order)
+    shape = np.frombuffer(sizes, order + STORED.get(kind, "i4")).tolist()
+    is_real = bits & 0xFF in CLASSES and not bits & 0x800
+    dtype = np.dtype(CLASSES[bits & 0xFF] if is_real else "O")
+    return bytes(name).decode("latin-1"), tuple(shape), dtype, view[at:]
 
 
 def inflated(path):
@@ -353,7 +400,9 @@ def open_nifti(path, variable):
         count = math.prod(map(int, shape))
         dicom.check_room(at + count * dtype.itemsize)
         if is_gzip:
-            content = file.seek(at) == at and file.read(count * dtype.itemsize)
+            file.seek(at)
+            content = file.read(count * dtype.itemsize)
+            file.read(2**16)  # to its end, where its checksum is compared
             values = np.frombuffer(content, dtype, count).reshape(shape, order="F")
         else:
             values = np.memmap(path, dtype, "r", at, shape, order="F")

@@ -12,6 +12,7 @@ size is taken from headers and limited by dicom.CEILING before memory is taken.
 import contextlib
 import functools
 import io
+import math
 import os
 import re
 import zipfile
@@ -118,8 +119,12 @@ def entries(archive):
             raise ValueError("it is encrypted; save it without a password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("its compression is neither deflate nor none; save it as a plain zip")
+        if info.file_size > 1032 * info.compress_size:  # the most that deflate can do
+            raise ValueError(f"{info.filename} cannot inflate to the size that the zip says")
     # zipfile inflates no further than these sizes, and compares the checksum at the end
     dicom.check_room(sum(info.file_size for info in found))
+    if sum(info.compress_size for info in found) > os.path.getsize(archive.filename):
+        raise ValueError("it is cut short, or its entries overlap")
     folders = {info.filename.rpartition("/")[0]: info.filename for info in found}
     if len(folders) > 1:
         raise ValueError(
@@ -184,7 +189,7 @@ def size_of(member, kind):
             with pages_of(file, member.size) as (shape, dtype, _):
                 if shape[0] != 1:
                     raise ValueError(f"{member.name} has {shape[0]} pages, not one B-scan")
-                return *shape[1:], int(np.prod(shape)) * dtype.itemsize
+                return *shape[1:], math.prod(shape) * dtype.itemsize
         head = file.read(2**16)
     if kind == "PNG":
         rows, columns = int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
@@ -248,7 +253,7 @@ def grey(frame):
 def read_pages(path, choose):
     """The pages of a TIFF -> volume, facts."""
     with opened(path) as file, pages_of(file, os.path.getsize(path)) as (shape, dtype, read):
-        dicom.check_room(int(np.prod(shape)) * dtype.itemsize)
+        dicom.check_room(math.prod(shape) * dtype.itemsize)
         wanted, notes = list(choose(shape[0])), []
         volume = dicom.filled(shape[0], wanted, map(grey, read(wanted)), notes)
     return volume, dicom.facts_of(volume.shape, "TIFF pages") | {"notes": notes}
@@ -284,7 +289,10 @@ def pages_of(file, size):
             whole = None
             for i in wanted:
                 if len(series.pages) == frames:
-                    frame = series.pages[i].asarray(maxworkers=1)
+                    own = series.pages[i]
+                    if own.shape != page.shape or own.chunks != page.chunks:
+                        raise ValueError(f"its page {i + 1} differs in size from the first")
+                    frame = own.asarray(maxworkers=1)
                 else:  # one page says where all frames are, one after the other
                     whole = series.asarray(maxworkers=1) if whole is None else whole
                     frame = whole.reshape(frames, rows, columns, *samples)[i]
@@ -300,6 +308,7 @@ def check_page(tiff, page, size):
     kind = page.dtype.kind if page.dtype is not None else "?"
     if kind not in "biuf" or (page.photometric == 0 and kind not in "bu"):
         raise ValueError(f"its pixels are {page.dtype}, which are no grey values")
+    dicom.check_room(math.prod(page.chunks) * page.dtype.itemsize)
     if page.photometric == 3:
         raise ValueError("it has a palette; save it in grey values")
     if page.tags.valueof(274, 1) != 1:

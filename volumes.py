@@ -75,7 +75,7 @@ def checked(reader, path_or_file, size, *options):
         # an error of the disk or the process is not the file's; EINVAL comes from an absurd offset
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]  # zipfile quotes what it has read
         raise Unreadable(f"{name} is not a readable OCT volume: {reason}") from error
 
 
