@@ -1,6 +1,7 @@
 """Reads from b2://bucket/key, gs://bucket/key and local paths: find, fetch, try again, verify.
 
     source = find("b2://bucket/ai-readi/participants.tsv")  # -> Object(path, size, checksum, id)
+    scans = find_all(["b2://bucket/a.dcm", "b2://bucket/b"])  # {path: Object}; b may be a folder
     path = fetch(source, "cache/files")                     # -> verified local copy
     path = local("b2://bucket/encoders/a.pt", "cache")      # both; a local path comes back as it is
 
@@ -24,11 +25,13 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from files import Stopped, checksum, hashed, local_folder, locked
+from files import IGNORED, Stopped, bytes_of, checksum, hashed, local_folder, locked
 
 ENV_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 20  # seconds without an answer
@@ -36,17 +39,20 @@ MAX_WAIT = 30  # seconds between two tries, whatever Retry-After says
 SLOWEST = 100_000  # bytes a second; a transfer that is slower loses time, and so meets its deadline
 DOWNLOADS = 3  # whole downloads of an object before its content counts as corrupt
 CONNECTIONS = 64  # at most, of a process
+MEMBERS_AT_ONCE = 8  # files of one folder that are fetched at once
 
 
 @dataclass(frozen=True)
 class Object:
     """A file that exists. checksum: "sha1:hex" or "md5:hex" as the store knows it, else ""; id: its
-    version in the store."""
+    version in the store. Or a folder whose files make up a volume: size is theirs together; of a
+    remote one, members are their Objects, and checksum ("files:hex") and id are made of theirs."""
 
     path: str  # local path or URL
     size: int
     checksum: str = ""
     id: str = ""
+    members: tuple = ()
 
 
 class Absent(FileNotFoundError):
@@ -196,7 +202,7 @@ def gs_files():
 
 
 def find(path, deadline=300):
-    """The Object at path or URL. Absent, a FileNotFoundError, when there is none."""
+    """The Object of the file at path or URL. Absent, a FileNotFoundError, when there is none."""
     if not is_remote(path):
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
@@ -214,10 +220,12 @@ def find(path, deadline=300):
 
 
 def find_all(paths, deadline=300):
-    """{path: Object} of those of `paths` (all of one bucket, or all local) that exist. A bucket is
-    listed once, below their common folder."""
+    """{path: Object} of those of `paths` (all of one bucket, or all local) that exist, files or
+    folders of files. A bucket is listed once, below their common folder."""
     if not paths or not is_remote(paths[0]):
-        return {path: Object(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)}
+        # a pipe would be waited for
+        there = [path for path in paths if os.path.isfile(path) or os.path.isdir(path)]
+        return {path: Object(path, bytes_of(path)) for path in there}
     # not commonpath: it would remove double slashes, and these are part of a key
     folder = os.path.commonprefix(paths)
     folder = folder[: folder.rfind("/") + 1]
@@ -233,7 +241,25 @@ def find_all(paths, deadline=300):
         ]
 
     found = {source.path: source for source in patiently(ask, folder, deadline)}
+    inside = defaultdict(list)
+    for url, source in sorted(found.items()):
+        parent, _, name = url.rpartition("/")
+        if name and not IGNORED.fullmatch(name):
+            inside[parent].append(source)
+    for path in paths:
+        if path not in found and path.rstrip("/") in inside:
+            found[path] = folder_object(path, inside[path.rstrip("/")])
     return {path: found[path] for path in paths if path in found}
+
+
+def folder_object(path, members):
+    """The Object of a remote folder, of its files' Objects."""
+    names = [posixpath.basename(source.path) for source in members]
+    made_of = lambda parts: hashed("\n".join(f"{part} {name}" for part, name in zip(parts, names)))
+    checksums = [source.checksum for source in members]
+    checksum = f"files:{made_of(checksums)}" if all(checksums) else ""
+    ids = made_of(f"{source.size} {source.checksum} {source.id}" for source in members)
+    return Object(path, sum(source.size for source in members), checksum, ids, tuple(members))
 
 
 def b2_object(url, size, version):
@@ -417,6 +443,23 @@ def fetch(source, folder, deadline=300, stop=None, bar=False):
             os.remove(part.name)
             raise
         os.replace(part.name, path)
+    return path
+
+
+def fetch_folder(source, folder, deadline=300, stop=None):
+    """Path of a local folder with the files of a remote one (an Object with members), each under
+    its own name and verified. Two callers may not fetch the same at once."""
+    identity = source.checksum or f"{source.path} {source.id}"
+    path = os.path.join(folder, f"{hashed(identity)[:32]}.files")
+    os.makedirs(path, exist_ok=True)
+
+    def fetch_member(member):
+        place = os.path.join(path, posixpath.basename(member.path))
+        if not (os.path.exists(place) and is_whole(place, member)):
+            os.replace(fetch(member, path, deadline, stop), place)
+
+    with ThreadPoolExecutor(MEMBERS_AT_ONCE) as pool:
+        list(pool.map(fetch_member, source.members))
     return path
 
 

@@ -3,7 +3,7 @@
     python data.py --config configs/single_domain_01.yaml      # the ledger: who is missing, and why
     python data.py --deep --config FILE      # and opens every volume once: what are they, in truth?
 
-    volumes = Volumes(book.of("train"), (64, 384, 384), "cache")
+    volumes = open_volumes(cfg, book.of("train"), (64, 384, 384))
     for i, key, volume in stream(volumes, book, order, cfg): ...    # volume (1, D, H, W) float16
 
 read_dicom and preprocess are those of volumes.py. scripts/preview.py draws what augmentation does.
@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 from collections import deque
@@ -60,21 +61,26 @@ class Volumes:
     read again every time: replacing volumes does not help when every epoch reads all of them. What
     comes from the disk and what was just made are the same numbers. Other processes may use the
     same cache_dir; each volume is fetched once. ids: of all participants, as facts.check takes
-    them.
+    them. axes, variable: how the arrays of these samples are to be read (formats.py).
     """
 
-    def __init__(self, samples, size, cache_dir, cache_gb=50, deadline=300, ids=()):
+    def __init__(
+        self, samples, size, cache_dir, cache_gb=50, deadline=300, ids=(), axes=None, variable=None
+    ):
         self.samples, self.size, self.ids = list(samples), tuple(size), ids
         self.cache_dir = Path(files.local_folder(cache_dir, "paths.cache_dir", must_write=False))
         self.folder = self.cache_dir / "volumes"
         self.limit, self.deadline = cache_gb * 1e9, deadline
+        self.axes, self.variable = axes, variable
         self.is_counted = False  # has this process counted what the cache holds?
         self.stop = threading.Event()  # set: what is being fetched is given up
 
     def key(self, i):
         """Key of volume i in the cache; None for a local file whose content is not known yet."""
         content = self.content(i)
-        return content and files.hashed(f"{content} {self.size} {PREPROCESSING}")
+        # only where they are set: the keys of other volumes are older than these two
+        how = f" {self.axes} {self.variable}" if self.axes or self.variable else ""
+        return content and files.hashed(f"{content} {self.size} {PREPROCESSING}{how}")
 
     def content(self, i):
         """What identifies the content of volume i: the store's checksum; of a local file the
@@ -93,10 +99,9 @@ class Volumes:
         return sha1 if sha1 and (sha256 or not expected) else None
 
     def note(self, i):
-        """File that remembers a local file's checksums, as long as nothing touches that file."""
-        path = os.path.abspath(self.samples[i].path)
-        stat = os.stat(path)
-        identity = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        """File that remembers the checksums of a local file or folder, as long as nothing touches
+        it or what it holds."""
+        identity = files.identity(self.samples[i].path)
         return self.cache_dir / "checksums" / files.hashed(identity)
 
     def facts(self, i, key):
@@ -148,13 +153,14 @@ class Volumes:
         path = source.path
         try:
             if b2.is_remote(path):
-                path = b2.fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
-            return decode(path, self.size)
+                fetch = b2.fetch_folder if source.members else b2.fetch
+                path = fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
+            return decode(path, self.size, self.axes, self.variable)
         except (b2.Absent, b2.Corrupt, Unreadable) as error:
             raise Unreadable(str(error).replace(path, source.path)) from error
         finally:
-            if path != source.path:
-                os.remove(path)  # the preprocessed volume is what the cache keeps
+            if path != source.path:  # the preprocessed volume is what the cache keeps
+                shutil.rmtree(path) if source.members else os.remove(path)
 
     def admit(self, path, volume):
         """Keep a volume, if there is room. The lock's own file holds the number of bytes in use,
@@ -176,6 +182,12 @@ class Volumes:
                 files.save_array(path, volume)
                 counter.truncate(0)
                 counter.write(str(used + path.stat().st_size).encode())
+
+
+def open_volumes(cfg, samples, size, ids=()):
+    """The Volumes of samples as the config has them kept and read."""
+    cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
+    return Volumes(samples, size, *cache, ids, cfg.data.axes, cfg.data.variable)
 
 
 # ----------------------------------------------------------------------------------- volumes ahead
@@ -361,9 +373,8 @@ def deep_check(cfg, book):
     and draw a B-scan of each scanner and protocol. Unreadable volumes are struck off the ledger."""
     lenient = copy.deepcopy(cfg)
     lenient.data.max_missing = len(book.samples)  # all problems are to be seen, not the first
-    cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
     size = volume_size(cfg, None if cfg.data.image_size else encoders_image_size(cfg))
-    volumes = Volumes(book.samples, size, *cache, book.ids)
+    volumes = open_volumes(cfg, book.samples, size, book.ids)
     order, scans = range(len(volumes.samples)), {}
     with contextlib.closing(stream(volumes, book, order, lenient)) as arriving:
         for i, key, volume in tqdm(arriving, "open", len(order), unit="volume"):

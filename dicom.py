@@ -61,9 +61,18 @@ def read(path_or_file, choose):
         facts["notes"].append(f"frames are stored out of order, and were put in order by {how}")
     facts |= description(ds, frames)
     wanted = list(choose(frames))
+    arrays = (
+        meaning(ds, keyword, order[position], frame)
+        for position, frame in zip(wanted, decoded(ds, encoded, order[wanted]), strict=True)
+    )
+    return filled(frames, wanted, arrays, facts["notes"]), facts
+
+
+def filled(frames, wanted, arrays, notes):
+    """The arrays (rows, columns) of the frames `wanted`, in that order -> (frames, rows, columns),
+    zeros elsewhere. Says in the notes how many are blank."""
     volume, blank = None, 0
-    for position, frame in zip(wanted, decoded(ds, encoded, order[wanted]), strict=True):
-        frame = meaning(ds, keyword, order[position], frame)
+    for position, frame in zip(wanted, arrays, strict=True):
         if volume is None:
             volume = np.zeros((frames, *frame.shape), frame.dtype)
         elif frame.dtype != volume.dtype:  # some frames are rescaled and others are not
@@ -71,8 +80,8 @@ def read(path_or_file, choose):
         volume[position] = frame
         blank += frame.min() == frame.max()
     if 0 < blank < len(wanted):
-        facts["notes"].append(f"{blank} of {len(wanted)} frames that were read are blank")
-    return volume, facts
+        notes.append(f"{blank} of {len(wanted)} frames that were read are blank")
+    return volume
 
 
 class Bounded(io.BufferedReader):
@@ -84,7 +93,7 @@ class Bounded(io.BufferedReader):
         return super().read(left if size is None or size < 0 else min(size, left))
 
 
-def data_set(path_or_file):
+def data_set(path_or_file, **options):
     """As pydicom.dcmread, but what a deflated file inflates to is limited, by CEILING."""
     import pydicom
 
@@ -97,7 +106,7 @@ def data_set(path_or_file):
             raise ValueError("it is no DICOM file")
         if not DEFLATED.match(head):
             file.seek(0)
-            return pydicom.dcmread(file)
+            return pydicom.dcmread(file, **options)
         # the length of the group 0002, which follows its first element, is in that element
         start = 144 + int.from_bytes(head[140:144], "little")
         inflate = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -108,7 +117,7 @@ def data_set(path_or_file):
             if len(content) == room:  # and there is more
                 check_room(room)
             raise ValueError("its deflated content is cut short")
-        ds = pydicom.dcmread(io.BytesIO(content), force=True)
+        ds = pydicom.dcmread(io.BytesIO(content), force=True, **options)
         ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
         return ds
 
@@ -191,18 +200,43 @@ def description(ds, frames):
     anatomy = first(shared(ds), "FrameAnatomySequence")
     side = ds.get("ImageLaterality") or ds.get("Laterality") or anatomy.get("FrameLaterality")
     spacing, thickness = (numbers(measures, name) for name in ("PixelSpacing", "SliceThickness"))
+    return facts_of(
+        (frames, int(ds.Rows), int(ds.Columns)),
+        ds.file_meta.TransferSyntaxUID.name,
+        patient_id=ds.get("PatientID"),
+        scanner=ds.get("ManufacturerModelName"),
+        protocol=ds.get("SeriesDescription") or ds.get("ProtocolName"),
+        laterality=side,
+        spacing=spacing if len(spacing) == 2 else None,
+        thickness=thickness[0] if thickness else None,
+    )
+
+
+def facts_of(
+    shape,
+    syntax,
+    patient_id=None,
+    scanner=None,
+    protocol=None,
+    laterality=None,
+    spacing=None,
+    thickness=None,
+):
+    """The facts of a volume of shape (frames, rows, columns); None for what its file does not say.
+    syntax: how its pixels are stored."""
     text = lambda value: str(value).strip() if value else None
+    frames, rows, columns = shape
     return {
-        "patient_id": text(ds.get("PatientID")),
-        "scanner": text(ds.get("ManufacturerModelName")),
-        "protocol": text(ds.get("SeriesDescription") or ds.get("ProtocolName")),
-        "laterality": text(side),
+        "patient_id": text(patient_id),
+        "scanner": text(scanner),
+        "protocol": text(protocol),
+        "laterality": text(laterality),
         "frames": frames,
-        "rows": int(ds.Rows),
-        "columns": int(ds.Columns),
-        "spacing": spacing if len(spacing) == 2 else None,  # mm, (rows, columns)
-        "thickness": thickness[0] if thickness else None,  # mm
-        "syntax": ds.file_meta.TransferSyntaxUID.name,
+        "rows": rows,
+        "columns": columns,
+        "spacing": spacing,  # mm, (rows, columns)
+        "thickness": thickness,  # mm
+        "syntax": syntax,
     }
 
 

@@ -294,8 +294,7 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
     cannot be read; else that is an error. kept: where features are looked for, and kept.
     """
     ids = book.ids if book else ()
-    cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
-    volumes = data.Volumes(samples, encoder.size, *cache, ids)
+    volumes = data.open_volumes(cfg, samples, encoder.size, ids)
     x, encoded = torch.zeros(len(samples), *shape_of(cfg)), 0
 
     def is_kept(i, key):

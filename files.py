@@ -37,6 +37,8 @@ from tqdm import tqdm
 MOST_BYTES = 64 << 20
 FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)  # how a text begins that a spreadsheet computes
 
+# what operating systems and DICOM writers leave in a folder, beside the files of a volume
+IGNORED = re.compile(r"\..*|Thumbs\.db|desktop\.ini|__MACOSX|DICOMDIR", re.IGNORECASE | re.DOTALL)
 
 FORBIDDEN = errno.EACCES, errno.EROFS, errno.EPERM
 FORBIDDEN_REMEDY = (
@@ -171,8 +173,49 @@ def locked(path, stop=None):
             raise Stopped
 
 
+def members(folder):
+    """Names in a folder, sorted, without what systems leave there unasked (IGNORED)."""
+    return sorted(name for name in os.listdir(folder) if not IGNORED.fullmatch(name))
+
+
+def contents(path):
+    """[(name, path)] of the files that make up a volume: those directly in a folder, or the file
+    itself, whose name is "" then."""
+    if not os.path.isdir(path):
+        return [("", path)]
+    inside = [(name, os.path.join(path, name)) for name in members(path)]
+    return [(name, file) for name, file in inside if os.path.isfile(file)]
+
+
+def bytes_of(path):
+    """Bytes of a file, or of all files directly in a folder."""
+    return sum(os.path.getsize(file) for _, file in contents(path))
+
+
+def first_bytes(path, count=4096):
+    """The first bytes of a file; of a folder, those of its first file."""
+    found = contents(path)
+    if not found:
+        return b""
+    with open(found[0][1], "rb") as f:
+        return f.read(count)
+
+
+def identity(path):
+    """A text that changes when anything touches the file, or a file of the folder."""
+    parts = []
+    for name, file in contents(path):
+        stat = os.stat(file)
+        parts.append(f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}".lstrip())
+    return " ".join([os.path.abspath(path), *parts])
+
+
 def checksum(path, name):
-    """Checksum of a file's content as "name:hex"; name as hashlib knows it."""
+    """Checksum of a file's content as "name:hex"; name as hashlib knows it. Of a folder, the
+    checksum of a list of its files' names and checksums."""
+    if os.path.isdir(path):
+        listed = "\n".join(f"{checksum(file, name)} {inside}" for inside, file in contents(path))
+        return f"{name}:{hashlib.new(name, os.fsencode(listed)).hexdigest()}"
     with open(path, "rb") as f:
         return f"{name}:{hashlib.file_digest(f, name).hexdigest()}"
 

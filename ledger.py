@@ -19,7 +19,7 @@ import b2
 import config
 import facts
 import labels
-from files import checksum, first_few, hashed, json_object, read_table, sha256
+from files import checksum, first_bytes, first_few, hashed, json_object, read_table, sha256
 from labels import SPLITS, Row, Sample, grouped  # noqa: F401  (for whoever has them from here)
 
 
@@ -242,11 +242,6 @@ def shown(paths, cfg):
 def same_content(sources):
     """{path: b2.Object} -> lists of paths whose files hold the same bytes. A store knows checksums;
     local files are read only where their sizes and first bytes agree."""
-
-    def first_bytes(path):
-        with open(path, "rb") as f:
-            return f.read(4096)
-
     if any(b2.is_remote(path) for path in sources):
         traits = [lambda path: sources[path].checksum or path]
     else:

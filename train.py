@@ -261,19 +261,19 @@ def volumes_of(cfg, samples, steps, encoder, epoch):
 
     Padding is zeros.
     """
-    cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
     micro = [indices.tolist() for step in steps for _, indices in step]
     order = [index for indices in micro for index in indices if index >= 0]
     strength = data.strengths(cfg)
     augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
     padding = torch.zeros(1, *encoder.size, dtype=torch.float16)
-    stream = data.stream(data.Volumes(samples, encoder.size, *cache), None, order, cfg, augment)
+    volumes = data.open_volumes(cfg, samples, encoder.size)
+    stream = data.stream(volumes, None, order, cfg, augment)
     with contextlib.closing(stream):
         hidden = device.rank() > 0
         bar = tqdm(stream, f"epoch {epoch}", len(order), leave=False, unit="volume", disable=hidden)
-        volumes = (volume for _, _, volume in bar)
+        arriving = (volume for _, _, volume in bar)
         for indices in micro:
-            yield torch.stack([next(volumes) if index >= 0 else padding for index in indices])
+            yield torch.stack([next(arriving) if index >= 0 else padding for index in indices])
 
 
 # -------------------------------------------------------------------------------------- the command

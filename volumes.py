@@ -1,10 +1,11 @@
-"""A file -> one checked OCT volume, preprocessed as at the encoder's pretraining.
+"""A file or folder -> one checked OCT volume, preprocessed as at the encoder's pretraining.
 
-    volume = read_dicom("a.dcm")                      # (frames, rows, columns)
+    volume = read_volume("a.nii.gz")                  # (frames, rows, columns), of any format
     tensor = preprocess(volume, (64, 384, 384))       # (D, H, W) float32
     array = decode_volume("a.dcm", (64, 384, 384))    # both, as float16; or Unreadable
 
-Only the frames that the resize to D slices reads are decoded.
+formats.py says which formats there are, and what axes and variable mean. Only the frames that the
+resize to D slices reads are decoded.
 """
 
 import base64
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import dicom
+import formats
 
 # part of every cache key, and so of the random numbers of augmentation: change it when the result
 # of preprocess() changes
@@ -33,6 +35,16 @@ class Unreadable(ValueError):
 # ----------------------------------------------------------------------------------------- reading
 
 
+def read_volume(path, size=None, axes=None, variable=None):
+    """File or folder of any format -> array (frames, rows, columns), as formats.read gives it.
+
+    size (D, H, W): read only the frames that preprocess(..., size) reads, where that is cheaper;
+    the others stay zero. Unreadable, a ValueError that names the file, when it is no volume of grey
+    values, or not whole, or needs a package that is not installed.
+    """
+    return read(path, size, axes, variable)[0]
+
+
 def read_dicom(path_or_file, size=None):
     """Multi-frame DICOM -> array (frames, rows, columns), as dicom.read gives it.
 
@@ -40,22 +52,30 @@ def read_dicom(path_or_file, size=None):
     and cost neither time nor memory. Unreadable, a ValueError that names the file, when it is no
     structural OCT, or has no pixels, or not all of them, or they cannot be decoded.
     """
-    return read(path_or_file, size)[0]
+    return checked(dicom.read, path_or_file, size)[0]
 
 
-def read(path_or_file, size=None):
-    """As read_dicom, and besides what the file says of itself: dicom.description, with notes."""
+def read(path_or_file, size=None, axes=None, variable=None):
+    """As read_volume, and besides what the file says of itself: dicom.description, with notes. A
+    file that is open already is taken for DICOM."""
+    if not isinstance(path_or_file, (str, os.PathLike)):
+        return checked(dicom.read, path_or_file, size)
+    return checked(formats.read, path_or_file, size, axes, variable)
+
+
+def checked(reader, path_or_file, size, *options):
+    """reader's volume and facts. Unreadable, naming the file, for whatever is wrong with that."""
     is_path = isinstance(path_or_file, (str, os.PathLike))
     name = path_or_file if is_path else getattr(path_or_file, "name", "the file")
     try:
-        return dicom.read(path_or_file, lambda frames: wanted(frames, size))
+        return reader(path_or_file, lambda frames: wanted(frames, size), *options)
     except MemoryError:
         raise
-    except Exception as error:  # pydicom and the decoders raise a dozen types for a damaged file
+    except Exception as error:  # the readers raise dozens of types for a damaged file
         # an error of the disk or the process is not the file's; EINVAL comes from an absurd offset
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]  # zipfile quotes what it has read
         raise Unreadable(f"{name} is not a readable OCT volume: {reason}") from error
 
 
@@ -138,15 +158,15 @@ def normalise(out):
     return out.zero_() if std == 0 else out.div_(float(std) if np.isfinite(std) else float("nan"))
 
 
-def decode_volume(path, size):
-    """DICOM file -> preprocessed volume (D, H, W), float16. Unreadable, naming the file."""
-    return decode(path, size)[0]
+def decode_volume(path, size, axes=None, variable=None):
+    """File or folder -> preprocessed volume (D, H, W), float16. Unreadable, naming the file."""
+    return decode(path, size, axes, variable)[0]
 
 
-def decode(path, size):
+def decode(path, size, axes=None, variable=None):
     """As decode_volume, and besides the file's facts, with two of the preprocessed volume: the hash
     of its pixels, and a sketch of it."""
-    volume, facts = read(path, size)
+    volume, facts = read(path, size, axes, variable)
     if len(volume) == 1:
         raise Unreadable(f"{path} has a single frame; that is no volume")
     tensor = preprocess(volume, size)

@@ -30,9 +30,7 @@ def draw(cfg, book, size, views=5):
     """Figure of one training volume of each class, of `size` (D, H, W), and `views` augmented views
     of it."""
     samples = list({s.label: s for s in reversed(book.of("train"))}.values())
-    volumes = data.Volumes(
-        samples, size, cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
-    )
+    volumes = data.open_volumes(cfg, samples, size)
     figure = Figure((1.8 * (1 + views), 3.4 * len(samples)), layout="constrained")
     no_ticks = {"xticks": [], "yticks": []}
     axes = figure.subplots(2 * len(samples), 1 + views, squeeze=False, subplot_kw=no_ticks)

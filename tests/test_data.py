@@ -79,9 +79,9 @@ def read_scans(monkeypatch):
 
     paths, real = [], volumes.read
 
-    def noted(path, size):
+    def noted(path, *options):
         paths.append(path)
-        return real(path, size)
+        return real(path, *options)
 
     monkeypatch.setattr(volumes, "read", noted)
     return paths
@@ -352,7 +352,7 @@ def test_trouble_of_the_disk_is_no_fault_of_the_volume(written, configure, monke
 
 
 def test_too_little_memory_is_no_fault_of_the_volume(written, configure, monkeypatch):
-    def fails(path, size):
+    def fails(path, *options):
         raise MemoryError
 
     cfg = configure(written, "data.max_missing=10")

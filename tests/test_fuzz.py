@@ -4,6 +4,8 @@ seconds and a gigabyte; never another exception, a hang or the end of the proces
 Encoder files and run folders have their own in test_fuzz_encoder.py and test_results.py.
 """
 
+import contextlib
+import logging
 import multiprocessing
 import random
 import resource
@@ -20,6 +22,21 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
+)
+from writers import (
+    WRITERS,
+    ZEISS,
+    coded_fda,
+    codes_of,
+    e2e_file,
+    fda_file,
+    folder_of,
+    jpeg2000,
+    pictures,
+    raw_fda,
+    reflectivities,
+    series,
+    vol_file,
 )
 
 import config
@@ -129,6 +146,65 @@ def test_damaged_volumes(tmp_path, syntax):
 
     found = fuzz(job, 300)
     assert 30 < found.count("refused") < 300
+
+
+# the files of folders and zips are damaged one at a time
+SINGLE = [
+    write
+    for write in WRITERS
+    if write.__name__ not in ("write_pngs", "write_tiffs", "write_series")
+]
+DEVICES = {
+    "a.vol": lambda volume: vol_file(reflectivities(volume)),
+    "a.e2e": lambda volume: e2e_file({7: ("1001", "L", codes_of(volume))}),
+    "a.fda": lambda volume: fda_file(coded_fda(volume, jpeg2000)),
+    "b.fda": lambda volume: fda_file(raw_fda(volume)),
+    ZEISS: lambda volume: volume.tobytes(),
+}
+
+
+def damaged_file(path, content):
+    """A job for fuzz: the file at path, damaged, is decoded."""
+
+    def job(seed):
+        warnings.simplefilter("ignore")
+        logging.disable()
+        write_bytes(path, mutated(content, random.Random(seed)))
+        array, _ = volumes.decode(str(path), (8, 16, 16))
+        assert array.shape == (8, 16, 16) and np.isfinite(array).all()
+
+    return job
+
+
+@pytest.mark.parametrize("write", SINGLE, ids=lambda write: write.__name__[6:])
+def test_damaged_files_of_other_formats(tmp_path, write):
+    path = write(tmp_path, smooth_volume(20, 24, 30))
+    found = fuzz(damaged_file(path, read_bytes(path)), 300)
+    assert 10 < found.count("refused") <= 300
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_damaged_files_of_scanners(tmp_path, name):
+    content = DEVICES[name](smooth_volume(20, 24, 30))
+    found = fuzz(damaged_file(tmp_path / name, content), 300)
+    assert 10 < found.count("refused") <= 300
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "DICOM"])
+def test_a_damaged_file_in_a_folder(tmp_path, kind):
+    volume = smooth_volume(8, 24, 30)
+    files = series(volume) if kind == "DICOM" else pictures(volume, kind, kind.lower())
+    path, name = folder_of(tmp_path / "f", files), sorted(files)[2]
+    job = damaged_file(path / name, files[name])
+
+    def of_folder(seed):
+        with contextlib.suppress(volumes.Unreadable):
+            job(seed)  # the file alone, which is no volume
+        array, _ = volumes.decode(str(path), (8, 16, 16))
+        assert array.shape == (8, 16, 16) and np.isfinite(array).all()
+
+    found = fuzz(of_folder, 300)
+    assert 10 < found.count("refused") <= 300
 
 
 @pytest.mark.parametrize("name", ["participants.tsv", "retinal_oct/manifest.tsv"])

@@ -20,6 +20,9 @@ ORDER = [
     "b2",
     "jpeg",
     "dicom",
+    "stacks",
+    "devices",
+    "formats",
     "volumes",
     "architecture",
     "weights",
@@ -43,6 +46,7 @@ ORDER = [
     "train",
 ]
 HEAVY = {"wandb", "pydicom", "b2sdk", "matplotlib", "jinja2"}
+HEAVY |= {"nibabel", "h5py", "tifffile", "imagecodecs", "eyepy"}
 
 
 def imports_in(tree):

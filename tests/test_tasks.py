@@ -60,7 +60,7 @@ def as_npy(path, volume):
 
 
 def as_mat(path, volume):
-    scipy.io.savemat(path.with_suffix(".mat"), {"scan": volume, "fs": 3.0})
+    scipy.io.savemat(path.with_suffix(".mat"), {"scan": np.moveaxis(volume, 0, -1), "fs": 3.0})
     return path.with_suffix(".mat")
 
 
