@@ -11,9 +11,9 @@ The content tells the format, and where it cannot, the name does:
     scanners' own  .e2e, .vol, .fda, .img (devices.py)
 
 axes names what the axes of an array are, in its order; without it they are what AXES says. variable
-names the array of an .npz or .mat that has several, or the series of an .e2e. Other files of the
-same data set know both by themselves. No pickle is ever read. Sizes are taken from headers and limited by dicom.CEILING before memory is taken; what is no
-volume of grey values, or not whole, is refused with ValueError.
+names the array of an .npz or .mat that has several, or the series of an .e2e. Other files know both
+by themselves. No pickle is ever read. Sizes are taken from headers and limited by dicom.CEILING
+before memory is taken; what is no volume of grey values, or not whole, is refused with ValueError.
 """
 
 import contextlib

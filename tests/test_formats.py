@@ -212,12 +212,11 @@ def test_axes_that_are_no_order_are_refused(tmp_path, volume, axes):
 
 
 @pytest.mark.parametrize("write", [write_multiframe, write_pngs, write_tiff, write_series])
-def test_axes_are_for_arrays(tmp_path, volume, write):
-    assert "is for arrays" in refusal(write(tmp_path, volume), "frames,rows,columns")
-
-
-def test_a_variable_is_for_files_that_have_several(tmp_path, volume):
-    assert "variable=x is for" in refusal(write_npy(tmp_path, volume), None, "x")
+def test_files_that_know_their_axes_are_read_as_without(tmp_path, volume, write):
+    """A data set may have both kinds."""
+    path = write(tmp_path, volume)
+    found = volumes.read_volume(path, None, "columns,rows,frames", "x")
+    assert (found == volumes.read_volume(path)).all()
 
 
 def several(path, a, b):

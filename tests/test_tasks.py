@@ -154,7 +154,7 @@ def test_three_classes_in_volumes_of_five_formats(tmp_path, command):
 def test_two_classes_without_a_split_column(tmp_path, command):
     task = write_task(tmp_path, ["healthy_eye", "drusen"], 60)
     result, _ = trained_and_scored(command, tmp_path, task)
-    assert result["balanced_accuracy"] == 1 and result["n"] == 10  # 4.5 of 30 of each class
+    assert result["balanced_accuracy"] == 1 and result["n"] == 9  # 15 % of 60
     assert len(result["f1_per_class"]) == 2
     done = command("data.py", "--deep", *task)
     assert done.returncode == 0 and "(with a volume / labelled)   60 participants" in done.stdout
@@ -188,7 +188,10 @@ WAYS = {
     ],
     "ordinal": ["train.loss=ordinal", "data.ordered=true", "train.sweep=null"],
     "ordinal head": ["data.ordered=true"],
-    "MLP, stratified": ["model.head.hidden=16", "data.sampler=stratified", "train.sweep=null"],
+    "MLP, stratified": [
+        *("model.head.hidden=32", "data.sampler=stratified", "train.sweep=null"),
+        *("train.lr_head=0.03", "data.batch_size=16", "train.class_weights=none"),
+    ],
     "attentive": ["model.pool_method=attentive", "model.token_grid=[2,2,2]"],
     "kNN": ["--config", "configs/knn.yaml"],
     "logistic regression": ["--config", "configs/logistic_regression.yaml"],
