@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -289,3 +291,21 @@ def test_the_other_tasks_of_the_phantom(written, tmp_path, command, task):
     assert [int(row["y_true"]) for row in rows] == [truth[row["participant_id"]] for row in rows]
     assert all(people[row["participant_id"]]["recommended_split"] == "test" for row in rows)
     assert len(result["classes"]) == 3 and not set(CLASSES) & set(result["classes"])
+
+
+# -------------------------------------------------------------------------------- docs/your-own.md
+
+
+@pytest.mark.slow
+def test_the_ten_minutes_of_the_docs(tmp_path, monkeypatch, command):
+    """Its code writes the scans; the example's task, as it is shipped, reads them."""
+    document = content("docs/your-own.md")
+    (tmp_path / "write.py").write_text(document.split("```python\n")[1].split("```")[0])
+    subprocess.run([sys.executable, "write.py"], cwd=tmp_path, check=True)
+    task = ["--config", "configs/demo.yaml", "--config", "configs/tasks/example_csv.yaml"]
+    places = [f"demo.dir={tmp_path}/demo", f"paths.checkpoint_path={tmp_path}/demo/encoder.pt"]
+    places += [f"paths.data={tmp_path}/my_scans", f"paths.cache_dir={tmp_path}/cache"]
+    arguments = [*task, *places, f"paths.run_dir={tmp_path}/run"]
+    result, said = trained_and_scored(command, tmp_path, arguments)
+    assert result["classes"] == ["normal", "macular edema", "AMD"]
+    assert result["balanced_accuracy"] > 0.8 and result["n"] == 9
