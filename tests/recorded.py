@@ -142,7 +142,8 @@ def read_run(folder):
     for split in ("val", "test"):
         with open(f"{folder}/eval_{split}.json") as f:
             result = json.load(f)
-        found |= numbers(result, f"eval_{split}") | {f"eval_{split}/alarms": result["alarms"]}
+        alarms = [by_number(alarm, result["classes"]) for alarm in result["alarms"]]
+        found |= numbers(result, f"eval_{split}") | {f"eval_{split}/alarms": alarms}
     for name in sorted(os.listdir(folder)):
         if name.startswith("predictions_") or name in ("sweep.csv", "cv.csv"):
             with open(f"{folder}/{name}", newline="") as f:
@@ -202,6 +203,13 @@ def record(names):
             found[name] = read_run(run_dir)
             print(f"{name}: {len(found[name])} values, {time.time() - started:.0f} s", flush=True)
     return found
+
+
+def by_number(alarm, classes):
+    """An alarm that numbers the classes, as they did when these were recorded."""
+    for k, name in enumerate(classes):
+        alarm = alarm.replace(name, str(k))
+    return alarm
 
 
 def difference(old, new):
