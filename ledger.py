@@ -323,17 +323,15 @@ def compare_files(book, samples, earlier):
     return notes + book.near_copies
 
 
-def check_classes(book, needed_by):
-    """ValueError unless every class has a training volume. needed_by: the setting that needs them,
-    such as "data.sampler=stratified"."""
+def check_classes(book):
+    """ValueError unless every class has a training volume: a head would never answer it."""
     present = {s.label for s in book.of("train")}
-    for label, name in enumerate(book.classes):
-        if label not in present:
-            raise ValueError(
-                f"{needed_by} needs every one of {len(book.classes)} classes in training, and no "
-                f"training volume is of class {label} ({name}); set "
-                f"{needed_by.partition('=')[0]} to another value"
-            )
+    absent = [name for label, name in enumerate(book.classes) if label not in present]
+    if absent:
+        raise ValueError(
+            f"no training volume is of class {first_few(absent)}; correct the table or its splits, "
+            "or leave the class out (data.classes, data.where)"
+        )
 
 
 # ------------------------------------------------------------------------------------------ showing

@@ -280,15 +280,11 @@ def volumes_of(cfg, samples, steps, encoder, epoch):
 
 
 def check_classes(cfg, book):
-    """ValueError, before anything is encoded, where the sampler or the class weights need every
-    class in training and one is not there, or where a class has too few people for data.cv."""
+    """ValueError, before anything is encoded, where a class is not there in training, or has too
+    few people for data.cv."""
     units = {s.unit: s.label for s in book.of("train") + book.of("val")}
+    ledger.check_classes(book)
     repeats.check_folds(cfg, list(units.values()))
-    if cfg.data.sampler == "stratified":
-        ledger.check_classes(book, "data.sampler=stratified")
-    for scheme in cfg.train.sweep.class_weights or [cfg.train.class_weights]:
-        if scheme in ("auto", "effective"):  # the others need no counts
-            ledger.check_classes(book, f"train.class_weights={scheme}")
 
 
 def command():

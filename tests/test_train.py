@@ -535,19 +535,9 @@ def test_a_volume_that_vanishes_while_training_stops_the_run(dataset, tmp_path, 
     assert len(read_run(cfg)[0]) == 1
 
 
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (
-            ["data.sampler=stratified", "train.class_weights=none"],
-            r"data.sampler=stratified needs every one of 4 classes in training, and "
-            r"no training volume is of class 3 \(insulin\)",
-        ),
-        ([], r"train.class_weights=auto needs every one of 4 classes .* class 3 \(insulin\)"),
-    ],
-)
+@pytest.mark.parametrize("overrides", [[], ["train.class_weights=none"]])
 def test_what_cannot_train_stops_before_the_earlier_run_is_gone(
-    written, dataset, tmp_path, monkeypatch, overrides, message
+    written, dataset, tmp_path, monkeypatch, overrides
 ):
     def leave_out(line):
         is_rare = "\ttrain\t" in line and "insulin_dependent" in line
@@ -558,6 +548,6 @@ def test_what_cannot_train_stops_before_the_earlier_run_is_gone(
     before = sorted(os.listdir(run_dir))
     forward = lambda *args: pytest.fail("encoded something")
     monkeypatch.setattr(model.ViT3D, "forward", forward)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="no training volume is of class insulin; correct"):
         train.main(0, quick(dataset, tmp_path, *TUNE, *overrides))
     assert sorted(os.listdir(run_dir)) == before
