@@ -52,8 +52,6 @@ def span(interval):
 def score_table(result, names=SCORE_NAMES):
     """Each score with its interval and its floors."""
     header = ["", "score", "95 % interval", "majority class", "random answers", "chance band"]
-    if not result["ordered"]:  # how far apart two classes are means nothing then
-        names = [name for name in names if name != "quadratic_kappa"]
     rows = [
         [
             SCORE_NAMES[name],
@@ -63,9 +61,14 @@ def score_table(result, names=SCORE_NAMES):
             number(result["random"][name]),
             span(result["chance"][name]),
         ]
-        for name in names
+        for name in score_names(result, names)
     ]
     return header, rows
+
+
+def score_names(result, names=SCORE_NAMES):
+    """Those of the names that mean something: of classes without an order, none is further away."""
+    return [name for name in names if result["ordered"] or name != "quadratic_kappa"]
 
 
 def floor_table(result):
@@ -166,7 +169,7 @@ def print_result(result):
     tables = [score_table(result, metrics.SCORES)]
     if "floors" in result:
         tables.append(floor_table(result))
-    tables += [class_table(result), group_table(result)]
+    tables += [class_table(result)] + ([group_table(result)] if result["subgroups"] else [])
     print(f"\n{sentence(result)}\n")
     for table in tables:
         print(text_table(*table), end="\n\n")
