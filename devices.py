@@ -101,14 +101,18 @@ def read_e2e(path, choose, series_id=None):
     where it has several, as of two eyes."""
     eyepy_needed(path)
     check_e2e(path)
+    try:
+        return series_of_e2e(path, choose, series_id)
+    except MemoryError:  # eyepy takes whatever a damaged header asks for
+        raise ValueError("it asks for more memory than there is, as a damaged file does") from None
+
+
+def series_of_e2e(path, choose, series_id):
     from eyepy.core.utils import intensity_transforms
     from eyepy.io.he import HeE2eReader
 
     with HeE2eReader(path) as reader:
-        try:
-            volumes = {str(series.id): in_order(series) for series in reader.series}
-        except MemoryError:  # for headers, which are small where they are whole
-            raise ValueError("one of its headers is damaged") from None
+        volumes = {str(series.id): in_order(series) for series in reader.series}
         volumes = {name: slices for name, slices in volumes.items() if len(slices) > 1}
         if series_id is None and len(volumes) == 1:
             (series_id,) = volumes
