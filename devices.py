@@ -179,7 +179,7 @@ def check_e2e(path):
             file.seek(at)
             head = file.read(52)
             count = struct.unpack_from("<I", head, 36)[0] if len(head) == 52 else 0
-            table = file.read(44 * count)
+            table = file.read(min(44 * count, size))
             if not head.startswith(b"MDbDir") or not count or len(table) < 44 * count:
                 raise ValueError(f"it is damaged or cut short: at {at} it has no directory")
             end = at + 52 + 44 * count
