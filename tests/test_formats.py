@@ -23,7 +23,7 @@ import scipy.io
 import tifffile
 from helpers import read_bytes, smooth_volume, write_bytes, write_dicom, zipped
 from PIL import Image, ImageSequence
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import ExplicitVRLittleEndian
 from writers import (
     ARRAYS,
     TIFFS,
@@ -643,12 +643,9 @@ def test_another_kind_of_image_in_a_series_is_refused(tmp_path, volume):
 
 
 def test_a_damaged_file_of_a_series_is_named(tmp_path, volume):
-    files = series(volume, JPEG2000Lossless)
-    content = bytearray(files["IM7"])
-    at = content.find(b"\xff\x93")  # the codestream's data
-    content[at + 2 : at + 60] = os.urandom(58)
-    files["IM7"] = bytes(content[: at + 60])
-    assert "IM7" in refusal(folder_of(tmp_path / "f", files)) or True
+    files = series(volume)
+    files["IM7"] = files["IM7"][:-200]
+    assert "IM7: " in refusal(folder_of(tmp_path / "f", files))
 
 
 # ------------------------------------------------------------------------------ bombs
