@@ -101,14 +101,18 @@ def read_e2e(path, choose, series_id=None):
     where it has several, as of two eyes."""
     eyepy_needed(path)
     check_e2e(path)
+    try:
+        return series_of_e2e(path, choose, series_id)
+    except MemoryError:  # eyepy takes whatever a damaged header asks for
+        raise ValueError("it asks for more memory than there is, as a damaged file does") from None
+
+
+def series_of_e2e(path, choose, series_id):
     from eyepy.core.utils import intensity_transforms
     from eyepy.io.he import HeE2eReader
 
     with HeE2eReader(path) as reader:
-        try:
-            volumes = {str(series.id): in_order(series) for series in reader.series}
-        except MemoryError:  # for headers, which are small where they are whole
-            raise ValueError("one of its headers is damaged") from None
+        volumes = {str(series.id): in_order(series) for series in reader.series}
         volumes = {name: slices for name, slices in volumes.items() if len(slices) > 1}
         if series_id is None and len(volumes) == 1:
             (series_id,) = volumes
@@ -175,7 +179,7 @@ def check_e2e(path):
             file.seek(at)
             head = file.read(52)
             count = struct.unpack_from("<I", head, 36)[0] if len(head) == 52 else 0
-            table = file.read(44 * count)
+            table = file.read(min(44 * count, size))
             if not head.startswith(b"MDbDir") or not count or len(table) < 44 * count:
                 raise ValueError(f"it is damaged or cut short: at {at} it has no directory")
             end = at + 52 + 44 * count

@@ -203,7 +203,7 @@ def pick(found, variable):
 
 def check_size(shape, dtype):
     volume_axes(shape, dtype)
-    dicom.check_room(math.prod(map(int, shape)) * np.dtype(dtype).itemsize)
+    stacks.check_values(shape, dtype)
 
 
 # ------------------------------------------------------------------------------ numpy
@@ -229,7 +229,10 @@ def open_npy(path, variable):
 
 def open_npz(path, variable):
     with zipfile.ZipFile(path) as archive:
-        infos = {info.filename.removesuffix(".npy"): info for info in stacks.entries(archive)}
+        infos = {
+            info.filename.removesuffix(".npy"): info
+            for info in stacks.entries(archive, stacks.WIDEST)
+        }
         found = {}
         for name, info in infos.items():
             with archive.open(info) as file:
@@ -322,10 +325,10 @@ def matrix_header(view, order):
 
 def inflated(path):
     """A .mat of version 5 without its compression, as an open file. What all its variables inflate
-    to is limited by dicom.CEILING."""
-    room, out = dicom.CEILING + 2**24, io.BytesIO()
+    to is limited by dicom.CEILING, as in stacks.check_values."""
+    room, out = stacks.WIDEST * dicom.CEILING + 2**24, io.BytesIO()
     with stacks.opened(path) as file:
-        dicom.check_room(os.path.getsize(path))
+        dicom.check_room(os.path.getsize(path) // stacks.WIDEST)
         head = file.read(128)
         order = "little" if head[126:128] == b"IM" else "big"
         out.write(head)
@@ -338,11 +341,11 @@ def inflated(path):
                 inflate = zlib.decompressobj()
                 element, tag = inflate.decompress(element, room - out.tell()), b""
                 if not inflate.eof:
-                    dicom.check_room(out.tell() + len(element))
+                    dicom.check_room((out.tell() + len(element)) // stacks.WIDEST)
                     raise ValueError("one of its variables is cut short")
             out.write(tag + element)
             if out.tell() >= room:
-                dicom.check_room(out.tell())
+                dicom.check_room(out.tell() // stacks.WIDEST)
     out.seek(0)
     return out
 
@@ -368,7 +371,7 @@ def open_mat73(path, variable):
         name = pick(found, variable)
         check_size(*found[name])
         values = file[name]
-        dicom.check_room(math.prod(values.chunks or (0,)) * values.dtype.itemsize)
+        stacks.check_values(values.chunks or (), values.dtype)
         stored = values.id.get_storage_size()
         if not stored:
             raise ValueError(f"its {name} was never written")
@@ -394,7 +397,7 @@ def open_nifti(path, variable):
         check_size(shape, dtype)
         at, slope = int(header.get_data_offset()), header.get_slope_inter()
         count = math.prod(map(int, shape))
-        dicom.check_room(at + count * dtype.itemsize)
+        dicom.check_room(at)
         if is_gzip:
             file.seek(at)
             content = file.read(count * dtype.itemsize)

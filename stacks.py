@@ -24,6 +24,7 @@ import dicom
 from files import IGNORED, first_few, members
 
 MOST_FILES = 20_000  # in a zip
+WIDEST = 4  # times dicom.CEILING are taken where its pixels of 16 bits have 64
 KINDS = {  # how a file begins: what it is
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -41,6 +42,12 @@ class Member:
     name: str
     size: int  # bytes, inflated
     open: callable
+
+
+def check_values(shape, dtype):
+    """ValueError where values would take more than dicom.CEILING if none had more than 16 bits: a
+    volume is not larger for being stored as float64."""
+    dicom.check_room(math.prod(map(int, shape)) * min(np.dtype(dtype).itemsize, 2))
 
 
 def kind_of(head):
@@ -104,9 +111,9 @@ def opened(path):
     return dicom.Bounded(io.FileIO(path))
 
 
-def entries(archive):
+def entries(archive, times=1):
     """The entries of a zip that are files of the volume. ValueError where they would take more than
-    dicom.CEILING, or are encrypted, in several folders or not inflated within bounds."""
+    dicom.CEILING (times that), are encrypted, in several folders or not inflated within bounds."""
     found = []
     for info in archive.infolist():
         name = info.filename.rpartition("/")[2]
@@ -122,7 +129,7 @@ def entries(archive):
         if info.file_size > 1032 * info.compress_size:  # the most that deflate can do
             raise ValueError(f"{info.filename} cannot inflate to the size that the zip says")
     # zipfile inflates no further than these sizes, and compares the checksum at the end
-    dicom.check_room(sum(info.file_size for info in found))
+    dicom.check_room(sum(info.file_size for info in found) // times)
     if sum(info.compress_size for info in found) > os.path.getsize(archive.filename):
         raise ValueError("it is cut short, or its entries overlap")
     folders = {info.filename.rpartition("/")[0]: info.filename for info in found}
@@ -253,7 +260,7 @@ def grey(frame):
 def read_pages(path, choose):
     """The pages of a TIFF -> volume, facts."""
     with opened(path) as file, pages_of(file, os.path.getsize(path)) as (shape, dtype, read):
-        dicom.check_room(math.prod(shape) * dtype.itemsize)
+        check_values(shape, dtype)
         wanted, notes = list(choose(shape[0])), []
         volume = dicom.filled(shape[0], wanted, map(grey, read(wanted)), notes)
     return volume, dicom.facts_of(volume.shape, "TIFF pages") | {"notes": notes}

@@ -23,7 +23,7 @@ import scipy.io
 import tifffile
 from helpers import read_bytes, smooth_volume, write_bytes, write_dicom, zipped
 from PIL import Image, ImageSequence
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import ExplicitVRLittleEndian
 from writers import (
     ARRAYS,
     TIFFS,
@@ -642,12 +642,9 @@ def test_another_kind_of_image_in_a_series_is_refused(tmp_path, volume):
 
 
 def test_a_damaged_file_of_a_series_is_named(tmp_path, volume):
-    files = series(volume, JPEG2000Lossless)
-    content = bytearray(files["IM7"])
-    at = content.find(b"\xff\x93")  # the codestream's data
-    content[at + 2 : at + 60] = os.urandom(58)
-    files["IM7"] = bytes(content[: at + 60])
-    assert "IM7" in refusal(folder_of(tmp_path / "f", files)) or True
+    files = series(volume)
+    files["IM7"] = files["IM7"][:-200]
+    assert "IM7: " in refusal(folder_of(tmp_path / "f", files))
 
 
 # ------------------------------------------------------------------------------ bombs
@@ -726,9 +723,6 @@ def huge_hidden_npz():
 BOMBS = {
     "a.npy": lambda: with_header(HUGE),
     "a.npz": lambda: zipped({"x.npy": with_header(HUGE)}),
-    "b.npz": lambda: zipped(
-        {"x.npy": bytes(3 * 10**8), "y.npy": bytes(3 * 10**8)}, zipfile.ZIP_DEFLATED
-    ),
     "a.tif": huge_tiff,
     "a.nii": huge_nifti,
     "a.nii.gz": lambda: zlib.compress(huge_nifti(), wbits=31),
@@ -751,6 +745,23 @@ def test_a_dataset_that_is_huge_is_refused(tmp_path):
     huge_mat73(tmp_path / "a.mat")
     message, peak = peak_of(tmp_path / "a.mat")
     assert "dicom.CEILING is" in message and peak < 40
+
+
+def test_a_volume_is_not_larger_for_being_stored_as_float64(tmp_path, volume, monkeypatch):
+    monkeypatch.setattr(dicom, "CEILING", volume.size * 2 + 1000)
+    for write in ARRAYS:
+        assert np.array_equal(volumes.read_volume(write(tmp_path, volume / 7)), volume / 7)
+    monkeypatch.setattr(dicom, "CEILING", volume.size * 2 - 100)
+    for write in ARRAYS:
+        assert "dicom.CEILING is" in refusal(write(tmp_path, volume / 7))
+
+
+def test_the_arrays_of_a_npz_are_limited_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom, "CEILING", 10**6)
+    arrays = {str(i): np.zeros((10, 100, 900), np.uint8) for i in range(6)}
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    message, peak = peak_of(tmp_path / "a.npz", None, "1")
+    assert "dicom.CEILING is" in message and peak < 5
 
 
 def test_a_mat_inflates_no_further_than_the_ceiling(tmp_path, monkeypatch):
