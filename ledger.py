@@ -158,12 +158,10 @@ def volumes_asked(cfg):
 
 def strike_by_folder(book, cfg):
     """Strike the volumes that lie in another participant's folder, .../<participant>/<file>, in a
-    data set whose folders are named so."""
+    data set that has a folder for each; folders of classes may be numbered as participants are."""
     folder_of = {sample.path: PurePath(sample.path).parent.name for sample in book.samples}
-    own = [
-        facts.plain_id(folder_of[s.path]) == facts.plain_id(s.participant_id) for s in book.samples
-    ]
-    if sum(own) <= len(own) / 2:
+    named = {facts.plain_id(folder) for folder in folder_of.values()} & book.ids
+    if len(named) <= len({sample.participant_id for sample in book.samples}) / 2:
         return
     for sample in book.samples[:]:
         folder = folder_of[sample.path]
