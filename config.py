@@ -12,6 +12,7 @@ or a value of the wrong type stops the run with a ValueError that names the key.
 
 import argparse
 import difflib
+import json
 import math
 import os
 from types import SimpleNamespace
@@ -170,6 +171,20 @@ where = described(
     dict,
     BeforeValidator(asked_for),
 )
+
+
+def plain_values(options):
+    """Keyword arguments for a loader: what JSON holds."""
+    try:
+        json.dumps(options, allow_nan=False)
+    except TypeError as error:  # a date, say
+        raise ValueError from error
+    return {texts(name): value for name, value in options.items()}
+
+
+options = described(
+    "a mapping of names to numbers, texts, lists or null", dict, BeforeValidator(plain_values)
+)
 finite = Annotated[float, BeforeValidator(not_boolean), Field(allow_inf_nan=False)]
 thresholds = described(
     "a list of numbers that increase", list[finite], AfterValidator(increasing), min_length=1
@@ -180,7 +195,8 @@ KEYS = {
     "project_name": text,
     "seed": integer(0),
     "paths.data": text,
-    "paths.checkpoint_path": text,
+    "paths.checkpoint_path": optional(text),
+    "paths.features": optional(text),
     "paths.cache_dir": text,
     "paths.run_dir": text,
     "data.task": optional(text),
@@ -221,7 +237,9 @@ KEYS = {
     "data.augment.rotation": strength(180),
     "data.augment_views": integer(0, 1001),
     "data.cv": optional(integer(3)),
-    "model.emb_dim": integer(1),
+    "model.loader": optional(text),
+    "model.loader_options": options,
+    "model.emb_dim": optional(integer(1)),
     "model.encoder": one_of("context", "target"),
     "model.freeze_encoder": boolean,
     "model.unfreeze_at_epoch": integer(-1),
@@ -279,6 +297,17 @@ def check_together(cfg):
     for something that would not happen."""
     trains = not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch >= 0  # sooner or later
     check_classes(cfg)
+    if cfg.paths.checkpoint_path is None and not cfg.model.loader and not cfg.paths.features:
+        raise ValueError(
+            "paths.checkpoint_path=null is for an encoder that model.loader makes without a file; "
+            "name the pretrained encoder's file"
+        )
+    check_given(cfg, trains)
+    if cfg.model.loader_options and not cfg.model.loader:
+        raise ValueError(
+            f"model.loader_options={cfg.model.loader_options} are those of model.loader, which is "
+            "null; name it, or remove them"
+        )
     check_encoder(cfg, trains)
     heads = math.prod(len(values) for values in vars(cfg.train.sweep).values() if values)
     if heads > MOST_HEADS:
@@ -295,6 +324,21 @@ def check_together(cfg):
 def class_names(cfg):
     """The names of the classes, in order: a class is the place of its name."""
     return tuple(dict.fromkeys(cfg.data.classes.values()))
+
+
+def check_given(cfg, trains):
+    """What features that are read in place of an encoder cannot give."""
+    asked = {
+        "model.unfreeze_at_epoch": trains,
+        "model.loader": cfg.model.loader,
+        "data.augment": any(vars(cfg.data.augment).values()),
+        "eval.floors=true": cfg.eval.floors,
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked and cfg.paths.features):
+        raise ValueError(
+            f"{name} needs an encoder, and paths.features={cfg.paths.features} is read in place of "
+            "one; unset one of them"
+        )
 
 
 def check_classes(cfg):
@@ -334,7 +378,7 @@ def check_classes(cfg):
 def check_placeholders(cfg):
     """ValueError where a shipped file still has to be filled in."""
     for name in ("data", "checkpoint_path"):
-        if "YOUR-BUCKET" in getattr(cfg.paths, name):
+        if "YOUR-BUCKET" in (getattr(cfg.paths, name) or ""):
             raise ValueError(
                 f"paths.{name}={getattr(cfg.paths, name)}: put your bucket's name for YOUR-BUCKET, "
                 "or a local path"

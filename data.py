@@ -3,7 +3,7 @@
     python data.py --config configs/single_domain_01.yaml      # the ledger: who is missing, and why
     python data.py --deep --config FILE      # and opens every volume once: what are they, in truth?
 
-    volumes = open_volumes(cfg, book.of("train"), (64, 384, 384))
+    volumes = open_volumes(cfg, book.of("train"), encoder)
     for i, key, volume in stream(volumes, book, order, cfg): ...    # volume (1, D, H, W) float16
 
 read_dicom and preprocess are those of volumes.py. scripts/preview.py draws what augmentation does.
@@ -40,6 +40,7 @@ import begin
 import facts
 import files
 import ledger
+import loader
 from volumes import (  # noqa: F401  (preprocess and others, for whoever imports them from here)
     PREPROCESSING,
     READING,
@@ -72,6 +73,7 @@ class Volumes:
         self.folder = self.cache_dir / "volumes"
         self.limit, self.deadline = cache_gb * 1e9, deadline
         self.axes, self.variable = axes, variable
+        self.are_intensities = False  # see `seen`
         self.is_counted = False  # has this process counted what the cache holds?
         self.stop = threading.Event()  # set: what is being fetched is given up
 
@@ -148,6 +150,14 @@ class Volumes:
                     lock.unlink()
         return key, torch.from_numpy(volume)[None]  # (D, H, W) -> (1, D, H, W)
 
+    def seen(self, i, key, volume):
+        """What the encoder sees of volume i: the z-scores, or where are_intensities, the values of
+        the file (float32, to 2^-11), which one cache of z-scores serves as well."""
+        if not self.are_intensities:
+            return volume
+        found = self.facts(i, key)
+        return volume.float() * found["sd"] + found["mean"]
+
     def make(self, source, decode):
         """Fetch, decode and preprocess -> (D, H, W) float16, and the file's facts."""
         path = source.path
@@ -184,17 +194,20 @@ class Volumes:
                 counter.write(str(used + path.stat().st_size).encode())
 
 
-def open_volumes(cfg, samples, size, ids=()):
-    """The Volumes of samples as the config has them kept and read."""
+def open_volumes(cfg, samples, encoder, ids=()):
+    """The Volumes of samples as the config has them kept and read, and as the Encoder sees them."""
     cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
-    return Volumes(samples, size, *cache, ids, cfg.data.axes, cfg.data.variable)
+    volumes = Volumes(samples, encoder.size, *cache, ids, cfg.data.axes, cfg.data.variable)
+    volumes.are_intensities = encoder.wants_intensities
+    return volumes
 
 
 # ----------------------------------------------------------------------------------- volumes ahead
 
 
 def stream(volumes, book, order, cfg, transform=None):
-    """Yield (i, key, (1, D, H, W) float16) for the samples i of `order`, in that order.
+    """Yield (i, key, (1, D, H, W) float16, or float32 intensities) for the samples i of `order`, in
+    that order.
 
     data.prefetch volumes are on their way at once: being fetched (by threads), decoded (by
     data.num_workers processes) or waiting for the consumer, who has one more; memory holds no
@@ -209,7 +222,8 @@ def stream(volumes, book, order, cfg, transform=None):
         def load(i):
             elsewhere = lambda *args: decoder.submit(decode, *args).result()
             key, volume = volumes.load(i, elsewhere)
-            return key, transform(key, volume) if transform else volume
+            volume = transform(key, volume) if transform else volume
+            return key, volumes.seen(i, key, volume)
 
         submitted = ((i, fetchers.submit(load, i)) for i in order)
         ahead = deque(itertools.islice(submitted, cfg.data.prefetch))
@@ -373,8 +387,8 @@ def deep_check(cfg, book):
     and draw a B-scan of each scanner and protocol. Unreadable volumes are struck off the ledger."""
     lenient = copy.deepcopy(cfg)
     lenient.data.max_missing = len(book.samples)  # all problems are to be seen, not the first
-    size = volume_size(cfg, None if cfg.data.image_size else encoders_image_size(cfg))
-    volumes = open_volumes(cfg, book.samples, size, book.ids)
+    size = loader.volume_size(cfg, None if cfg.data.image_size else loader.load(cfg).image_size)
+    volumes = open_volumes(cfg, book.samples, loader.Encoder(None, size, ""), book.ids)
     order, scans = range(len(volumes.samples)), {}
     with contextlib.closing(stream(volumes, book, order, lenient)) as arriving:
         for i, key, volume in tqdm(arriving, "open", len(order), unit="volume"):
@@ -391,24 +405,6 @@ def deep_check(cfg, book):
         figure = facts.draw(list(scans.items()))
         files.write(path, lambda file: figure.savefig(file, format="png", dpi=90))
         print(f"B-scans, one of each scanner and protocol: {path}")
-
-
-def volume_size(cfg, image_size):
-    """(D, H, W) of the volumes that the encoder sees: data.image_size, or its own image_size."""
-    size = cfg.data.image_size or image_size
-    if size is None:
-        raise ValueError(
-            f"{cfg.paths.checkpoint_path} does not say its image_size; set "
-            "data.image_size=[depth, height, width]"
-        )
-    return tuple(size)
-
-
-def encoders_image_size(cfg):
-    import model
-
-    path = b2.local(cfg.paths.checkpoint_path, cfg.paths.cache_dir, cfg.data.fetch_deadline)
-    return model.load_encoder(path, cfg.model.encoder).image_size
 
 
 def main():

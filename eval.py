@@ -4,6 +4,7 @@
     python eval.py --ckpt runs/cls_single_domain_01/last.pt --split val
     python eval.py --compare runs/cls_single_domain_01 runs/cls_multi_domain   # which is better?
     python eval.py --leaderboard runs/*                                        # ranks all runs
+    python eval.py --ckpt runs/cls_demo --split all --export features.npz      # for other programs
 
 The first two write eval_SPLIT.json, predictions_SPLIT.csv, plots/*.png and report.html beside the
 checkpoint; the others read these. --leaderboard writes leaderboard.md, .csv and .html in runs/.
@@ -29,10 +30,11 @@ import compare
 import device
 import features
 import files
+import given
 import heads
 import ledger
+import loader
 import metrics
-import model
 import references
 import report
 import results
@@ -111,13 +113,13 @@ def load_model(opened):
     encoder, trained = features.open_encoder(cfg), saved["encoder_sha256"]
     if encoder.sha256 != trained:
         raise ValueError(
-            f"{cfg.paths.checkpoint_path} holds encoder {encoder.sha256[:16]}, the head was "
+            f"{loader.described(cfg)} is encoder {encoder.sha256[:16]}, the head was "
             f"trained on {trained[:16]}; set paths.checkpoint_path to that one, or train again"
         )
     try:
         if "encoder" in saved:  # fine-tuned
             encoder.module.load_state_dict(saved["encoder"], strict=True)
-            encoder.sha256 = model.weights_hash(encoder.module)
+            encoder.sha256 = loader.hash_of(encoder.module)
         banks = [references.load(repeat["head"], cfg) for repeat in saved.get("repeats", [saved])]
     except RuntimeError as error:
         reason = " ".join(str(error).split())
@@ -290,6 +292,25 @@ def update_ledger(path, book, split):
     files.write(path, files.csv_text([header, *rows]))
 
 
+def export(ckpt, split, path, overrides=()):
+    """Write the features of a run's volumes (split "all": of every split) to a features.npz."""
+    opened = ckpt if isinstance(ckpt, runs.Opened) else runs.open_checkpoint(ckpt, overrides)
+    cfg, (encoder, _) = opened.cfg, load_model(opened)
+    book = ledger.read(cfg)
+    ledger.check(book, cfg.data.max_missing)
+    samples = [s for s in book.samples if split in ("all", s.split)]
+    dev = device.get(cfg.device.backend)
+    found = features.encode(cfg, book, samples, encoder, dev)
+    if device.rank() == 0:
+        given.write(path, found.samples, found.x.numpy(), cfg)
+    print(f"exported: {path}, {len(found.samples)} volumes, x {tuple(found.x.shape)}")
+
+
+def export_main(rank, cfg, **arguments):
+    """`export`, in every replica."""
+    export(**arguments)
+
+
 def main(rank, cfg, ckpt, split, overrides):
     """The job, in every replica."""
     result, folder = evaluate_run(ckpt, split, overrides)
@@ -307,7 +328,8 @@ def command():
     what.add_argument("--ckpt", help="run folder, or a checkpoint file in it")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="two or more run folders")
     what.add_argument("--leaderboard", nargs="+", metavar="RUN", help="run folders, to be ranked")
-    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--split", choices=("val", "test", "train", "all"), default="test")
+    parser.add_argument("--export", metavar="FILE", help="write the features of --ckpt, .npz")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -315,6 +337,10 @@ def command():
         help="of --ckpt, such as paths.data=ELSEWHERE",
     )
     args = parser.parse_intermixed_args()
+    if args.split in ("train", "all") and not args.export:
+        raise ValueError(f"--split {args.split} is for --export; score val or test")
+    if args.export and not args.ckpt:
+        raise ValueError("--export writes the features of a run; name it with --ckpt")
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar in a file, too
     if args.compare:
         print(compare.compare(args.compare, args.split))
@@ -327,7 +353,10 @@ def command():
         # for themselves: its tensors are mapped from the file, which is cheaper than sending them.
         is_alone = cfg.device.processes == 1 and device.choose(cfg.device.backend) != "xla"
         ckpt = opened if is_alone else args.ckpt
-        job = functools.partial(main, ckpt=ckpt, split=args.split, overrides=args.overrides)
+        what = {"ckpt": ckpt, "split": args.split, "overrides": args.overrides}
+        job = functools.partial(main, **what)
+        if args.export:
+            job = functools.partial(export_main, path=args.export, **what)
         device.launch(job, cfg)
 
 

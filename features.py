@@ -20,27 +20,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import b2
 import config
 import data
 import device
 import facts
 import files
+import given
 import ledger
 import model
+from loader import Encoder, open_encoder, random_encoder  # noqa: F401  (where they are looked for)
 from volumes import READING
 
 VERSION = "v2"  # part of every feature's key: change it with model.ViT3D.forward or model.pool
-
-
-@dataclass
-class Encoder:
-    """An encoder in eval mode, the size (D, H, W) of the volumes that it sees, and the sha256 of
-    its weights."""
-
-    module: torch.nn.Module
-    size: tuple
-    sha256: str
 
 
 @dataclass
@@ -83,87 +74,6 @@ class Features:
     def labelled(self, samples):
         """The same features with other labels: a Sample for each."""
         return Features(samples, self.x, self.views)
-
-
-def open_encoder(cfg):
-    """The Encoder of the config. ValueError naming the key, where the two do not fit; OSError where
-    its file cannot be read."""
-    name = cfg.paths.checkpoint_path.replace("\0", "\\0")  # no path has it, but a message may
-    try:
-        path = b2.local(cfg.paths.checkpoint_path, cfg.paths.cache_dir, cfg.data.fetch_deadline)
-    except FileNotFoundError:
-        # a folder or a pipe, or nothing
-        what = "no file" if os.path.exists(os.path.expanduser(name)) else "not there"
-        of_demo = "; .venv/bin/python bench/encoders.py makes those of demo_short and demo_long"
-        raise FileNotFoundError(
-            f"paths.checkpoint_path={name} is {what}; put the pretrained encoder's file there, "
-            f"or set paths.checkpoint_path{of_demo if cfg.demo.dir else ''}"
-        ) from None
-    try:
-        module = model.load_encoder(path, cfg.model.encoder)
-    except ValueError as error:
-        raise ValueError(str(error).replace(path, name, 1)) from error
-    except OSError as error:
-        raise OSError(
-            f"paths.checkpoint_path={name} cannot be read ({error.strerror}); allow this user to "
-            "read it, or set paths.checkpoint_path"
-        ) from error
-    if module.assumed:
-        print(f"note: {assumptions(module.assumed)}")
-    width = module.pos_embed.shape[-1]
-    if width != cfg.model.emb_dim:
-        raise ValueError(
-            f"model.emb_dim is {cfg.model.emb_dim}, but the encoder of {name} is {width} wide; "
-            f"set model.emb_dim={width}"
-        )
-    if cfg.model.pool_method == "attentive" and width % model.HEAD_DIM:
-        raise ValueError(
-            f"model.pool_method=attentive needs an encoder whose width is a multiple of "
-            f"{model.HEAD_DIM}, but that of {name} is {width} wide; set model.pool_method=mean"
-        )
-    size = data.volume_size(cfg, module.image_size)
-    module.check_size(size)
-    if cfg.model.pool_method == "attentive" and any(
-        n > most for n, most in zip(cfg.model.token_grid, module.grid(size))
-    ):
-        raise ValueError(
-            f"model.token_grid={cfg.model.token_grid} is finer than the encoder's tokens, "
-            f"{list(module.grid(size))}; "
-            "set at most those"
-        )
-    module.requires_grad_(False)
-    return Encoder(module, size, model.weights_hash(module))
-
-
-def assumptions(assumed):
-    """Sentence on what is assumed of an encoder: {what its file does not say: what is used}."""
-
-    def listed(words):
-        *more, last = words
-        return f"{', '.join(more)} and {last}" if more else last
-
-    return (
-        f"the encoder's file does not say its {listed(assumed)}; assumed "
-        f"{'are' if len(assumed) > 1 else 'is'} {listed(assumed.values())}"
-    )
-
-
-def random_encoder(encoder, seed):
-    """An Encoder of the same shape with random weights, which a floor is computed with."""
-    like = encoder.module
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = model.ViT3D(
-            like.pos_embed.shape[-1],
-            len(like.blocks),
-            like.pos_embed.shape[1],
-            like.blocks[0].mlp.fc1.out_features,
-            like.patch_size,
-            like.num_heads,
-            like.eps,
-            like.activation,
-        )
-    return Encoder(module.eval(), encoder.size, model.weights_hash(module))
 
 
 def pooled(cfg, tokens, grid):
@@ -227,6 +137,11 @@ def encode(cfg, book, samples, encoder, dev, view=0, again=False, earlier=facts.
     is, others are augmented. again: all could be read before; ValueError if one cannot be read now.
     earlier: facts.summary of volumes with which none of these may have its pixels in common.
     """
+    if cfg.paths.features:
+        x = torch.from_numpy(given.lookup(cfg, samples))
+        tokens = x.ndim == 3 and cfg.model.pool_method != "attentive"
+        ledger.check(book, cfg.data.max_missing)
+        return Features(samples, model.pool(x, cfg.model.pool_method) if tokens else x)
     kept, struck_before = Kept(cfg, encoder, view), len(book.unreadable)
     strength, transform = data.strengths(cfg), None
     if view:
@@ -294,7 +209,7 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
     cannot be read; else that is an error. kept: where features are looked for, and kept.
     """
     ids = book.ids if book else ()
-    volumes = data.open_volumes(cfg, samples, encoder.size, ids)
+    volumes = data.open_volumes(cfg, samples, encoder, ids)
     x, encoded = torch.zeros(len(samples), *shape_of(cfg)), 0
 
     def is_kept(i, key):

@@ -18,6 +18,7 @@ from pathlib import PurePath
 import b2
 import config
 import facts
+import given
 import labels
 from files import checksum, first_bytes, first_few, hashed, json_object, read_table, sha256
 from labels import SPLITS, Row, Sample, grouped  # noqa: F401  (for whoever has them from here)
@@ -75,7 +76,10 @@ def read(cfg):
     rows, samples, notes = found.rows, found.samples, found.notes
     known, named = {row.participant_id for row in rows.values()}, found.has_rows
     forms = labels.other_forms(known - named, named - known)
-    problems = find_volumes(samples, cfg, notes)
+    if cfg.paths.features:
+        samples, problems = find_features(cfg, rows, samples)
+    else:
+        problems = find_volumes(samples, cfg, notes)
     if cfg.data.checksums:
         add_checksums(samples, cfg, notes)
     samples_of = grouped(samples.values(), lambda sample: sample.unit)
@@ -98,7 +102,9 @@ def read(cfg):
             f"{len(paths)} of {len(samples)} files {problem}: {shown(paths, cfg)}"
             for problem, paths in grouped(unusable, problems.get).items()
         ]
-        if row.participant_id not in named:
+        if cfg.paths.features and not samples:
+            reasons.append(f"no row in {cfg.paths.features}")
+        elif row.participant_id not in named:
             form = forms.get(row.participant_id)
             hint = f"; it has '{form}', write ids alike in both" if form else ""
             reasons.append(f"no row in the manifest{hint}")
@@ -112,7 +118,8 @@ def read(cfg):
     classes = config.class_names(cfg)
     book = Ledger(list(rows.values()), used, classes, notes, describe(cfg), hashes)
     book.ids, book.unit = found.ids, cfg.data.unit
-    strike_by_folder(book, cfg)
+    if not cfg.paths.features:
+        strike_by_folder(book, cfg)
     return book
 
 
@@ -154,6 +161,34 @@ def volumes_asked(cfg):
     if cfg.data.manifest is not None and cfg.data.scanner is not None:
         asked = [cfg.data.scanner, cfg.data.anatomic_region, *asked]
     return ", ".join(asked) or "any kind"
+
+
+def find_features(cfg, rows, samples):
+    """The samples, with a source where paths.features has a row of their file; or where its rows
+    are those of participants, a sample for each such row -> {path: Sample}, {path: problem}."""
+    found, name = given.read(cfg), cfg.paths.features
+    if found.file:
+        row_of, problems = found.row_of(), {}
+        for path, sample in samples.items():
+            if given.plain_path(given.below(path, cfg)) in row_of:
+                sample.source = b2.Object(path, 1)
+            else:
+                problems[path] = f"without a row in {name}"
+        return samples, problems
+    if cfg.data.unit != "participant":
+        raise ValueError(
+            f"paths.features={name} has no array 'file', and data.unit={cfg.data.unit} scores less "
+            "than a participant; add it"
+        )
+    of_rows = {}
+    for participant, numbers in found.rows_of().items():
+        if participant in rows:
+            row = rows[participant]
+            about = row.participant_id, row.split, row.label, row.site, ""
+            for number in numbers:
+                path = f"{name} row {number}"
+                of_rows[path] = Sample(*about, path, b2.Object(path, 1))
+    return of_rows, {}
 
 
 def strike_by_folder(book, cfg):

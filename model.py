@@ -169,6 +169,14 @@ class ViT3D(nn.Module):
             x = self.checkpoint(block, *args) if self.training and self.checkpoint else block(*args)
         return self.norm(x)
 
+    @property
+    def width(self):
+        return self.pos_embed.shape[-1]
+
+    def layers(self):
+        """Its modules from input to output."""
+        return [self.patch_embed, *self.blocks, self.norm]
+
     def grid(self, size):
         """Tokens along each axis (d, h, w) of a volume of `size` (D, H, W)."""
         return tuple(n // p for n, p in zip(size, self.patch_size))
@@ -347,7 +355,7 @@ def weights_hash(model):
     the names of cached features and in runs, are those of the weights alone."""
     digest = hashlib.sha256()
     settings = model.num_heads, model.eps, model.activation
-    if settings != (model.pos_embed.shape[-1] // HEAD_DIM, EPS, GELU):
+    if settings != (model.width // HEAD_DIM, EPS, GELU):
         digest.update(repr(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -370,19 +378,23 @@ def pool_grid(tokens, shape, size, method):
     return pool_3d(grid, size).flatten(2).transpose(1, 2)  # (B, C, *size) -> (B, T, C)
 
 
+# names of parameters that stand for themselves, as positions do
+UNDECAYED = ("pos_embed", "position_embeddings", "cls_token", "reg_token", "register_tokens")
+
+
 def parameter_groups(encoder, lr, layer_decay, weight_decay):
     """The encoder's groups for an optimizer; `peak` is a group's learning rate before its schedule.
 
-    Layer l learns at lr * layer_decay ** (depth + 1 - l): patches and positions are layer 0, block
-    i is layer i + 1, the last norm is layer depth + 1 (BEiT, MAE). Biases, norms and positions do
-    not decay.
+    The last of encoder.layers() learns at lr, each before it slower by the factor layer_decay
+    (BEiT, MAE); what belongs to no layer, as positions, learns as the first. Biases, norms and
+    positions do not decay.
     """
-    top = len(encoder.blocks) + 1
-    found = {}
+    layers = [] if layer_decay == 1 else encoder.layers()
+    layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
+    found, top = {}, max(len(layers) - 1, 0)
     for name, parameter in encoder.named_parameters():
-        block = re.match(r"blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else top if name.startswith("norm.") else 0
-        decays = parameter.ndim > 1 and name != "pos_embed"
+        layer = layer_of.get(id(parameter), 0)
+        decays = parameter.ndim > 1 and name.rpartition(".")[2] not in UNDECAYED
         found.setdefault((lr * layer_decay ** (top - layer), decays), []).append(parameter)
     return [
         dict(part="encoder", params=group, lr=peak, peak=peak, weight_decay=weight_decay * decays)

@@ -571,9 +571,10 @@ def prepare(cfg):
         return
 
     def below(path):
-        return "://" not in path and Path(cfg.demo.dir).resolve() in Path(path).resolve().parents
+        is_local = path and "://" not in path
+        return is_local and Path(cfg.demo.dir).resolve() in Path(path).resolve().parents
 
-    encoder, data = cfg.paths.checkpoint_path, cfg.paths.data
+    encoder, data = cfg.paths.checkpoint_path or "", cfg.paths.data
     participants, effect = cfg.demo.participants, cfg.demo.effect
     if below(encoder) and not os.path.exists(encoder):
         print(f"demo: writing a small random encoder to {encoder}")

@@ -34,6 +34,7 @@ import device
 import facts
 import files
 import ledger
+import loader
 import tracking
 from progress import epoch_lines, epoch_record
 
@@ -70,8 +71,8 @@ def check_folder(cfg):
             "set paths.run_dir to another one"
         )
     encoder = cfg.paths.checkpoint_path
-    path = os.path.realpath(os.path.expanduser(encoder))
-    if not b2.is_remote(encoder) and path.startswith(os.path.realpath(folder) + os.sep):
+    path = encoder and os.path.realpath(os.path.expanduser(encoder))
+    if encoder and not b2.is_remote(encoder) and path.startswith(os.path.realpath(folder) + os.sep):
         raise ValueError(
             f"paths.checkpoint_path={encoder} lies in paths.run_dir={folder}, where an earlier run "
             "is replaced; set paths.run_dir to another one"
@@ -388,6 +389,7 @@ def provenance_of(run):
         "git_changes": None if commit is None else bool(git("status", "--porcelain")),
         "versions": versions,
         **{name: run.identity[name] for name in IDENTITY[1:4]},
+        "loader": loader.provenance(run.cfg),
         "data": run.book.description,
         "seed": run.cfg.seed,
         **where_it_runs(run.dev),

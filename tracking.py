@@ -174,7 +174,7 @@ def described(cfg):
     """What W&B shows of a run in its lists: project, name, configuration without the paths of this
     machine, group, tags."""
     trains = not cfg.model.freeze_encoder or cfg.model.unfreeze_at_epoch >= 0
-    settings = config.to_dict(cfg)
+    settings, encoder = config.to_dict(cfg), cfg.paths.checkpoint_path or cfg.model.loader or ""
     del settings["paths"], settings["demo"]["dir"]
     for name in ("labels", "participants", "manifest", "checksums"):
         del settings["data"][name]
@@ -182,7 +182,7 @@ def described(cfg):
         "project": cfg.log.wandb_project,
         "name": cfg.log.run_name,
         "config": settings,
-        "group": os.path.splitext(os.path.basename(cfg.paths.checkpoint_path))[0],
+        "group": os.path.splitext(os.path.basename(encoder))[0],
         "tags": [
             "finetune" if trains else "probe",
             cfg.model.head.kind,

@@ -40,6 +40,7 @@ import device
 import features
 import heads
 import ledger
+import loader
 import model
 import phantom
 import repeats
@@ -68,7 +69,7 @@ def main(rank, cfg):
     tracking.check(cfg)
     print(
         f"{cfg.project_name}, {cfg.log.run_name} on {device.describe(dev)}: "
-        f"{cfg.paths.checkpoint_path} ({cfg.model.encoder} encoder), {cfg.paths.data}"
+        f"{loader.described(cfg)}, {cfg.paths.data}"
     )
 
     # the participants of each split, and who has no volume
@@ -257,16 +258,16 @@ def micro_batches(batch, batch_size, size):
 
 
 def volumes_of(cfg, samples, steps, encoder, epoch):
-    """Yield the augmented volumes (b, 1, D, H, W) of every micro-batch of the steps, in float16.
-
-    Padding is zeros.
+    """Yield the augmented volumes (b, 1, D, H, W) of every micro-batch of the steps, as data.stream
+    does. Padding is zeros.
     """
     micro = [indices.tolist() for step in steps for _, indices in step]
     order = [index for indices in micro for index in indices if index >= 0]
     strength = data.strengths(cfg)
     augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
-    padding = torch.zeros(1, *encoder.size, dtype=torch.float16)
-    volumes = data.open_volumes(cfg, samples, encoder.size)
+    kind = torch.float32 if encoder.wants_intensities else torch.float16
+    padding = torch.zeros(1, *encoder.size, dtype=kind)
+    volumes = data.open_volumes(cfg, samples, encoder)
     stream = data.stream(volumes, None, order, cfg, augment)
     with contextlib.closing(stream):
         hidden = device.rank() > 0

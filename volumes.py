@@ -25,7 +25,7 @@ import formats
 PREPROCESSING = "zscore-trilinear-float16-v1"
 # in the facts of every volume: change it when the result of read() changes for some files, and what
 # was cached before is made anew
-READING = "v2"
+READING = "v3"
 
 
 class Unreadable(ValueError):
@@ -133,8 +133,7 @@ def resize(volume, size):
             f"these are {volume.shape} and {tuple(size)}"
         )
     low, high, weight = taps(len(volume), depth)
-    # subtracted so that a constant volume is exactly zero, without rounding; it cancels too
-    origin = np.float32(volume[low[0], 0, 0])
+    origin = origin_of(volume, size)
 
     def frame(i):
         return torch.from_numpy(volume[i].astype(np.float32) - origin)
@@ -149,13 +148,28 @@ def resize(volume, size):
     return out
 
 
+def origin_of(volume, size):
+    """The value that resize() takes off, so that a constant volume is exactly zero, without
+    rounding; the z-score cancels it."""
+    low, _, _ = taps(len(volume), size[0])
+    return np.float32(volume[low[0], 0, 0])
+
+
 def normalise(out):
     """Z-score of a CPU tensor, in place."""
+    z_score(out)
+    return out
+
+
+def z_score(out):
+    """`normalise` -> the mean and the SD that the tensor had."""
     # numpy, not torch: a sum in torch depends on the number of threads, and a volume must not
     values = out.numpy()
-    values -= np.float32(values.mean(dtype=np.float64))
+    mean = np.float32(values.mean(dtype=np.float64))
+    values -= mean
     std = np.float32(np.sqrt(np.square(values).mean(dtype=np.float64)))
-    return out.zero_() if std == 0 else out.div_(float(std) if np.isfinite(std) else float("nan"))
+    out.zero_() if std == 0 else out.div_(float(std) if np.isfinite(std) else float("nan"))
+    return float(mean), float(std)
 
 
 def decode_volume(path, size, axes=None, variable=None):
@@ -169,13 +183,16 @@ def decode(path, size, axes=None, variable=None):
     volume, facts = read(path, size, axes, variable)
     if len(volume) == 1:
         raise Unreadable(f"{path} has a single frame; that is no volume")
-    tensor = preprocess(volume, size)
+    tensor = resize(volume, size)
+    mean, sd = z_score(tensor)  # both as preprocess() does
     if not torch.isfinite(tensor[0, 0, 0]):  # for a single value makes them all NaN
         raise Unreadable(f"{path} has values that are not finite")
     check_contrast(path, volume, size)
     array = tensor.numpy().astype(np.float16)
-    pixels = hashlib.sha1(array).hexdigest()
-    return array, facts | {"reading": READING, "pixels": pixels, "sketch": sketch(array)}
+    facts |= {"reading": READING, "pixels": hashlib.sha1(array).hexdigest()}
+    # of the resized volume, in the file's own intensities
+    facts |= {"mean": mean + float(origin_of(volume, size)), "sd": sd}
+    return array, facts | {"sketch": sketch(array)}
 
 
 def sketch(array):

@@ -80,7 +80,9 @@ def data(cfg):
     if cfg.demo.dir:
         return "the demo's data and encoder are written by make probe"
     b2.find(ledger.place_of(cfg, cfg.data.labels), 30)
-    b2.find(cfg.paths.checkpoint_path, 30)
+    encoder = cfg.paths.checkpoint_path
+    if encoder and not os.path.isdir(os.path.expanduser(encoder)):  # a loader may take a folder
+        b2.find(encoder, 30)
     return "the tables and the encoder are there"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ATTENTIVE, AUGMENT, TINY, evaluate, read_predictions
 
+import b2
 import features
 import heads
 import ledger
@@ -307,7 +308,7 @@ def test_an_error_names_the_encoder_as_the_config_does(configure, tmp_path, monk
     """But the line that converts it has the local copy."""
     local, name = tmp_path / "copy.pt", "b2://bucket/encoder.pt"
     torch.save({"a": SimpleNamespace()}, local)
-    monkeypatch.setattr(features.b2, "local", lambda *args: str(local))
+    monkeypatch.setattr(b2, "local", lambda *args: str(local))
     with pytest.raises(ValueError) as e:
         features.open_encoder(configure("/none", f"paths.checkpoint_path={name}"))
     assert str(e.value).startswith(f"{name} is not a checkpoint")
