@@ -478,6 +478,16 @@ def first_epoch_of_encoder(cfg):
     return unfreeze + 1 if unfreeze >= 0 else math.inf
 
 
+def mode(cfg):
+    """How an encoder is used, in words: the same for all encoders and tasks."""
+    if first_epoch_of_encoder(cfg) <= cfg.train.epochs:
+        return "fine-tuning"
+    if cfg.model.head.kind != "network":
+        return {"knn": "kNN"}.get(cfg.model.head.kind, cfg.model.head.kind.replace("_", " "))
+    pooling = {"mean": "", "max": "max-pooled ", "attentive": "attentive "}[cfg.model.pool_method]
+    return f"{pooling}{'MLP' if cfg.model.head.hidden else 'linear'} probe"
+
+
 def trains_one_head(cfg):
     """Is a single head trained, with or without the encoder? Else several, or a reference."""
     swept = any(vars(cfg.train.sweep).values())

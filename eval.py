@@ -27,11 +27,13 @@ import sys
 import numpy as np
 
 import compare
+import config
 import device
 import features
 import files
 import given
 import heads
+import leaderboard
 import ledger
 import loader
 import metrics
@@ -76,7 +78,10 @@ def evaluate_run(ckpt, split, overrides=()):
         "ordered": cfg.data.ordered,
         "unit": cfg.data.unit,
         "volumes_asked": ledger.volumes_asked(cfg),
+        "encoder": encoder_name(cfg),
+        "mode": config.mode(cfg),
         "encoder_sha256": encoder.sha256,
+        "pretrained_sha256": saved["encoder_sha256"],
         "checkpoint_sha256": files.sha256(opened.path),
         "labels_sha256": book.sha256["labels"],
         "predictions_sha256": files.hashed(table),
@@ -125,6 +130,13 @@ def load_model(opened):
         reason = " ".join(str(error).split())
         raise ValueError(f"{opened.path}: not loaded: {reason}") from error
     return encoder, banks
+
+
+def encoder_name(cfg):
+    """What the encoder is called in a table: its file, without folder and ending."""
+    path = cfg.paths.features or cfg.paths.checkpoint_path or cfg.model.loader
+    name = os.path.splitext(os.path.basename(path.rstrip("/")))[0]
+    return f"{name} ({cfg.model.encoder})" if cfg.model.encoder != "context" else name
 
 
 def changed_tables(opened, book, overrides):
@@ -345,7 +357,7 @@ def command():
     if args.compare:
         print(compare.compare(args.compare, args.split))
     elif args.leaderboard:
-        print(compare.leaderboard(args.leaderboard, args.split))
+        print(leaderboard.leaderboard(args.leaderboard, args.split))
     else:
         opened = runs.open_checkpoint(args.ckpt, args.overrides)
         cfg = opened.cfg

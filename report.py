@@ -380,6 +380,35 @@ def markdown_cell(text):
     return fence + space + text.replace("|", "\\|") + space + fence
 
 
+def latex(header, rows, caption):
+    """A table for a paper, in the style of the package booktabs."""
+    line = lambda cells: " & ".join(map(latex_text, cells)) + r" \\"
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{latex_text(caption)}}}",
+            rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}",
+            r"\toprule",
+            line(header),
+            r"\midrule",
+            *map(line, rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def latex_text(text):
+    """A text that LaTeX shows as it is."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {sign: "\\" + sign for sign in "&%$#_{}"}
+    special |= {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$"}
+    return "".join(special.get(letter, letter) for letter in text)
+
+
 def write_report(folder):
     """report.html: every eval_SPLIT.json of the folder with its plots, the course of training, the
     ledger and the provenance."""

@@ -55,7 +55,8 @@ def model_of(num_classes):
     intervals = shape("Intervals", intervals)
     result = {
         "split": Literal["val", "test"],
-        **dict.fromkeys(("run", "data", "task", "volumes_asked", "content_sha256"), Text),
+        **dict.fromkeys(("run", "data", "task", "volumes_asked", "encoder", "mode"), Text),
+        **dict.fromkeys(("content_sha256", "pretrained_sha256"), Text),
         **dict.fromkeys(("encoder_sha256", "checkpoint_sha256", "labels_sha256"), Text),
         "predictions_sha256": Text,
         "classes": exactly(num_classes, Text),

@@ -29,6 +29,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score
 
 import compare
+import leaderboard
 import metrics
 import results
 import runs
@@ -309,7 +310,7 @@ def board(tmp_path_factory):
     write_results(folder / "elsewhere", answers(0.9, 4)[:100], LABELS_159[:100])
     (folder / "untested").mkdir()
     (folder / "notes.txt").write_text("")
-    said = compare.leaderboard(sorted(folder.iterdir()), "test")
+    said = leaderboard.leaderboard(sorted(folder.iterdir()), "test")
     *rows, untested = rows_of(folder / "leaderboard.csv")
     assert (untested["run"], untested["place"]) == ("untested", "not ranked")
     return folder, rows, said
@@ -395,7 +396,7 @@ def test_a_run_that_is_named_twice_is_ranked_once(a_and_b, tmp_path):
     for name in ("eval_test.json", "predictions_test.csv"):
         os.symlink(f"../a/{name}", copy / "of_links" / name)
     names = ("a", "b", "a/", "b/../a", "linked", "of_links")
-    compare.leaderboard([f"{copy}/{name}" for name in names], "test")
+    leaderboard.leaderboard([f"{copy}/{name}" for name in names], "test")
     assert sorted(row["run"] for row in rows_of(copy / "leaderboard.csv")) == ["a", "b"]
 
 
@@ -420,7 +421,7 @@ def alike(a_and_b, tmp_path):
 
 def test_a_verdict_names_the_first_few(alike):
     folder = alike(*(f"run_{n:02d}" for n in range(12)))
-    said = compare.leaderboard(sorted(folder.iterdir()), "test")
+    said = leaderboard.leaderboard(sorted(folder.iterdir()), "test")
     others = "run_01, run_02, run_03 and 8 more"
     assert f"is not shown to be better than {others}.\n" in said
     assert len(rows_of(folder / "leaderboard.csv")) == 12

@@ -10,8 +10,8 @@ import pytest
 from helpers import CLASS_NAMES, FLOOR, answers, content, copy_of, quick, trained, write_results
 from PIL import Image
 
-import compare
 import eval as evaluation
+import leaderboard
 import ledger
 import report
 import train
@@ -172,7 +172,7 @@ def pages(written, tmp_path_factory):
     for seed, skill in enumerate((0.3, 0.35, 0.8)):
         name = f"a_run_with_a_rather_long_name_{seed}"
         write_results(folder / "board" / name, answers(skill, seed), floors=floors)
-    compare.leaderboard(list((folder / "board").iterdir()), "test")
+    leaderboard.leaderboard(list((folder / "board").iterdir()), "test")
     report_page, board_page = folder / "run/report.html", folder / "board/leaderboard.html"
     return {"report": (report_page, 8), "leaderboard": (board_page, 1)}
 

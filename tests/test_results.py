@@ -27,6 +27,7 @@ from sklearn.metrics import balanced_accuracy_score
 import compare
 import eval as evaluation
 import files
+import leaderboard
 import ledger
 import metrics
 import report
@@ -263,7 +264,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_the_leaderboard_goes_on_without_a_damaged_run(runs_abc, damage):
     damage(runs_abc / "b")
-    said = compare.leaderboard(paths_of(runs_abc), "test")
+    said = leaderboard.leaderboard(paths_of(runs_abc), "test")
     board = board_of(runs_abc)
     assert board["b"]["place"] == "not ranked" and board["b"]["balanced accuracy"] == "-"
     assert f"{runs_abc}/b" in board["b"]["note"] and "; run eval.py --ckpt" in board["b"]["note"]
@@ -285,7 +286,7 @@ def test_a_leaderboard_of_damaged_runs_alone_says_what_is_wrong(runs_abc):
         write_bytes(runs_abc / name / "eval_test.json", b"[]")
     message = "none of 3 runs can be ranked: .*a/eval_test.json is damaged"
     with pytest.raises(ValueError, match=message):
-        compare.leaderboard(paths_of(runs_abc), "test")
+        leaderboard.leaderboard(paths_of(runs_abc), "test")
 
 
 # ---------------------------------------------------------------------------------- random damage
@@ -388,14 +389,14 @@ def test_random_damage_never_changes_a_score_that_is_believed(three, tmp_path, c
     """600 times: whatever befell a run, the leaderboard shows the right scores of the others, and
     of this one the right scores or none."""
     folder, counts = shutil.copytree(three, tmp_path / "runs"), {"right": 0, "refused": 0}
-    compare.leaderboard(paths_of(folder), "test")
+    leaderboard.leaderboard(paths_of(folder), "test")
     expected = board_of(folder)
     for seed in range(600):
         chance = random.Random(seed)
         shutil.rmtree(folder / "b")
         shutil.copytree(three / "b", folder / "b")
         kind = damage_a_run(folder / "b", folder / "c", chance)
-        assert one_sentence(compare.leaderboard, paths_of(folder), "test")
+        assert one_sentence(leaderboard.leaderboard, paths_of(folder), "test")
         board = board_of(folder)
         was_refused = board["b"]["place"] == "not ranked"
         for name in "ac" if was_refused else NAMES:

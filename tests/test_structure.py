@@ -44,6 +44,7 @@ ORDER = [
     "report",
     "repeats",
     "compare",
+    "leaderboard",
     "eval",
     "train",
 ]
