@@ -28,15 +28,18 @@ probe finetune: setup  ## train, then score on val and on test; the demo without
 	.venv/bin/python eval.py --ckpt $(RUN) --split val
 	.venv/bin/python eval.py --ckpt $(RUN) --split test
 
-# every checkpoint in every mode, then the leaderboard. What is finished stays; what fails is named at the end
-## CKPTS="a b" MODES="probe knn"    those of make sweep; without, single_domain_01, single_domain_02 and multi_domain, by probe
+# every checkpoint on every task in every mode, then the leaderboard. What is finished stays; what fails is named at the end
+## CKPTS="a b" TASKS="t u" MODES="probe knn"    those of make sweep; without, the three shipped checkpoints, TASK, and probe
 CKPTS ?= single_domain_01 single_domain_02 multi_domain
+TASKS ?= $(or $(TASK),default)
 MODES ?= probe
-sweep: setup  ## train and score all CKPTS in all MODES, then the leaderboard
-	@failed=; runs=; for ckpt in $(CKPTS); do for mode in $(MODES); do echo; echo "== $$ckpt, $$mode"; \
-	    if $(MAKE) --no-print-directory probe CKPT=$$ckpt MODE=$$mode RESUME=auto; \
-	    then runs="$$runs runs/cls_$$ckpt$(if $(TASK),_$(TASK))"; [ $$mode = probe ] || runs="$${runs}_$$mode"; else failed="$$failed $$ckpt/$$mode"; fi; \
-	done; done; echo; \
+sweep: setup  ## train and score all CKPTS on all TASKS in all MODES, then the leaderboard
+	@failed=; runs=; for ckpt in $(CKPTS); do for task in $(TASKS); do for mode in $(MODES); do \
+	    run=runs/cls_$$ckpt; name=$$task; [ $$task != default ] && run=$${run}_$$task || name=; \
+	    [ $$mode = probe ] || run=$${run}_$$mode; echo; echo "== $$ckpt, $$task, $$mode"; \
+	    if $(MAKE) --no-print-directory probe CKPT=$$ckpt TASK=$$name MODE=$$mode RESUME=auto; \
+	    then runs="$$runs $$run"; else failed="$$failed $$ckpt/$$task/$$mode"; fi; \
+	done; done; done; echo; \
 	[ -z "$$runs" ] || .venv/bin/python eval.py --leaderboard $$runs || failed="$$failed leaderboard"; \
 	[ -z "$$failed" ] || { echo "FAILED, and not in the leaderboard:$$failed; what they print is above"; exit 1; }
 

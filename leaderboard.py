@@ -200,7 +200,10 @@ def over_all_tasks(tasks):
     and losses are pairs whose difference is significant within a task, by p (Holm); the others are
     ties.
     """
-    run_of = [methods_of(task) for task in tasks]
+    hashes = defaultdict(set)
+    for run in (run for task in tasks for run in task.runs):
+        hashes[run.result["encoder"]].add(run.result["pretrained_sha256"])
+    run_of = [methods_of(task, hashes) for task in tasks]
     everywhere = [m for m in run_of[0] if all(m in runs for runs in run_of)]
     if len(tasks) < 2 or len(everywhere) < 2:
         return None
@@ -236,12 +239,14 @@ def over_all_tasks(tasks):
     return {"about": about, "table": (header, rows)}
 
 
-def methods_of(task):
-    """{method: its best run} of the compared runs of a task."""
+def methods_of(task, hashes):
+    """{method: its best run} of the compared runs of a task. hashes {encoder: those of its weights}
+    tell encoders of one name apart."""
     found = {}
     for run in task.compared:  # best first
         r = run.result
-        found.setdefault(f"{r['encoder']} {r['pretrained_sha256'][:6]}, {r['mode']}", run)
+        which = f" {r['pretrained_sha256'][:12]}" if len(hashes[r["encoder"]]) > 1 else ""
+        found.setdefault(f"{r['encoder']}{which}, {r['mode']}", run)
     return found
 
 
@@ -278,7 +283,8 @@ def csv_rows(tasks, sections, left_out):
     """The rows of leaderboard.csv: those of all tasks; why a run is not compared stands beside it,
     and runs that are left out are rows too."""
     header = [*sections[0]["runs"][0], "task", "note"]
-    rows = [[name if name not in ("eyes", "volumes") else "participants" for name in header]]
+    # the tables say of each task what was scored
+    rows = [["participants" if name in ("eyes", "volumes") else name for name in header]]
     for task, shown in zip(tasks, sections):
         for row in shown["runs"][1]:
             rows.append([*row, task.title, printable(task.reasons[row[0]] or "")])

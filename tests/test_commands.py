@@ -168,10 +168,14 @@ def test_make_finetune_lays_its_settings_over_the_checkpoints(project):
     assert done.returncode != 0 and "for YOUR-BUCKET" in done.stderr
 
 
+HBA1C = "aireadi_hba1c"
+TASKS_AND_MODES = f"TASKS=default {HBA1C}", "MODES=probe knn"
+
+
 @pytest.fixture(scope="module")
 def swept(written, tmp_path_factory):
     """A copy of the project in which `make sweep` has tried a checkpoint that is there and one that
-    is not, in two modes: its folder and what make said."""
+    is not, on two tasks in two modes: its folder and what make said."""
     folder = tmp_path_factory.mktemp("sweep")
     work = copy_project(folder)
     mine = [
@@ -183,7 +187,7 @@ def swept(written, tmp_path_factory):
     for name, path in (("good", cfg.paths.checkpoint_path), ("broken", "/nowhere.pt")):
         cfg.paths.checkpoint_path = path
         (work / "configs" / f"{name}.yaml").write_text(json.dumps(config.to_dict(cfg)))
-    return work, make(work, "sweep", "CKPTS=broken good", "MODES=probe knn")
+    return work, make(work, "sweep", "CKPTS=broken good", *TASKS_AND_MODES)
 
 
 @pytest.mark.slow
@@ -191,10 +195,15 @@ def test_make_sweep_goes_on_after_a_failure(swept):
     work, job = swept
     said = job.stdout[-2000:] + job.stderr[-2000:]
     assert job.returncode != 0, said
-    assert "FAILED, and not in the leaderboard: broken/probe broken/knn" in job.stdout, said
+    failed = [f"broken/{task}/{mode}" for task in ("default", HBA1C) for mode in ("probe", "knn")]
+    assert f"FAILED, and not in the leaderboard: {' '.join(failed)}" in job.stdout, said
     assert "/nowhere.pt is not there" in job.stderr
     with open(work / "runs" / "leaderboard.csv", newline="") as f:
-        assert {row["run"] for row in csv.DictReader(f)} == {"cls_good", "cls_good_knn"}
+        rows = list(csv.DictReader(f))
+    runs = {"cls_good", "cls_good_knn", f"cls_good_{HBA1C}", f"cls_good_{HBA1C}_knn"}
+    assert {row["run"] for row in rows} == runs
+    assert {row["task"].partition(":")[0] for row in rows} == {"study_group", HBA1C}
+    assert "has the best mean rank of 2" in job.stdout and "linear probe" in job.stdout
 
 
 @pytest.mark.slow
@@ -202,8 +211,8 @@ def test_make_sweep_skips_what_is_finished(swept):
     work, _ = swept
     table = work / "runs" / "cls_good" / "sweep.csv"
     stamp = os.stat(table).st_mtime_ns
-    job = make(work, "sweep", "CKPTS=broken good", "MODES=probe knn")
-    assert job.stdout.count("holds this run, finished") == 2
+    job = make(work, "sweep", "CKPTS=broken good", *TASKS_AND_MODES)
+    assert job.stdout.count("holds this run, finished") == 4
     assert os.stat(table).st_mtime_ns == stamp
 
 
