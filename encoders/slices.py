@@ -10,6 +10,8 @@ image), or the tokens of all its patches. Needs torch, weights.py, and timm or t
 (requirements-encoders.txt). Nothing is ever downloaded: weights come from `path`.
 """
 
+import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -285,8 +287,7 @@ def three(value):
 
 def of_timm(path, name, size, pool, where):
     """(Timm, its size, mean and std)."""
-    allow_torchvision_without_operators()
-    import timm
+    timm = import_library("timm")
 
     if name is None or ":" in name or not timm.is_model(name):  # "hf-hub:..." would download
         raise ValueError(f"timm has no model {name!r}; set model.loader_options.name to one it has")
@@ -328,8 +329,7 @@ def resampled(state, model, is_asked):
 
 def of_transformers(path, name, size, pool, where):
     """(Transformers, its size, mean and std)."""
-    allow_torchvision_without_operators()
-    from transformers import AutoConfig, AutoModel
+    transformers = import_library("transformers")
 
     folder = name or path
     if folder is None or not os.path.isfile(os.path.join(folder, "config.json")):
@@ -338,10 +338,10 @@ def of_transformers(path, name, size, pool, where):
             "to its folder"
         )
     local = dict(local_files_only=True, trust_remote_code=False)
-    config = AutoConfig.from_pretrained(folder, **local)
+    config = transformers.AutoConfig.from_pretrained(folder, **local)
     if path is not None and os.path.isdir(path):
         # transformers itself knows the names that its earlier versions gave to weights
-        model, report = AutoModel.from_pretrained(
+        model, report = transformers.AutoModel.from_pretrained(
             path,
             **local,
             config=config,
@@ -353,7 +353,7 @@ def of_transformers(path, name, size, pool, where):
         refuse_transformers(report, where[2])
         refuse({"not finite": not_finite(model.state_dict())})
     else:
-        model = AutoModel.from_config(config, trust_remote_code=False)
+        model = transformers.AutoModel.from_config(config, trust_remote_code=False)
         if path is not None:
             copy_weights(state_dict(path, *where[:2]), model, where[1], where[2])
     said = preprocessing(folder)
@@ -451,19 +451,27 @@ def refuse(report, prefix=""):
         raise ValueError("; ".join(found))
 
 
-def allow_torchvision_without_operators():
-    """Let timm and transformers import a torchvision whose compiled operators do not load, because
-    it was built for a GPU and torch for the CPU. They import it for its transforms; its operators
-    are for the detection of objects, and remain an error where they are called."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        OPERATORS.append(torch.library.Library("torchvision", "DEF"))
-        for name in ("nms", "qnms"):
-            OPERATORS[0].define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        import torchvision  # noqa: F401
+def import_library(name):
+    """Import timm or transformers, also beside a torchvision whose compiled operators do not load
+    because it was built for a GPU, and torch for the CPU. Both import it for its transforms; its
+    operators, for the detection of objects, remain an error where they are called."""
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(
+            f"model.loader_options.library is {name}, which is not installed; run "
+            ".venv/bin/pip install -r requirements-encoders.txt"
+        )
+    if importlib.util.find_spec("torchvision"):
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:
+            if "torchvision::nms does not exist" not in str(error):
+                raise
+            OPERATORS.append(torch.library.Library("torchvision", "DEF"))
+            for operator in ("nms", "qnms"):
+                schema = f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor"
+                OPERATORS[0].define(schema)
+            importlib.import_module("torchvision")
+    return importlib.import_module(name)
 
 
 OPERATORS = []  # definitions last as long as their library

@@ -498,3 +498,316 @@ def test_read_file_gives_what_lies_in_a_file(tmp_path):
     (tmp_path / "b.pt").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="cannot be read|not a checkpoint that can be read"):
         weights.read_file(str(tmp_path / "b.pt"))
+
+
+# ---- B-scans through a 2D backbone
+
+# timm's names with their sizes here: a plain ViT, one with registers as RETFound-Green's, CNNs
+TIMM = {"test_vit": 32, "vit_small_patch14_reg4_dinov2": 28, "resnet18": 64, "test_convnext": 64}
+
+
+def timm_file(path, name, size=None, prefix="", **beside):
+    """(timm's model with random weights, a file of them; with a prefix, under "teacher")."""
+    torch.manual_seed(0)
+    options = {"img_size": size} if size and "vit" in name else {}
+    model = library("timm").create_model(name, pretrained=False, num_classes=0, **options).eval()
+    for module_name, weight in model.state_dict().items():
+        if "running" in module_name:  # of batch norms, which would otherwise do nothing
+            weight.uniform_(0.5, 1.5)
+    state = {prefix + k: v.clone() for k, v in model.state_dict().items()} | beside
+    torch.save({"teacher": state, "epoch": 1} if prefix else state, path)
+    return model, str(path)
+
+
+def image(volume, place, size, mean, std):
+    """What a backbone gets of one B-scan of a volume (1, 1, D, H, W): (1, 3, size, size)."""
+    scan = volume[:, :, place] / 255
+    if scan.shape[2:] != (size, size):
+        scan = F.interpolate(scan, (size, size), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+    return (scan.expand(-1, 3, -1, -1) - mean) / std
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_scans_token_is_timms_feature_of_it(tmp_path, name):
+    size = TIMM[name]
+    model, path = timm_file(tmp_path / "w.pth", name, size)
+    encoder = slices.load(path, name=name, size=size, mean=MEAN, std=STD)
+    volume = random_volume(3, 30, 40)
+    tokens = tokens_of(encoder, volume)
+    with torch.inference_mode():
+        expected = torch.cat([model(image(volume, i, size, MEAN, STD)) for i in range(3)])
+    torch.testing.assert_close(tokens[0], expected, rtol=0, atol=1e-4)
+    assert encoder.grid((3, 30, 40)) == (3, 1, 1) and encoder.width == expected.shape[1]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_patches_are_those_of_timm_at_their_places(tmp_path, name):
+    size = TIMM[name]
+    model, path = timm_file(tmp_path / "w.pth", name, size)
+    encoder = slices.load(
+        path, name=name, size=size, mean=0.5, std=0.25, tokens="patches", frames=2
+    )
+    volume = random_volume(4, size, size)
+    tokens = tokens_of(encoder, volume)
+    d, h, w = encoder.grid((4, size, size))
+    assert d == 2 and tokens.shape == (1, 2 * h * w, encoder.width)
+    for i, place in enumerate((1, 3)):
+        with torch.inference_mode():
+            x = model.forward_features(image(volume, place, size, [0.5] * 3, [0.25] * 3))
+            if x.ndim == 3:
+                expected = x[:, model.num_prefix_tokens :]
+            else:
+                expected = x.flatten(2).transpose(1, 2)
+        found = tokens.unflatten(1, (d, h * w))[:, i]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_mean_of_patches_as_retfound_green_has_it(tmp_path):
+    name = "vit_small_patch14_reg4_dinov2"
+    model, path = timm_file(tmp_path / "w.pth", name, 28)
+    encoder = slices.load(path, name=name, size=28, mean=0.5, std=0.5, pool="mean")
+    model.global_pool = "avg"  # as its README says
+    volume = random_volume(1, 28, 28)
+    with torch.inference_mode():
+        expected = model(image(volume, 0, 28, [0.5] * 3, [0.5] * 3))
+    torch.testing.assert_close(tokens_of(encoder, volume)[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("frames", "places"), [(1, [4]), (3, [1, 4, 7]), (None, list(range(9)))])
+def test_which_scans_are_taken(tmp_path, frames, places):
+    _, path = timm_file(tmp_path / "w.pth", "test_vit", 32)
+    options = dict(name="test_vit", size=32)
+    encoder = slices.load(path, frames=frames, **options)
+    every = slices.load(path, **options)
+    volume = random_volume(9, 32, 32)
+    assert encoder.places(9) == places and encoder.grid((9, 32, 32)) == (len(places), 1, 1)
+    expected = tokens_of(every, volume)[:, places]
+    torch.testing.assert_close(tokens_of(encoder, volume), expected, rtol=0, atol=1e-5)
+
+
+def test_the_middle_of_an_even_number_and_too_many_scans(tmp_path):
+    encoder = slices.load(None, name="test_vit", size=32, frames=1, random=True)
+    assert encoder.places(8) == [4] and encoder.places(1) == [0]
+    encoder.frames = 5
+    assert encoder.places(5) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="frames is 5, but the volume has 4 B-scans"):
+        encoder.grid((4, 32, 32))
+
+
+@pytest.mark.parametrize("tokens", ["scans", "patches"])
+@pytest.mark.parametrize("name", ["test_vit", "resnet18"])
+def test_batches_are_as_one_by_one(tmp_path, name, tokens):
+    _, path = timm_file(tmp_path / "w.pth", name, TIMM[name])
+    options = dict(name=name, size=TIMM[name], tokens=tokens)
+    volume = random_volume(5, 40, 48, samples=2)
+    one = slices.load(path, batch=1, **options)
+    expected = torch.cat([tokens_of(one, sample) for sample in volume.split(1)])
+    for batch in (3, 64):
+        found = tokens_of(slices.load(path, batch=batch, **options), volume)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def hugging_face(kind):
+    """A small model of transformers with random weights, its images 28 x 28."""
+    transformers = library("transformers")
+    vit = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2)
+    vit |= dict(image_size=28, patch_size=14)
+    made = {
+        "Dinov2": vit,
+        "Dinov2WithRegisters": {**vit, "num_register_tokens": 3},
+        "ViT": {**vit, "intermediate_size": 64},
+        "DINOv3ViT": {**vit, "intermediate_size": 64, "num_register_tokens": 2},
+        "ResNet": dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    }[kind]
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{kind}Config")(**made)
+    return getattr(transformers, f"{kind}Model")(made).eval()
+
+
+HUGGING_FACE = ["Dinov2", "Dinov2WithRegisters", "ViT", "DINOv3ViT", "ResNet"]
+
+
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_tokens_are_those_of_transformers(tmp_path, kind):
+    model = hugging_face(kind)
+    model.save_pretrained(tmp_path)
+    said = {"crop_size": {"height": 28, "width": 28}, "image_mean": MEAN, "image_std": STD}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    volume = random_volume(2, 20, 36)
+    with torch.inference_mode():
+        x = torch.cat([image(volume, i, 28, MEAN, STD) for i in range(2)])
+        x = model(pixel_values=x).last_hidden_state
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (2, N, C)
+    patches = x if kind == "ResNet" else x[:, -4:]
+    feature = x.mean(1) if kind == "ResNet" else x[:, 0]
+    scans = slices.load(str(tmp_path), library="transformers")
+    torch.testing.assert_close(tokens_of(scans, volume)[0], feature, rtol=0, atol=1e-4)
+    every = slices.load(str(tmp_path), library="transformers", tokens="patches")
+    found = tokens_of(every, volume)[0]
+    torch.testing.assert_close(found, patches.flatten(0, 1), rtol=0, atol=1e-4)
+    assert math.prod(every.grid((2, 20, 36))) == len(found)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "ViT", "DINOv3ViT"])
+def test_transformers_resamples_positions_for_a_size_that_is_asked_for(tmp_path, kind):
+    model = hugging_face(kind)
+    model.save_pretrained(tmp_path)
+    options = dict(library="transformers", mean=MEAN, std=STD, tokens="patches")
+    encoder = slices.load(str(tmp_path), size=[28, 42], **options)
+    assert encoder.grid((3, 50, 50)) == (3, 2, 3)
+    assert tokens_of(encoder, random_volume(3, 50, 50)).shape == (1, 18, 32)
+
+
+def test_a_folder_of_transformers_with_wrong_weights_is_refused(tmp_path):
+    model = hugging_face("Dinov2")
+    options = dict(library="transformers", mean=0.5, std=0.5)
+    state = model.state_dict()
+
+    def refused(state, message):
+        model.save_pretrained(tmp_path)
+        save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            slices.load(str(tmp_path), **options)
+
+    refused({k: v for k, v in state.items() if k != "layernorm.bias"}, r"missing: layernorm\.bias")
+    refused({**state, "more.weight": torch.ones(1)}, r"unexpected: more\.weight")
+    refused({**state, "layernorm.bias": torch.ones(5)}, r"wrong shape: .*layernorm\.bias")
+    refused({**state, "layernorm.bias": torch.full((32,), math.inf)}, "not finite: layernorm")
+    os.remove(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="no config.json of transformers"):
+        slices.load(str(tmp_path), **options)
+
+
+def test_a_folder_that_does_not_tell_mean_and_std_is_refused(tmp_path):
+    hugging_face("Dinov2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="nothing tells its mean; set .*mean"):
+        slices.load(str(tmp_path), library="transformers")
+
+
+def test_a_file_of_weights_with_the_config_of_a_folder(tmp_path):
+    model = hugging_face("Dinov2")
+    model.config.save_pretrained(tmp_path)
+    path = str(tmp_path / "weights.pth")
+    torch.save({"model": {f"net.{k}": v for k, v in model.state_dict().items()}}, path)
+    options = dict(library="transformers", mean=0.5, std=0.5, key="model", prefix="net.")
+    encoder = slices.load(path, name=str(tmp_path), **options)
+    volume = random_volume(1, 28, 28)
+    with torch.inference_mode():
+        x = model(pixel_values=image(volume, 0, 28, [0.5] * 3, [0.5] * 3)).last_hidden_state
+    torch.testing.assert_close(tokens_of(encoder, volume), x[:, :1], rtol=0, atol=1e-4)
+
+
+def test_keys_beside_the_backbones_are_ignored_by_name_alone(tmp_path):
+    one = torch.ones(1)
+    beside = {"decoder_pred.weight": one, "mask_token": one, "head.bias": one}
+    _, path = timm_file(tmp_path / "w.pth", "test_vit", 32, **beside)
+    assert slices.load(path, name="test_vit", size=32).width == 64
+    _, path = timm_file(tmp_path / "w.pth", "test_vit", 32, "backbone.", **{"dino_head.w": one})
+    options = dict(name="test_vit", size=32, key="teacher")
+    assert slices.load(path, prefix="backbone.", **options).width == 64
+    with pytest.raises(ValueError, match=r"missing: .*; unexpected: .*backbone\."):
+        slices.load(path, **options)
+    with pytest.raises(ValueError, match="no state dict 'model'; found .*teacher"):
+        slices.load(path, name="test_vit", size=32, key="model")
+    with pytest.raises(ValueError, match="no weights begin with 'net.'"):
+        slices.load(path, name="test_vit", size=32, key="teacher", prefix="net.")
+    _, path = timm_file(tmp_path / "w.pth", "test_vit", 32, **{"adapter.w": one})
+    with pytest.raises(ValueError, match=r"unexpected: adapter\.w"):
+        slices.load(path, name="test_vit", size=32)
+    assert slices.load(path, name="test_vit", size=32, unused=["adapter."]).width == 64
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_timm_that_are_not_as_needed_are_named(tmp_path, suffix):
+    model, _ = timm_file(tmp_path / "w.pth", "resnet18")
+    state, path = model.state_dict(), str(tmp_path / f"w{suffix}")
+
+    def refused(state, message):
+        save = save_file if suffix == ".safetensors" else torch.save
+        save(state, path)
+        with pytest.raises(ValueError, match=f"{re.escape(path)}: backbone not loaded: {message}"):
+            slices.load(path, name="resnet18", size=64)
+
+    refused({k: v for k, v in state.items() if k != "bn1.bias"}, r"missing: bn1\.bias")
+    refused({**state, "bn1.bias": torch.ones(5)}, r"wrong shape: bn1\.bias \(5,\), expected \(64,")
+    refused({**state, "bn1.bias": torch.full((64,), math.nan)}, r"not finite: bn1\.bias")
+
+
+def test_positions_are_resampled_only_for_a_size_that_is_asked_for(tmp_path):
+    timm = library("timm")
+    model, path = timm_file(tmp_path / "w.pth", "test_vit", 64)
+    with pytest.raises(ValueError, match="wrong shape: pos_embed .*; set .*size"):
+        slices.load(path, name="test_vit")
+    encoder = slices.load(path, name="test_vit", size=32, mean=MEAN, std=STD)
+    model.set_input_size(img_size=(32, 32))
+    assert isinstance(model, timm.models.vision_transformer.VisionTransformer)
+    volume = random_volume(1, 32, 32)
+    with torch.inference_mode():
+        expected = model(image(volume, 0, 32, MEAN, STD))
+    torch.testing.assert_close(tokens_of(encoder, volume)[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(name="test_vit"), "no path of weights"),
+        (dict(name="no_such_model", random=True), "timm has no model 'no_such_model'"),
+        (dict(name="hf-hub:timm/resnet18", random=True), "timm has no model"),
+        (dict(random=True), "timm has no model None"),
+        (dict(name="test_vit", random=True, tokens="all"), "tokens is 'all'"),
+        (dict(name="test_vit", random=True, library="keras"), "library is 'keras'"),
+        (dict(name="test_vit", random=True, pool="max"), "pool is 'max'"),
+        (dict(name="test_vit", random=True, frames=0), "frames is 0"),
+        (dict(name="test_vit", random=True, batch=None), "batch is None"),
+        (dict(name="test_vit", random=True, mean=[0.5, 0.5]), "one number or three"),
+        (dict(name="resnet18", random=True, pool="cls"), "no CLS token"),
+        (dict(library="transformers", name="no/such/folder", random=True), "no config.json"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    library(options.get("library", "timm") if options.get("library") != "keras" else "timm")
+    with pytest.raises(ValueError, match=message):
+        slices.load(None, **options)
+
+
+def test_random_weights_are_asked_for_in_so_many_words(tmp_path):
+    _, path = timm_file(tmp_path / "w.pth", "test_vit", 32)
+    with pytest.raises(ValueError, match="random is true, but the weights are"):
+        slices.load(path, name="test_vit", random=True)
+
+
+@pytest.mark.parametrize("kind", ["timm", "Dinov2", "Dinov2WithRegisters", "ViT", "DINOv3ViT"])
+def test_layers_of_a_vit_are_in_order_and_of_a_cnn_there_are_none(tmp_path, kind):
+    options = dict(random=True, size=28, mean=0.5, std=0.5, frames=2)
+    if kind == "timm":
+        library("timm")
+        encoder = slices.load(None, name="test_vit", **{**options, "size": 32})
+        assert not hasattr(slices.load(None, name="resnet18", **options), "layers")
+    else:
+        hugging_face(kind).config.save_pretrained(tmp_path)
+        encoder = slices.load(None, name=str(tmp_path), library="transformers", **options)
+    layers, calls = encoder.layers(), []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, out: calls.append((module, args, out)))
+    tokens_of(encoder, random_volume(2, 28, 28))
+    assert [module for module, *_ in calls] == layers and len(layers) >= 4
+    for _, (x, *_), out in calls[1:-1]:
+        out = out[0] if isinstance(out, tuple) else out
+        assert x.shape == out.shape and x.shape[0] == 2
+
+
+def test_gradients_of_slices_reach_the_patches(tmp_path):
+    encoder = slices.load(None, name="test_vit", size=32, random=True, tokens="patches").train()
+    encoder(encoder.normalise(random_volume(2, 40, 40))).square().sum().backward()
+    patches, *_ = encoder.layers()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in patches.parameters())
+
+
+def test_slices_in_bfloat16_on_the_cpu_are_close(tmp_path):
+    _, path = timm_file(tmp_path / "w.pth", "test_vit", 32)
+    encoder, volume = slices.load(path, name="test_vit", size=32), random_volume(3, 32, 32)
+    exact = tokens_of(encoder, volume)
+    with device.autocast(torch.device("cpu"), "bf16"):
+        tokens = tokens_of(encoder, volume)
+    assert (tokens.float() - exact).norm() < 0.03 * exact.norm()
