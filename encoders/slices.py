@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import json
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,9 @@ UNUSED = ("decoder_", "mask_token", "masked_embed", "head.", "fc.", "classifier.
 # Where ViTs have their patch embedding, blocks and last norm
 LAYERS = (
     ("patch_embed", "blocks", "norm"),  # timm
-    ("embeddings", "encoder.layer", "layernorm"),  # transformers: ViT, DINOv2
-    ("embeddings", "layers", "layernorm"),  # its later versions
-    ("embeddings", "layer", "norm"),  # DINOv3
-    ("embeddings", "model.layer", "norm"),
+    ("embeddings", "encoder.layer", "layernorm"),  # transformers: DINOv2, and ViT before 5
+    ("embeddings", "layers", "layernorm"),  # ViT in transformers 5
+    ("embeddings", "model.layer", "norm"),  # DINOv3
 )
 
 
@@ -204,6 +204,17 @@ def vit_layers(model):
 # ---- loading, strictly
 
 
+@dataclass
+class Source:
+    """Where weights are: a file or folder, the key of the state dict in the file, what the keys of
+    the backbone begin with, and the beginnings of keys that may be left over."""
+
+    path: str
+    key: str
+    prefix: str
+    unused: tuple
+
+
 def load(
     path,
     name=None,
@@ -243,7 +254,8 @@ def load(
     size = size if size is None or isinstance(size, (tuple, list)) else (size, size)
     make = of_timm if library == "timm" else of_transformers
     try:
-        backbone, settings = make(path, name, size, pool, (key, prefix, (*UNUSED, *unused)))
+        source = Source(path, key, prefix, (*UNUSED, *unused))
+        backbone, settings = make(source, name, size, pool)
         settings |= {k: v for k, v in {"mean": mean, "std": std}.items() if v is not None}
         for option in ("size", "mean", "std"):
             if settings[option] is None:
@@ -285,18 +297,17 @@ def three(value):
     return values * (3 // len(values))
 
 
-def of_timm(path, name, size, pool, where):
+def of_timm(source, name, size, pool):
     """(Timm, its size, mean and std)."""
     timm = import_library("timm")
-
     if name is None or ":" in name or not timm.is_model(name):  # "hf-hub:..." would download
         raise ValueError(f"timm has no model {name!r}; set model.loader_options.name to one it has")
     model = timm.create_model(name, pretrained=False, num_classes=0)
     if size is not None and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=tuple(size))
-    if path is not None:
-        state = resampled(state_dict(path, *where[:2]), model, size is not None)
-        copy_weights(state, model, where[1], where[2])
+    if source.path is not None:
+        state = resampled(state_dict(source), model, size is not None)
+        copy_weights(state, model, source)
     said = model.pretrained_cfg
     size = size or said["input_size"][1:]
     return Timm(model, pool), {"size": size, "mean": said["mean"], "std": said["std"]}
@@ -327,11 +338,11 @@ def resampled(state, model, is_asked):
     return {**state, "pos_embed": positions}
 
 
-def of_transformers(path, name, size, pool, where):
+def of_transformers(source, name, size, pool):
     """(Transformers, its size, mean and std)."""
     transformers = import_library("transformers")
-
-    folder = name or path
+    transformers.utils.logging.disable_progress_bar()
+    folder = name or source.path
     if folder is None or not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(
             f"there is no config.json of transformers in {folder!r}; set model.loader_options.name "
@@ -339,10 +350,10 @@ def of_transformers(path, name, size, pool, where):
         )
     local = dict(local_files_only=True, trust_remote_code=False)
     config = transformers.AutoConfig.from_pretrained(folder, **local)
-    if path is not None and os.path.isdir(path):
+    if source.path is not None and os.path.isdir(source.path):
         # transformers itself knows the names that its earlier versions gave to weights
         model, report = transformers.AutoModel.from_pretrained(
-            path,
+            source.path,
             **local,
             config=config,
             use_safetensors=True,  # no pickle
@@ -350,12 +361,12 @@ def of_transformers(path, name, size, pool, where):
             ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
         )
-        refuse_transformers(report, where[2])
+        refuse_transformers(report, source.unused)
         refuse({"not finite": not_finite(model.state_dict())})
     else:
         model = transformers.AutoModel.from_config(config, trust_remote_code=False)
-        if path is not None:
-            copy_weights(state_dict(path, *where[:2]), model, where[1], where[2])
+        if source.path is not None:
+            copy_weights(state_dict(source), model, source)
     said = preprocessing(folder)
     if size is None:
         size = said["size"] or getattr(config, "image_size", None)
@@ -378,35 +389,38 @@ def preprocessing(folder):
     return {"size": size, "mean": said.get("image_mean"), "std": said.get("image_std")}
 
 
-def state_dict(path, key, prefix):
+def state_dict(source):
     """The backbone's weights in a file, their keys without the prefix."""
-    content = read_file(path)
+    content = read_file(source.path)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of weights")
-    if key is not None:
-        if not isinstance(content.get(key), dict):
-            raise ValueError(f"it has no state dict {key!r}; found {keys_text(content)}")
-        content = content[key]
+    if source.key is not None:
+        if not isinstance(content.get(source.key), dict):
+            raise ValueError(f"it has no state dict {source.key!r}; found {keys_text(content)}")
+        content = content[source.key]
     elif isinstance(content.get("model_state_dict"), dict):
         content = content["model_state_dict"]
-    state = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    state = {k: v for k, v in state.items() if k.startswith(prefix)}
+    state = {
+        k: v
+        for k, v in content.items()
+        if isinstance(v, torch.Tensor) and isinstance(k, str) and k.startswith(source.prefix)
+    }
     if not state:
         raise ValueError(
-            f"no weights begin with {prefix!r} there; found {keys_text(content)}; set "
+            f"no weights begin with {source.prefix!r} there; found {keys_text(content)}; set "
             "model.loader_options.key and prefix"
         )
-    verify(path, state)
-    return {k.removeprefix(prefix): v for k, v in state.items()}
+    verify(source.path, state)
+    return {k.removeprefix(source.prefix): v for k, v in state.items()}
 
 
-def copy_weights(state, model, prefix, unused):
+def copy_weights(state, model, source):
     """Give a model exactly the weights of a state dict, which are copies, as its own types."""
     ours = model.state_dict()
     report = {
         # the number of batches that a batch norm has seen does not matter
         "missing": [k for k in ours if k not in state and not k.endswith("num_batches_tracked")],
-        "unexpected": [k for k in state if k not in ours and not k.startswith(unused)],
+        "unexpected": [k for k in state if k not in ours and not k.startswith(source.unused)],
         "wrong shape": [
             f"{k} {tuple(state[k].shape)}, expected {tuple(v.shape)}"
             for k, v in ours.items()
@@ -416,7 +430,7 @@ def copy_weights(state, model, prefix, unused):
     }
     # a pooler is not used, so it may be missing too
     report["missing"] = [k for k in report["missing"] if not k.startswith("pooler.")]
-    refuse(report, prefix)
+    refuse(report, source.prefix)
     with torch.no_grad():
         for k, v in ours.items():
             if k in state:

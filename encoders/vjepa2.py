@@ -296,10 +296,10 @@ def check_tensors(state):
     others = [
         k
         for k, v in state.items()
-        if not isinstance(v, torch.Tensor) or not v.dtype.is_floating_point
+        if not (isinstance(k, str) and isinstance(v, torch.Tensor) and v.dtype.is_floating_point)
     ]
     if others:
-        raise ValueError(f"not tensors of floating-point numbers: {keys_text(others)}")
+        raise ValueError(f"not named tensors of floating-point numbers: {keys_text(others)}")
 
 
 def depth_of(state, beginning):

@@ -92,7 +92,7 @@ def meta_file(path, state, key="target_encoder", prefix="module.backbone."):
     """The state dict as in Meta's file, with what lies beside it."""
     content = {
         key: {prefix + k: v for k, v in state.items()},
-        "encoder": {prefix + k: v + 1 for k, v in state.items()},
+        "encoder": {prefix + "norm.weight": torch.ones(1)},
         "predictor": {"module.backbone.mask_tokens.0": torch.zeros(1, 1, 8)},
         "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]},
         "scaler": None,
@@ -338,6 +338,8 @@ def test_safetensors_of_metas_layout(tmp_path):
         (dict(add=("blocks.3.norm1.weight", 64)), r"missing: blocks\.3\."),
         (dict(add=("blocks.0.norm1.weight", 63)), r"norm1\.weight \(63,\), expected \(64,\)"),
         (dict(nan="norm.weight"), r"not finite: norm\.weight"),
+        (dict(put=torch.ones(64, dtype=torch.int64)), r"not named tensors .*: .*norm\.bias"),
+        (dict(put="text"), r"not named tensors .*: .*norm\.bias"),
     ],
 )
 def test_keys_that_are_not_as_needed_are_named(tmp_path, change, message):
@@ -348,6 +350,8 @@ def test_keys_that_are_not_as_needed_are_named(tmp_path, change, message):
         state[change["add"][0]] = torch.ones(change["add"][1])
     if "nan" in change:
         state[change["nan"]][0] = math.nan
+    if "put" in change:
+        state["norm.bias"] = change["put"]
     path = meta_file(tmp_path / "meta.pt", state)
     with pytest.raises(ValueError, match=f"^{re.escape(path)}: V-JEPA 2 not loaded: .*{message}"):
         vjepa2.load(path, version=2, num_heads=2)
