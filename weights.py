@@ -133,8 +133,21 @@ def read_checkpoint(path):
     ValueError if the file is none of these, or if its pickle asks for more than tensors, plain
     containers and settings.
     """
+    checkpoint = read_file(path)
+    is_dict = isinstance(checkpoint, dict)
+    if is_dict and any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        checkpoint = {"model_state_dict": checkpoint, **checkpoint}
+    if not is_dict or not isinstance(checkpoint.get("model_state_dict"), dict):
+        found = list(checkpoint)[:10] if is_dict else type(checkpoint).__name__
+        raise ValueError(f"{path} has no 'model_state_dict'; found {found}")
+    return checkpoint
+
+
+def read_file(path):
+    """What a file of weights holds, whatever its keys are, as safely as read_checkpoint; of a
+    safetensors file a dict with "model_state_dict" and "config"."""
     try:
-        checkpoint = read(path)
+        return read(path)
     except OSError as error:
         if error.errno != errno.EINVAL:  # which a damaged offset gives
             raise  # no such file, no permission: the message already names the path
@@ -147,13 +160,6 @@ def read_checkpoint(path):
         raise ValueError(
             f"{path} is not a checkpoint that can be read whole and safely: {reason}"
         ) from error
-    is_dict = isinstance(checkpoint, dict)
-    if is_dict and any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        checkpoint = {"model_state_dict": checkpoint, **checkpoint}
-    if not is_dict or not isinstance(checkpoint.get("model_state_dict"), dict):
-        found = list(checkpoint)[:10] if is_dict else type(checkpoint).__name__
-        raise ValueError(f"{path} has no 'model_state_dict'; found {found}")
-    return checkpoint
 
 
 def read(path):
