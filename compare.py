@@ -50,7 +50,7 @@ def reason_not_comparable(a, b):
         if ids
     ]
     if differences:
-        return f"other participants: {'; '.join(differences)}"
+        return f"other {units(a.result)}: {'; '.join(differences)}"
     relabelled = sorted(i for i in a.label_of if a.label_of[i] != b.label_of[i])
     if relabelled:
         first = relabelled[0]

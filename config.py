@@ -142,8 +142,15 @@ def named_values(values):
     return names
 
 
+def mapping(values):
+    """null is an empty one."""
+    if values is not None and not isinstance(values, dict):
+        raise ValueError
+    return values or {}
+
+
 def asked_for(columns):
-    return {texts(column): listed(values) for column, values in columns.items()}
+    return {texts(column): listed(values) for column, values in mapping(columns).items()}
 
 
 def increasing(values):
@@ -179,7 +186,7 @@ def plain_values(options):
         json.dumps(options, allow_nan=False)
     except TypeError as error:  # a date, say
         raise ValueError from error
-    return {texts(name): value for name, value in options.items()}
+    return {texts(name): value for name, value in mapping(options).items()}
 
 
 options = described(
@@ -683,12 +690,12 @@ def load(path, overrides=()):
     for other in others:
         values, places_over = read(other, overlay=first)
         flat, places = flat | values, places | places_over
-    return resolve(flat, overrides, ", ".join(map(str, [first, *others])), places)
+    return resolve(flat, overrides, ", ".join(map(str, [first, *others])), places, is_new=True)
 
 
-def resolve(tree, overrides, where, places=None):
+def resolve(tree, overrides, where, places=None, is_new=False):
     """Nested or flat dict and overrides -> checked namespace. where: the dict's origin, places:
-    those of its values, for messages."""
+    those of its values, for messages. is_new: of a run that begins, and is named for its task."""
     flat, checked = read(DEFAULTS)[0] | known_values(tree, where), {}
     places = dict(places or {})
     for override in overrides:
@@ -709,8 +716,10 @@ def resolve(tree, overrides, where, places=None):
             got = repr(flat[name])[:200]
             raise ValueError(f"{name} must be {words_of(kind)}; got {got}{place}") from None
     cfg = nest(checked)
-    check_swept(cfg, {override.partition("=")[0] for override in overrides})
-    name_task(cfg, {override.partition("=")[0] for override in overrides})
+    given = {override.partition("=")[0] for override in overrides}
+    check_swept(cfg, given)
+    if is_new:
+        name_task(cfg, given)
     if cfg.train.sweep.ordinal == "auto":
         cfg.train.sweep.ordinal = [False, True] if cfg.data.ordered else None
     try:

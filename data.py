@@ -394,9 +394,9 @@ def deep_check(cfg, book):
         for i, key, volume in tqdm(arriving, "open", len(order), unit="volume"):
             path, found = volumes.samples[i].path, volumes.facts(i, key)
             book.facts[path] = found
-            kind = " ".join(filter(None, [found["scanner"], found["protocol"]]))
+            kind = " ".join(filter(None, [found["scanner"], found["protocol"]])) or found["syntax"]
             middle = volume[0, volume.shape[1] // 2]  # (1, D, H, W) -> (H, W)
-            scans.setdefault(kind or "unknown scanner", middle)  # the first of each
+            scans.setdefault(kind, middle)  # the first of each
     notes = ledger.compare_files(book, volumes.samples, facts.NOTHING)
     lines = [facts.table(volumes.samples, book.facts), *(f"note: {note}" for note in notes)]
     print("\n".join(lines + ledger.unreadable_table(book).splitlines()))
@@ -423,6 +423,7 @@ def main():
     if args.deep:
         deep_check(cfg, book)
     ledger.check(book, cfg.data.max_missing)
+    ledger.check_classes(book)
 
 
 if __name__ == "__main__":

@@ -247,26 +247,40 @@ def read_table(path, name=None, short=None):
     """Text file with a header, its cells parted by tabs, commas or semicolons -> Table. ValueError
     naming the file, and what is wrong."""
     name = str(name or path)
+    with open(path, "rb") as f:
+        if f.read(4) == b"PK\3\4":
+            raise ValueError(f"{name} is an Excel or zip file; save it as CSV in UTF-8")
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            first = f.readline()
-            f.seek(0)
-            delimiter = max("\t,;", key=first.count)  # a tab where there is none at all
-            reader = csv.reader(f, delimiter=delimiter)
-            header = [cleaned(cell) for cell in next(reader, [])]
-            table = [cells for cells in reader if any(cleaned(cell) for cell in cells)]
+            lines = [line for line in f if cleaned(line)]
+        is_said = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None  # Excel's own first line
+        lines = lines[1:] if is_said else lines
+        delimiter = is_said[1] if is_said else delimiter_of(lines[0] if lines else "")
+        reader = csv.reader(lines, delimiter=delimiter)
+        header = [cleaned(cell) for cell in next(reader, [])]
+        table = [cells for cells in reader if any(cleaned(cell) for cell in cells)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{name} is not a table in UTF-8, save it as one: {error}") from error
+    if not header:
+        raise ValueError(f"{name} is empty")
     check_header(header, name)
     for cells in table:  # a stray quotation mark joins cells and swallows rows
         if len(cells) != len(header) or any("\n" in cell or "\t" in cell for cell in cells):
             raise ValueError(
                 f"{name}: the row that begins with '{cells[0][:40]}' does not have {len(header)} "
-                "cells as the header has, or has a cell of several lines; look for a stray "
-                "quotation mark or delimiter there"
+                f"cells as the header has, parted by {DELIMITERS.get(delimiter, delimiter)}, or "
+                "has a cell of several lines; look for a stray quotation mark or delimiter there"
             )
     rows = [dict(zip(header, map(cleaned, cells))) for cells in table]
     return Table(name, short or name, header, rows)
+
+
+DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
+
+
+def delimiter_of(header):
+    """What parts the cells of a line: that which makes most of it; a tab where there is none."""
+    return max(DELIMITERS, key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
 
 
 def merge_spellings(table, spellings, key):

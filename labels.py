@@ -21,7 +21,8 @@ import facts
 from files import first_few, hashed, merge_spellings
 
 SPLITS = ("train", "val", "test")
-FLAGS = ("TRUE", "FALSE")
+FLAGS = {"TRUE": True, "YES": True, "1": True, "FALSE": False, "NO": False, "0": False}
+EYES = {"R": "R", "OD": "R", "RIGHT": "R", "L": "L", "OS": "L", "LEFT": "L"}  # as tables write them
 MISSING = ("", "na", "n/a", "<na>", "nan", "none", "null", "unknown")  # how tables say: missing
 
 
@@ -80,9 +81,11 @@ def read(cfg, tables):
     """tables: {"labels": files.Table, and "participants", "manifest" where the config names them}
     -> Found. ValueError on whatever would make a label doubtful."""
     notes, columns = [], find_columns(cfg, tables)
+    table, key = tables.get("manifest", tables["labels"]), columns["participant"][1]
+    has_rows = {row[key] for row in table.rows}  # before data.where leaves any out
     left_out = set_aside(cfg, tables, notes)
     people = read_people(cfg, tables, columns, left_out)
-    volumes, has_rows = read_volumes(cfg, tables, columns, people, left_out, notes)
+    volumes = read_volumes(cfg, tables, columns, people, left_out, notes)
     rows = read_units(cfg, tables, people, volumes, notes)
     if cfg.data.columns.split is None:
         draw_splits(cfg, rows)
@@ -91,6 +94,7 @@ def read(cfg, tables):
         row = rows[volume["unit"]]
         about = row.participant_id, row.split, row.label, row.site, volume["eye"], path
         samples[path] = Sample(*about, manifest=volume["row"], unit=row.unit)
+    has_rows -= {""}
     ids = {facts.plain_id(pid) for pid in [*people, *has_rows]}
     return Found(rows, samples, has_rows, ids, notes)
 
@@ -139,10 +143,11 @@ def cell(columns, role, row, table):
 
 def participant_of(columns, row, table):
     pid = row[columns["participant"][1]]
-    if not pid:
+    if pid.casefold() in MISSING:
+        shown = f" ('{pid}')" if pid else ""
         raise ValueError(
-            f"{table.name}: a row has no {columns['participant'][1]}; fill it in, or remove the "
-            f"row: {first_few(filter(None, row.values()))}"
+            f"{table.name}: a row has no {columns['participant'][1]}{shown}; fill it in, or "
+            f"remove the row: {first_few(filter(None, row.values()))}"
         )
     return pid
 
@@ -160,7 +165,7 @@ def set_aside(cfg, tables, notes):
             )
         for name in having:
             table = tables[name]
-            kept = [row for row in table.rows if same_value(row[column], wanted) is not None]
+            kept = [row for row in table.rows if is_wanted(row[column], wanted)]
             what = f"data.where {column}={', '.join(wanted)}"
             if not kept:
                 has = first_few(sorted({row[column] for row in table.rows}))
@@ -175,6 +180,13 @@ def set_aside(cfg, tables, notes):
                 left_out |= {row[key] for row in table.rows} - {row[key] for row in kept}
             table.rows = kept
     return left_out
+
+
+def is_wanted(text, wanted):
+    """Is this cell one of the values of data.where? "*" stands for any that is not missing."""
+    if wanted == ["*"]:
+        return text.casefold() not in MISSING
+    return same_value(text, wanted) is not None
 
 
 def same_value(text, values):
@@ -216,7 +228,7 @@ def read_people(cfg, tables, columns, left_out):
         keep_or_refuse(people, person, table.name, has_volumes)
     if not people:
         raise ValueError(f"{table.name} has no participants")
-    for ids in grouped(people, facts.plain_id).values():
+    for ids in grouped(people, id_without_form).values():
         if len(ids) > 1:
             raise ValueError(
                 f"{table.name}: participants {first_few(ids)} may be one, for their ids differ "
@@ -234,13 +246,13 @@ def person_in(columns, row, tables, name, cfg):
     flag = text["has_oct"].upper()
     for role, value, known in (("split", text["split"], SPLITS), ("has_oct", flag, FLAGS)):
         if columns.get(role, (None,))[0] == name and value not in known:
-            raise ValueError(unknown(who, columns[role][1], value, known))
+            raise ValueError(unknown(who, columns[role][1], text[role], list(known)))
     label = None
     if columns["label"][0] == name and ("manifest" in tables or cfg.data.unit == "participant"):
         label = label_of(cfg, row[columns["label"][1]], who, columns["label"][1])
     age = checked_age(text["age"], who)
     person = Row(pid, text["split"], label, text["site"], age)
-    if flag == "FALSE":
+    if not FLAGS.get(flag, True):
         person.status, person.reason = "no_oct", f"{columns['has_oct'][1]} is FALSE"
     return person
 
@@ -253,7 +265,9 @@ def keep_or_refuse(people, person, name, has_volumes):
         return
     who = f"{name}: participant {person.participant_id}"
     if earlier.split != person.split:
-        raise ValueError(f"{who} is in two splits, {earlier.split} and {person.split}")
+        raise ValueError(
+            f"{who} is in two splits, {earlier.split} and {person.split}; correct the wrong row"
+        )
     if has_volumes and replace(earlier, age=person.age) == person:
         return
     if earlier.label != person.label:
@@ -272,17 +286,18 @@ def label_of(cfg, text, who, column):
     """The class of a cell, as its number."""
     if text.casefold() in MISSING and text not in cfg.data.classes:
         raise ValueError(
-            f"{who} has no {column} ('{text}'); fill it in, or leave the row out with data.where"
+            f"{who} has no {column} ('{text}'); fill it in, or leave such rows out: "
+            f"data.where={{{column}: '*'}}"
         )
     if cfg.data.thresholds:
         try:
-            value = float(text)
+            value = math.nan if "_" in text else float(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(
                 f"{who} has {column} '{text}', which is no number to be compared with "
-                "data.thresholds"
+                "data.thresholds; correct it, or leave the row out with data.where"
             )
         return sum(value >= threshold for threshold in cfg.data.thresholds)
     value = same_value(text, cfg.data.classes)
@@ -303,7 +318,7 @@ def checked_age(text, who):
     if text.casefold() in MISSING:
         return ""
     try:
-        years = float(text)
+        years = math.nan if "_" in text else float(text)
     except ValueError:
         years = math.nan
     if not 0 <= years < 150:
@@ -322,7 +337,8 @@ def draw_splits(cfg, rows):
         labels_of[row.participant_id].add(row.label)
     strata = grouped(labels_of, lambda pid: tuple(sorted(labels_of[pid])))
     split_of, owed = {}, dict.fromkeys(shares, 0.0)
-    for stratum in sorted(strata):
+    names = config.class_names(cfg)  # by them, so that the order of data.classes changes nothing
+    for stratum in sorted(strata, key=lambda labels: [names[label] for label in labels]):
         people = sorted(strata[stratum], key=lambda pid: hashed(f"{cfg.seed} {pid}"))
         number, left = len(people), len(people) - 1  # one at least is for training
         for split, share in shares.items():
@@ -335,6 +351,12 @@ def draw_splits(cfg, rows):
                 split_of[pid] = split
             people = people[take:]
         split_of |= dict.fromkeys(people, "train")
+    for split, share in shares.items():
+        if share and split not in split_of.values():
+            raise ValueError(
+                f"data.split.{split}={share:g} of {len(split_of)} participants is nobody; raise "
+                "it, or name a column of splits (data.columns.split)"
+            )
     for row in rows.values():
         row.split = split_of[row.participant_id]
 
@@ -344,11 +366,10 @@ def draw_splits(cfg, rows):
 
 def read_volumes(cfg, tables, columns, people, left_out, notes):
     """-> {path: dict of participant, eye, label (None: the participant's), unit, row} of the
-    volumes that the config asks for, and the set of participants with any row, labelled or not.
-    ValueError on doubt."""
+    volumes that the config asks for. ValueError on doubt."""
     name = "manifest" if "manifest" in tables else "labels"
     table, by_folder = tables[name], name == "manifest" and cfg.data.scanner is not None
-    volumes, kinds, has_rows, unlabelled, elsewhere = {}, Counter(), set(), set(), []
+    volumes, kinds, unlabelled, elsewhere = {}, Counter(), set(), []
     wanted = (cfg.data.scanner, cfg.data.anatomic_region)
     if by_folder and "anatomic_region" not in table.header:
         raise ValueError(
@@ -358,11 +379,12 @@ def read_volumes(cfg, tables, columns, people, left_out, notes):
     for row in table.rows:
         pid = row[columns["participant"][1]]
         filepath = row[columns["file"][1]]
+        if not filepath and pid in people and people[pid].status == "no_oct":
+            continue  # the table says itself that there is none
         try:
             location = located(cfg, filepath)
         except ValueError as error:
             raise ValueError(f"{table.name}: participant {pid}: {error}") from None
-        has_rows.add(pid)
         if pid not in people:
             if pid not in left_out:
                 unlabelled.add(pid or "(no id)")
@@ -378,7 +400,7 @@ def read_volumes(cfg, tables, columns, people, left_out, notes):
         else:
             kinds["all"] += 1
         who = f"{table.name}: participant {pid}"
-        eye, label = cell(columns, "eye", row, name), None
+        eye, label = eye_of(cell(columns, "eye", row, name)), None
         if columns["label"][0] == name and people[pid].label is None:
             label = label_of(cfg, row[columns["label"][1]], who, columns["label"][1])
         unit = {"participant": pid, "eye": f"{pid} {eye}", "volume": f"{pid} {filepath}"}
@@ -397,7 +419,12 @@ def read_volumes(cfg, tables, columns, people, left_out, notes):
         if earlier is not volume:
             notes.append(f"participant {pid}: {filepath} is listed twice; used once")
     check_volumes(cfg, tables, people, (volumes, kinds, unlabelled), elsewhere, notes)
-    return volumes, has_rows
+    return volumes
+
+
+def eye_of(text):
+    """L or R, however a table spells it; another text as it is, "" where the eye is missing."""
+    return "" if text.casefold() in MISSING else EYES.get(text.upper(), text)
 
 
 def located(cfg, filepath):
@@ -445,13 +472,27 @@ def read_units(cfg, tables, people, volumes, notes):
         label = person.label if volume["label"] is None else volume["label"]
         with_volumes.add(person.participant_id)
         earlier = rows.setdefault(unit, replace(person, unit=unit, label=label))
+        name = tables.get("manifest", tables["labels"]).name
+        if earlier.participant_id != person.participant_id:
+            raise ValueError(
+                f"{name}: participants '{earlier.participant_id}' and '{person.participant_id}' "
+                f"both have a {cfg.data.unit} '{unit}'; write ids without spaces"
+            )
         if earlier.label != label:
             names = config.class_names(cfg)
+            finer = {"participant": "eye or volume", "eye": "volume"}.get(cfg.data.unit)
+            instead = f", or where that has a label of its own, set data.unit={finer}"
             raise ValueError(
-                f"{tables.get('manifest', tables['labels']).name}: {unit} has two labels, "
-                f"{names[earlier.label]} and {names[label]} ({path}); correct one, or where an eye "
-                "or a volume has a label of its own, set data.unit=eye or volume"
+                f"{name}: {unit} has two labels, {names[earlier.label]} and {names[label]} "
+                f"({path}); correct one{instead}"
             )
+    if cfg.data.unit == "eye":
+        for pid, eyes in grouped(rows, lambda unit: rows[unit].participant_id).items():
+            if len(eyes) > 2:
+                raise ValueError(
+                    f"participant {pid} has {len(eyes)} eyes, {first_few(eyes)}; write an eye "
+                    "alike in every row (data.columns.eye)"
+                )
     if by_participant:  # in the order of the table
         rows = {pid: rows.get(pid, person) for pid, person in people.items()}
     else:

@@ -90,8 +90,8 @@ def read(cfg):
         if row.status == "no_oct":
             if samples:
                 notes.append(
-                    f"participant {unit}: {cfg.data.columns.has_oct} is FALSE, yet the manifest "
-                    f"has {len(samples)} volumes; not used"
+                    f"participant {unit}: {cfg.data.columns.has_oct} is FALSE, yet there "
+                    f"are {len(samples)} volumes; not used"
                 )
             continue
         usable = [sample for sample in samples if sample.source]
@@ -325,7 +325,10 @@ def check(book, max_missing):
         )
     for split in ("train", "val"):
         if not book.of(split):
-            raise ValueError(f"no participant of split {split} has a volume")
+            raise ValueError(
+                f"no participant of split {split} has a volume; look at the splits of the table "
+                "(data.columns.split), or at data.split"
+            )
 
 
 def compare_files(book, samples, earlier):

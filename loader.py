@@ -246,7 +246,10 @@ def adapted(cfg, path):
     if not callable(getattr(code, "load", None)):
         raise ValueError(f"model.loader={cfg.model.loader} has no function load(path, **options)")
     try:
-        module = code.load(path, **options)
+        # what it may leave at random is the same again when the run is scored
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = code.load(path, **options)
     except TypeError as error:
         if "load()" in str(error):  # not one within it
             raise ValueError(

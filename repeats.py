@@ -161,7 +161,7 @@ def describe(cfg, run, fits, folds, number):
         score = metrics.score(held.y_true, held.p, held.p.shape[1])["balanced_accuracy"]
         print(
             f"{cfg.data.cv}-fold cross-validation{f', seed {seed}' if seeds else ''}: balanced "
-            f"accuracy {score:.3f} on {len(held.ids)} participants, each held out once; "
+            f"accuracy {score:.3f} on {len(held.ids)} {cfg.data.unit}s, each held out once; "
             f"folds {spread}"
         )
 
@@ -188,13 +188,16 @@ class Fold:
     held: heads.Predictions
 
 
-def check_folds(cfg, labels):
-    """ValueError where data.cv asks for more folds than a class has participants (labels (n,))."""
-    counts = np.bincount(labels, minlength=len(config.class_names(cfg)))
-    if cfg.data.cv and counts.min() < cfg.data.cv:
+def check_folds(cfg, samples):
+    """ValueError where data.cv asks for more folds than a class has participants."""
+    people = [set() for _ in config.class_names(cfg)]
+    for sample in samples:
+        people[sample.label].add(sample.participant_id)
+    counts = [len(of_class) for of_class in people]
+    if cfg.data.cv and min(counts) < cfg.data.cv:
         raise ValueError(
             f"data.cv={cfg.data.cv} needs as many participants of every class in train and val; "
-            f"there are {counts.tolist()}"
+            f"there are {counts}"
         )
 
 
@@ -208,7 +211,7 @@ def cross_validate(fit, cfg, seeds, train, val):
     units, labels = list(everybody.units), np.array(list(everybody.units.values()))
     person_of = {s.unit: s.participant_id for s in everybody.samples}
     num_classes = len(config.class_names(cfg))
-    check_folds(cfg, labels)
+    check_folds(cfg, everybody.samples)
     # a participant is never in two folds
     by_person = list(person_of.values()) == units
     kind = StratifiedKFold if by_person else StratifiedGroupKFold
@@ -226,7 +229,12 @@ def cross_validate(fit, cfg, seeds, train, val):
             fitted = fit(cfg, seed, everybody.rows(part["train"]), everybody.rows(part["choose"]))
             held = heads.by_unit(hold.samples, heads.predict(fitted.head, hold.x)[0])
             score = metrics.score(held.y_true, held.p, num_classes)
-            row = {"seed": seed, "fold": fold, "participants": len(held.ids), **fitted.best}
+            row = {
+                "seed": seed,
+                "fold": fold,
+                "participants": len(set(held.participants)),
+                **fitted.best,
+            }
             del row["chosen"]
             row |= {HELD_OUT: score["balanced_accuracy"], "held_out_loss": score["log_loss"]}
             found.append(Fold(row, held))

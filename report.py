@@ -118,7 +118,7 @@ def group_table(result):
         for name, groups in result["subgroups"].items()
         for group in groups
     ]
-    return ["group", units(result), "balanced accuracy", "95 % interval", "all others"], rows
+    return ["group", "participants", "balanced accuracy", "95 % interval", "all others"], rows
 
 
 def units(result):
@@ -243,7 +243,8 @@ def draw_roc(result, y_true, p):
         title=f"{result['split']}: ROC, each class against the rest",
     )
     beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 7}
-    axis.legend(frameon=False, title="AUROC", **(beside if many else {"loc": "lower right"}))
+    if axis.get_legend_handles_labels()[0]:  # a class that is absent has no curve
+        axis.legend(frameon=False, title="AUROC", **(beside if many else {"loc": "lower right"}))
     return figure
 
 

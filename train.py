@@ -283,9 +283,8 @@ def volumes_of(cfg, samples, steps, encoder, epoch):
 def check_classes(cfg, book):
     """ValueError, before anything is encoded, where a class is not there in training, or has too
     few people for data.cv."""
-    units = {s.unit: s.label for s in book.of("train") + book.of("val")}
     ledger.check_classes(book)
-    repeats.check_folds(cfg, list(units.values()))
+    repeats.check_folds(cfg, book.of("train") + book.of("val"))
 
 
 def command():

@@ -1,11 +1,13 @@
 """An encoder of the reader's own: model.loader, without touching a source file."""
 
+import importlib.util
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, content, quick, settings
+from helpers import ROOT, TINY, content, quick, settings, tables, triton
 
 import data
 import features
@@ -291,3 +293,77 @@ def test_the_pretrainings_encoders_are_what_they_were(written, tmp_path):
     encoder = loader.open_encoder(quick(written, tmp_path))
     assert type(encoder.module) is model.ViT3D
     assert encoder.sha256 == model.weights_hash(model.load_encoder(TINY))
+
+
+# ------------------------------------------------------------- ready-made encoders, random weights
+
+
+def library(name):
+    """timm or transformers, as encoders/slices.py imports it; or the test is skipped."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    spec = importlib.util.spec_from_file_location(
+        "slices", os.path.join(ROOT, "encoders", "slices.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.import_library(name)
+
+
+@pytest.fixture(scope="module")
+def vjepa2_folder(tmp_path_factory):
+    """A small V-JEPA 2 as transformers saves it."""
+    transformers = library("transformers")
+    torch.manual_seed(0)
+    options = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = transformers.VJEPA2Config(crop_size=64, frames_per_clip=16, **options)
+    folder = tmp_path_factory.mktemp("vjepa2") / "small-vjepa2"
+    transformers.VJEPA2Model(made).save_pretrained(folder)
+    return folder
+
+
+def of_vjepa2(folder):
+    return [f"paths.checkpoint_path={folder}", "model.loader=encoders/vjepa2.py"]
+
+
+def of_slices():
+    random_vit = "{name: test_vit, random: true, frames: 4, size: 64}"
+    loader_of = ["model.loader=encoders/slices.py", f"model.loader_options={random_vit}"]
+    return ["paths.checkpoint_path=null", *loader_of]
+
+
+@pytest.mark.slow
+def test_two_encoders_on_two_tasks_in_two_modes(written, tmp_path, command, vjepa2_folder):
+    """Without a source file touched; every volume is decoded once for both encoders."""
+    library("timm")
+    base = [*settings(written, tmp_path), f"paths.cache_dir={tmp_path}/cache", "model.emb_dim=null"]
+    runs = []
+    for name, encoder in (("vjepa2", of_vjepa2(vjepa2_folder)), ("slices", of_slices())):
+        for task in ("aireadi_diabetes", "aireadi_laterality"):
+            for mode in ("probe", "attentive"):
+                grid = ["model.token_grid=[2,1,1]"] if mode == "attentive" else []
+                run = f"{tmp_path}/{name}_{task}_{mode}"
+                files = ["configs/demo.yaml", f"configs/tasks/{task}.yaml", f"configs/{mode}.yaml"]
+                files = files[: 3 if mode == "attentive" else 2]
+                arguments = [part for file in files for part in ("--config", file)]
+                more = [*encoder, *grid, f"paths.run_dir={run}", "train.epochs=3"]
+                done = command("train.py", *arguments, *base, *more, "train.warmup_epochs=1")
+                assert done.returncode == 0, done.stderr
+                done = command("eval.py", "--ckpt", run)
+                assert done.returncode == 0, done.stderr
+                runs.append(run)
+    done = command("eval.py", "--leaderboard", *runs)
+    assert done.returncode == 0 and "has the best mean rank of 4" in done.stdout
+    assert done.stdout.count("## ") == 2
+    kept = list((tmp_path / "cache" / "volumes").iterdir())
+    assert len(kept) == len(triton(tables(written)[1]))  # one of each file serves both
+
+
+@pytest.mark.slow
+def test_v_jepa_2_is_fine_tuned(written, tmp_path, command, vjepa2_folder):
+    base = [*settings(written, tmp_path), *of_vjepa2(vjepa2_folder), "model.emb_dim=null"]
+    tune = ["model.unfreeze_at_epoch=1", "train.epochs=2", "model.drop_path=0.1"]
+    done = command("train.py", "--config", "configs/demo.yaml", *base, *tune)
+    assert done.returncode == 0, done.stderr
+    done = command("eval.py", "--ckpt", tmp_path / "run")
+    assert done.returncode == 0 and "small-vjepa2" in content(tmp_path / "run" / "eval_test.json")
