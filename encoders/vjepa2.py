@@ -130,7 +130,7 @@ class VJEPA2(nn.Module):
 def scaled(volume, white):
     """Intensities with `white` as 1. ValueError where they cannot be of that kind: volumes of 16
     bits with a white of 255 would saturate, and floats on [0, 1] would all be black."""
-    largest = volume.abs().amax().item()
+    largest = volume.abs().max().item()  # amax without an axis does nothing on XLA
     if largest > 2 * white or 0 < largest <= white / 128:  # augmentation may brighten somewhat
         raise ValueError(
             f"the volume's intensities reach {largest:g}, but model.loader_options.white is "

@@ -6,12 +6,14 @@ slow implementation of both, written after the public description, and itself co
 transformers where that can be.
 """
 
+import ast
 import importlib.util
 import itertools
 import json
 import math
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -320,6 +322,16 @@ def test_layers_are_in_order_and_hold_every_weight(tmp_path):
     assert all(args[0].shape == out.shape == (1, 12, 64) for _, args, out in calls[1:-1])
 
 
+def test_the_norms_eps_is_metas_or_what_a_folder_says(tmp_path):
+    def found(encoder):
+        return {m.eps for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)}
+
+    meta = meta_file(tmp_path / "meta.pt", meta_state("2.1"))
+    assert found(vjepa2.load(meta, num_heads=2)) == {1e-6}
+    transformers_model(16, layer_norm_eps=1e-3).save_pretrained(tmp_path)
+    assert found(vjepa2.load(str(tmp_path))) == {1e-3}
+
+
 def test_half_precision_files_are_read_as_float32(tmp_path):
     state = {k: v.bfloat16() for k, v in meta_state("2.1").items()}
     encoder = vjepa2.load(meta_file(tmp_path / "meta.pt", state), num_heads=2)
@@ -500,7 +512,17 @@ def test_published_sizes_load_whole(tmp_path, model, version):
     assert tokens_of(encoder, random_volume(4, 16, 16)).shape == (1, 32, dim)
 
 
-# ---- files of weights
+# ---- files
+
+
+@pytest.mark.parametrize("name", ["slices", "vjepa2"])
+def test_no_library_is_imported_before_it_is_needed(name):
+    with open(os.path.join(ROOT, "encoders", f"{name}.py"), encoding="utf-8") as file:
+        nodes = ast.parse(file.read()).body
+    names = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names)
+    assert names <= {"torch", "numpy", "device", "model", "weights"}
 
 
 def test_read_file_gives_what_lies_in_a_file(tmp_path):
