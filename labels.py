@@ -476,7 +476,7 @@ def read_units(cfg, tables, people, volumes, notes):
         if earlier.participant_id != person.participant_id:
             raise ValueError(
                 f"{name}: participants '{earlier.participant_id}' and '{person.participant_id}' "
-                f"both have a {cfg.data.unit} '{unit}'; write ids without spaces"
+                f"both have '{unit}' as {cfg.data.unit}; write ids without spaces"
             )
         if earlier.label != label:
             names = config.class_names(cfg)

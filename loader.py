@@ -234,6 +234,9 @@ def adapted(cfg, path):
     with open(file, "rb") as f:
         source = f.read()
     loaded_by = json.dumps([hashlib.sha256(source).hexdigest(), options], sort_keys=True)
+    if path and os.path.isdir(path):  # what stands beside the weights may decide about them
+        beside = [name for name in sorted(os.listdir(path)) if name.endswith(".json")]
+        loaded_by += " ".join(files.sha256(os.path.join(path, name)) for name in beside)
     spec = importlib.util.spec_from_file_location(f"loader_{files.hashed(loaded_by)[:8]}", file)
     code = importlib.util.module_from_spec(spec)
     sys.path.append(os.path.dirname(os.path.abspath(file)))  # it may import its neighbours

@@ -168,7 +168,7 @@ def test_a_volume_may_have_a_label_of_its_own(table):
             ["data.classes=[normal,b,a]"],
             "unknown dx 'normall', did you mean 'normal'",
         ),
-        (("p3,b", "p3,"), [], "participant p3 has no dx .''.; fill it in, or leave the row out"),
+        (("p3,b", "p3,"), [], "participant p3 has no dx .''.; fill it in, or leave such rows"),
         (("p3,b", "p3,n/a"), [], "participant p3 has no dx .'n/a'.; fill it in, or leave"),
         (("dx", "diagnosis"), [], "has no column 'dx'; found id, diagnosis, file; name the right"),
         (("id,", "patient,"), [], "has no column 'id'; found patient, dx, file.*columns.participa"),
@@ -237,3 +237,97 @@ def test_nothing_but_the_config_knows_the_classes(table):
     assert book.classes == ("a", "b") and "healthy" not in ledger.table(book)
     assert np.isin([row.label for row in book.rows], [0, 1]).all()
     assert "topcon" not in ledger.table(book)  # nobody asked for a scanner
+
+
+# --------------------------------------------------------------- eyes and ids in several spellings
+
+
+def test_an_eye_is_one_however_it_is_spelled(table):
+    text = "id,dx,file,side\n" + "".join(
+        f"p{i},{'ab'[i % 2]},{i}_{v}.npy,{side}\n"
+        for i in range(20)
+        for v, side in enumerate(("OD", "R", "right", "os", "L"))
+    )
+    book = table(text, "data.unit=eye", "data.columns.eye=side")
+    assert len(book.rows) == 40 and {row.unit[-1] for row in book.rows} == {"L", "R"}
+    assert [row.volumes for row in book.rows[:2]] == [3, 2]
+    with pytest.raises(ValueError, match="participant p0 has 3 eyes, p0 R, p0 L, p0 links"):
+        table(text + "p0,a,x.npy,links\n", "data.unit=eye", "data.columns.eye=side")
+    for missing in ("", "nan", "NA"):
+        with pytest.raises(ValueError, match="x.npy does not say which eye"):
+            table(text + f"p0,a,x.npy,{missing}\n", "data.unit=eye", "data.columns.eye=side")
+
+
+def test_units_of_two_people_are_never_one(table):
+    text = rows_of(20, "ab").replace("dx,file", "dx,file,side").replace(".npy", ".npy,L")
+    text += "Q,a,50.npy,1 L\nQ 1,a,51.npy,L\n"
+    with pytest.raises(ValueError, match="participants 'Q' and 'Q 1' both have 'Q 1 L' as eye"):
+        table(text, "data.unit=eye", "data.columns.eye=side")
+
+
+@pytest.mark.parametrize("name", ["nan", "NA", "None", "null"])
+def test_a_missing_id_is_nobody(table, name):
+    with pytest.raises(ValueError, match=f"a row has no id .'{name}'.; fill it in, or remove"):
+        table(rows_of(20, "ab") + f"{name},a,x.npy\n")
+
+
+def test_ids_that_differ_in_case_alone_are_refused(table):
+    with pytest.raises(ValueError, match="participants p1, P1 may be one"):
+        table(rows_of(20, "ab") + "P1,b,x.npy\n")
+
+
+def test_a_star_asks_for_what_is_not_missing(table):
+    text = rows_of(20, ["5.1", "6.2"]) + "x,,x.npy\ny,NaN,y.npy\n"
+    own = ["data.thresholds=[5.7]", "data.classes=[low,high]"]
+    with pytest.raises(ValueError, match="leave such rows out: data.where={dx: '.'}"):
+        table(text, *own)
+    book = table(text, *own, "data.where={dx: '*'}")
+    assert len(book.rows) == 20
+    assert any("leaves out 2 of 22 rows" in note for note in book.notes)
+    with pytest.raises(ValueError, match="which is no number"):
+        table(text.replace("x,,x", "x,5_8,x"), *own, "data.where={dx: '*'}")
+
+
+def test_who_has_no_scan_by_the_table_needs_no_file(table):
+    text = "id,dx,file,scanned\n" + "".join(
+        f"p{i},{'ab'[i % 2]},{'' if i == 3 else f'{i}.npy'},{'no' if i == 3 else 'yes'}\n"
+        for i in range(20)
+    )
+    book = table(text, "data.columns.has_oct=scanned")
+    assert [row.unit for row in book.rows if row.status == "no_oct"] == ["p3"]
+    assert len(book.samples) == 19
+
+
+def test_the_order_of_the_classes_does_not_change_the_split(table):
+    splits = []
+    for classes in ("{a: ill, b: well}", "{b: well, a: ill}"):
+        book = table(rows_of(31, "aab"), f"data.classes={classes}")
+        splits.append({row.unit: row.split for row in book.rows})
+    assert splits[0] == splits[1]
+
+
+@pytest.mark.parametrize("people, split", [(3, "val"), (5, "val")])
+def test_too_few_people_to_be_split(table, people, split):
+    message = f"data.split.{split}=0.05 of {people} participants is nobody; raise it, or name a col"
+    with pytest.raises(ValueError, match=message):
+        table(rows_of(people, "ab"), "data.split.val=0.05", "data.split.test=0.3")
+
+
+def test_who_lost_all_rows_to_where_is_told_so(table, tmp_path):
+    people = "id,dx\n" + "".join(f"p{i},{'ab'[i % 2]}\n" for i in range(20))
+    scans = "id,file,quality\n" + "".join(
+        f"p{i},{i}.npy,{'bad' if i == 7 else 'good'}\n" for i in range(20)
+    )
+    (tmp_path / "scans.csv").write_text(scans)
+    for i in range(20):
+        (tmp_path / f"{i}.npy").write_text(str(i))
+    more = ["data.manifest=scans.csv", "data.scanner=null", "data.where={quality: good}"]
+    (missing,) = table(people, *more).missing()
+    assert (missing.unit, missing.reason) == ("p7", "no volume of quality good")
+
+
+@pytest.mark.parametrize("text", ["sep=;\n{}", "\n\n{}", "{}"])
+def test_what_spreadsheets_write_before_the_header_is_no_row(table, tmp_path, text):
+    own = rows_of(20, "ab").replace(",", ";").replace("dx", '"dx"')
+    (tmp_path / "odd.csv").write_text(text.format(own))
+    assert len(table(rows_of(20, "ab"), f"data.labels={tmp_path}/odd.csv").samples) == 20
