@@ -21,7 +21,7 @@ from pydantic import Field
 
 import files
 import metrics
-from config import boolean, exactly
+from keys import boolean, exactly
 from runs import BEST
 
 MOST_CLASSES = 1000  # as config.KEYS allows
@@ -122,8 +122,9 @@ def read_result(folder, split):
             f"content_sha256 says; {again}"
         )
     try:
-        num_classes = len(result.get("classes") or []) or 2
-        model_of(min(num_classes, MOST_CLASSES)).model_validate(result)
+        classes = result.get("classes")
+        num_classes = len(classes) if isinstance(classes, list) else 0  # which none fits
+        model_of(min(max(num_classes, 2), MOST_CLASSES)).model_validate(result)
     except pydantic.ValidationError as error:
         unusable = files.first_few(dict.fromkeys(e["loc"][0] for e in error.errors()))
         raise ValueError(f"{path} has no {unusable} that can be used; {again}") from error

@@ -12,6 +12,7 @@ from helpers import ROOT
 # a file imports only files above it
 ORDER = [
     "begin",
+    "keys",
     "config",
     "files",
     "losses",
