@@ -367,3 +367,15 @@ def test_v_jepa_2_is_fine_tuned(written, tmp_path, command, vjepa2_folder):
     assert done.returncode == 0, done.stderr
     done = command("eval.py", "--ckpt", tmp_path / "run")
     assert done.returncode == 0 and "small-vjepa2" in content(tmp_path / "run" / "eval_test.json")
+
+
+@pytest.mark.slow
+def test_the_example_sees_where_things_are(written, tmp_path, command):
+    task = ["--config", "configs/demo_example.yaml"]
+    task += ["--config", "configs/tasks/aireadi_laterality.yaml"]
+    places = [f"paths.data={written}", f"paths.cache_dir={tmp_path}/cache"]
+    done = command("train.py", *task, *places, f"paths.run_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert command("eval.py", "--ckpt", tmp_path / "run").returncode == 0
+    result = json.loads(content(tmp_path / "run" / "eval_test.json"))
+    assert result["encoder"] == "example" and result["balanced_accuracy"] > 0.6
