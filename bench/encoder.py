@@ -4,6 +4,7 @@
     .venv/bin/python bench/encoder.py forward --depth 2    # a minute and a half: blocks are alike
     .venv/bin/python bench/encoder.py step                 # a training step; --backend cuda
     .venv/bin/python bench/encoder.py checkpoint           # a minute, 1.5 GB of disk
+    .venv/bin/python bench/encoder.py others               # five minutes; requirements-encoders.txt
     .venv/bin/python bench/encoder.py gpu                  # has never met a GPU
 
 forward: as `make probe` runs it on the CPU, against the same network with the whole matrix of
@@ -15,10 +16,16 @@ checkpointing; weights, gradients and AdamW's state (1.5 GB) count.
 checkpoint: model.load_encoder of a file with the optimizer's moments, not in the page cache, in
 four processes at once, as on a TPU host. Private memory is Private_Dirty of smaps_rollup, at any
 time: clean pages are shared.
+others: the feature pass of one volume in bf16 by other encoders, against the pretraining's, and
+against the same network run by its own library: V-JEPA 2 of ViT-L's width (64x256x256, 8192
+tokens), and ViT-L on 1 and on 64 B-scans of 224x224. Of the first two, --depth blocks.
 gpu: volumes/s in bf16 by batch (aim: 45 % of the matrix product), and the feature pass from cached
 volumes (aim: 90 % of the encoder's rate).
 """
 
+import functools
+import importlib.util
+import json
 import multiprocessing
 import os
 import statistics
@@ -38,6 +45,7 @@ import heads
 import ledger
 import model
 import phantom
+import volumes
 
 SIZE, DIM, TOKENS = (64, 384, 384), 768, 9216
 
@@ -171,8 +179,11 @@ def fill_cache(folder, count, size):
     for i, sample in enumerate(samples):
         files.write(sample.path, str(i))
         files.write(kept.note(i), files.checksum(sample.path, "sha1"))
-        path = os.path.join(kept.folder, kept.key(i) + ".npy")
-        files.save_array(path, torch.randn(size).half().numpy())
+        array = torch.randn(size).half().numpy()
+        files.save_array(os.path.join(kept.folder, kept.key(i) + ".npy"), array)
+        known = {"reading": volumes.READING, "pixels": str(i), "sketch": volumes.sketch(array)}
+        known |= {"patient_id": None, "notes": [], "mean": 0.0, "sd": 1.0}
+        files.write(os.path.join(kept.cache_dir, "facts", kept.key(i) + ".json"), json.dumps(known))
 
 
 def gpu(depth=12, count=64):
@@ -191,7 +202,7 @@ def gpu(depth=12, count=64):
     with tempfile.TemporaryDirectory() as folder:
         fill_cache(folder, count, SIZE)
         samples, cfg.paths.cache_dir = samples_below(folder, count), f"{folder}/cache"
-        book = ledger.Ledger([], samples)
+        book = ledger.Ledger([], samples, ())
         rate = count / timed(features.encode, cfg, book, samples, whole, dev)[0]
     figure("feature pass: share of the best batch's rate", rate / max(rates))
 
@@ -234,5 +245,66 @@ def checkpoint(processes=4):
     figure("seconds of the slowest", took)
 
 
+def file_of(name):
+    """The module of encoders/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, f"encoders/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def other(name, depth):
+    """-> an encoder of random weights, and the size of its volume."""
+    torch.manual_seed(0)
+    slices = file_of("slices")
+    if name == "the pretraining's":
+        return build(depth), SIZE
+    if name == "V-JEPA 2":
+        vjepa2 = file_of("vjepa2")
+        return vjepa2.VJEPA2(1024, depth, 4096, (2, 16, 16), 16, "2").eval(), (64, 256, 256)
+    if name == "V-JEPA 2 by transformers":
+        library = slices.import_library("transformers")
+        options = dict(hidden_size=1024, num_hidden_layers=depth, num_attention_heads=16)
+        network = library.VJEPA2Model(
+            library.VJEPA2Config(crop_size=256, frames_per_clip=64, **options)
+        ).eval()
+        # (B, 1, D, H, W) -> (B, D, 3, H, W)
+        frames = lambda volume: volume.transpose(1, 2).expand(-1, -1, 3, -1, -1)
+        return lambda volume: network(frames(volume), skip_predictor=True), (64, 256, 256)
+    count, name_of_timm = int(name.split()[1]), "vit_large_patch16_224"
+    if "timm" not in name:
+        frames = {"frames": count, "random": True}
+        return slices.load(None, name=name_of_timm, **frames).eval(), (64, 224, 224)
+    network = slices.import_library("timm").create_model(name_of_timm, num_classes=0).eval()
+
+    def scans(volume):  # as slices.py: eight at once
+        images = volume[0].transpose(0, 1).expand(-1, 3, -1, -1)[:count]  # (D, 3, H, W)
+        return torch.cat([network(part) for part in images.split(8)])
+
+    return scans, (64, 224, 224)
+
+
+def other_alone(name, depth):
+    """-> seconds, peak GB of the feature pass of one volume."""
+    encoder, size = other(name, depth)
+    volume = torch.rand(1, 1, *size)
+    with torch.no_grad(), device.autocast(torch.device("cpu"), "bf16"):
+        took = min(timed(functools.partial(encoder, volume))[0] for _ in range(2))
+    return took, peak_gb()
+
+
+def others(depth=2):
+    names = ["the pretraining's", "V-JEPA 2", "V-JEPA 2 by transformers"]
+    names += [f"{library} {count}" for count in (1, 64) for library in ("slices", "timm")]
+    found = {name: apart(other_alone, name, depth)[0] for name in names}
+    ours, _ = found["the pretraining's"]
+    for name, (took, peak) in found.items():
+        figure(f"{name}: time, against the pretraining's", took / ours)
+        figure(f"{name}: GB", peak)
+    pairs = {"V-JEPA 2": "V-JEPA 2 by transformers", "slices 1": "timm 1", "slices 64": "timm 64"}
+    for name, library in pairs.items():
+        figure(f"{name}: time, against {library}", found[name][0] / found[library][0])
+
+
 if __name__ == "__main__":
-    bench(__doc__, forward=forward, step=step, checkpoint=checkpoint, gpu=gpu)
+    bench(__doc__, forward=forward, step=step, others=others, checkpoint=checkpoint, gpu=gpu)

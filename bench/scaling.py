@@ -75,7 +75,7 @@ def encode_in_replica(rank, cfg):
     torch.manual_seed(0)
     encoder = features.Encoder(model.ViT3D(128, 4, 144).eval(), SIZE, "0" * 64)
     samples, dev = samples_below(cfg.paths.data, int(cfg.log.run_name)), device.get("cpu")
-    book = ledger.Ledger([], samples)
+    book = ledger.Ledger([], samples, ())
     device.barrier(dev)
     took, _ = timed(features.encode, cfg, book, samples, encoder, dev)
     if rank == 0:
