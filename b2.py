@@ -96,6 +96,12 @@ def join(root, relative):
     return os.path.join(os.path.expanduser(root), *parts)
 
 
+def below(root, path):
+    """What `join` was given: a path or URL relative to root; one that is not below it as it is."""
+    root = root if is_remote(root) else os.path.expanduser(root)
+    return path.removeprefix(root.rstrip("/") + "/")
+
+
 # ------------------------------------------------------------------------------------------ clients
 
 

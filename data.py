@@ -3,7 +3,7 @@
     python data.py --config configs/single_domain_01.yaml      # the ledger: who is missing, and why
     python data.py --deep --config FILE      # and opens every volume once: what are they, in truth?
 
-    volumes = open_volumes(cfg, book.of("train"), encoder)
+    volumes = open_volumes(cfg, book.of("train"), (64, 384, 384))
     for i, key, volume in stream(volumes, book, order, cfg): ...    # volume (1, D, H, W) float16
 
 read_dicom and preprocess are those of volumes.py. scripts/preview.py draws what augmentation does.
@@ -194,11 +194,11 @@ class Volumes:
                 counter.write(str(used + path.stat().st_size).encode())
 
 
-def open_volumes(cfg, samples, encoder, ids=()):
-    """The Volumes of samples as the config has them kept and read, and as the Encoder sees them."""
+def open_volumes(cfg, samples, size, ids=(), are_intensities=False):
+    """The Volumes of samples as the config has them kept and read; are_intensities: see `seen`."""
     cache = cfg.paths.cache_dir, cfg.data.cache_gb, cfg.data.fetch_deadline
-    volumes = Volumes(samples, encoder.size, *cache, ids, cfg.data.axes, cfg.data.variable)
-    volumes.are_intensities = encoder.wants_intensities
+    volumes = Volumes(samples, size, *cache, ids, cfg.data.axes, cfg.data.variable)
+    volumes.are_intensities = are_intensities
     return volumes
 
 
@@ -388,7 +388,7 @@ def deep_check(cfg, book):
     lenient = copy.deepcopy(cfg)
     lenient.data.max_missing = len(book.samples)  # all problems are to be seen, not the first
     size = loader.volume_size(cfg, None if cfg.data.image_size else loader.load(cfg).image_size)
-    volumes = open_volumes(cfg, book.samples, loader.Encoder(None, size, ""), book.ids)
+    volumes = open_volumes(cfg, book.samples, size, book.ids)
     order, scans = range(len(volumes.samples)), {}
     with contextlib.closing(stream(volumes, book, order, lenient)) as arriving:
         for i, key, volume in tqdm(arriving, "open", len(order), unit="volume"):

@@ -50,14 +50,8 @@ def evaluate_run(ckpt, split, overrides=()):
     overrides. -> (result, the content of eval_SPLIT.json; folder of the results). ValueError when
     checkpoint, encoder and data do not belong together.
     """
-    opened = ckpt if isinstance(ckpt, runs.Opened) else runs.open_checkpoint(ckpt, overrides)
-    runs.check_config(opened)
+    opened, encoder, banks, book, changed = open_run(ckpt, overrides)
     saved, cfg = opened.saved, opened.cfg
-    encoder, banks = load_model(opened)
-
-    book = ledger.read(cfg)
-    ledger.check(book, cfg.data.max_missing)
-    changed = changed_tables(opened, book, overrides)
     samples = book.of(split)
     if not samples:
         raise ValueError(f"no participant of split {split} has a volume")
@@ -110,6 +104,17 @@ def evaluate_run(ckpt, split, overrides=()):
 
 
 # ----------------------------------------------------------------------- the model and its features
+
+
+def open_run(ckpt, overrides):
+    """-> runs.Opened, the Encoder, the banks of `load_model`, the Ledger, and changed_tables.
+    ckpt: as in `evaluate_run`."""
+    opened = ckpt if isinstance(ckpt, runs.Opened) else runs.open_checkpoint(ckpt, overrides)
+    runs.check_config(opened)
+    encoder, banks = load_model(opened)
+    book = ledger.read(opened.cfg)
+    ledger.check(book, opened.cfg.data.max_missing)
+    return opened, encoder, banks, book, changed_tables(opened, book, overrides)
 
 
 def load_model(opened):
@@ -175,11 +180,10 @@ def score(opened, book, samples, volumes, predictions):
         groups["age"] = [age_band(row_of[i].age) for i in predictions.ids]
     if cfg.data.manifest is not None and cfg.data.scanner is not None:
         groups["scanner"] = [cfg.data.scanner] * len(predictions.ids)
+    people = predictions.participants
     result = metrics.evaluate(
-        predictions.y_true, predictions.p, num_classes, predictions.participants, prior, groups
+        predictions.y_true, predictions.p, num_classes, people, prior, groups, book.classes
     )
-    result["classes"] = list(book.classes)
-    result["alarms"] = metrics.alarms(result)
     ids, labels = [s.participant_id for s in samples], np.array([s.label for s in samples])
     if cfg.data.columns.eye is not None:
         sides = [s.laterality for s in samples]
@@ -304,23 +308,16 @@ def update_ledger(path, book, split):
     files.write(path, files.csv_text([header, *rows]))
 
 
-def export(ckpt, split, path, overrides=()):
-    """Write the features of a run's volumes (split "all": of every split) to a features.npz."""
-    opened = ckpt if isinstance(ckpt, runs.Opened) else runs.open_checkpoint(ckpt, overrides)
-    cfg, (encoder, _) = opened.cfg, load_model(opened)
-    book = ledger.read(cfg)
-    ledger.check(book, cfg.data.max_missing)
+def export(rank, cfg, ckpt, split, path, overrides):
+    """Write the features of a run's volumes (split "all": of every split) to a features.npz, in
+    every replica."""
+    opened, encoder, _, book, _ = open_run(ckpt, overrides)
     samples = [s for s in book.samples if split in ("all", s.split)]
-    dev = device.get(cfg.device.backend)
-    found = features.encode(cfg, book, samples, encoder, dev)
-    if device.rank() == 0:
-        given.write(path, found.samples, found.x.numpy(), cfg)
+    dev = device.get(opened.cfg.device.backend)
+    found = features.encode(opened.cfg, book, samples, encoder, dev)
+    if rank == 0:
+        given.write(path, found.samples, found.x.numpy(), opened.cfg)
     print(f"exported: {path}, {len(found.samples)} volumes, x {tuple(found.x.shape)}")
-
-
-def export_main(rank, cfg, **arguments):
-    """`export`, in every replica."""
-    export(**arguments)
 
 
 def main(rank, cfg, ckpt, split, overrides):
@@ -368,7 +365,7 @@ def command():
         what = {"ckpt": ckpt, "split": args.split, "overrides": args.overrides}
         job = functools.partial(main, **what)
         if args.export:
-            job = functools.partial(export_main, path=args.export, **what)
+            job = functools.partial(export, path=args.export, **what)
         device.launch(job, cfg)
 
 

@@ -209,7 +209,7 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
     cannot be read; else that is an error. kept: where features are looked for, and kept.
     """
     ids = book.ids if book else ()
-    volumes = data.open_volumes(cfg, samples, encoder, ids)
+    volumes = data.open_volumes(cfg, samples, encoder.size, ids, encoder.wants_intensities)
     x, encoded = torch.zeros(len(samples), *shape_of(cfg)), 0
 
     def is_kept(i, key):

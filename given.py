@@ -49,18 +49,12 @@ def plain_path(path):
     return os.path.normpath(path.replace("\\", "/")).lstrip("/")
 
 
-def below(path, cfg):
-    """A volume's path relative to the data folder."""
-    root = os.path.expanduser(cfg.paths.data).rstrip("/") + "/"
-    return path.removeprefix(root)
-
-
 def lookup(cfg, samples):
     """The features of samples that ledger.read found -> (volumes, C), or tokens (volumes, T, C)."""
     found = read(cfg)
     if found.file:
         row_of = found.row_of()
-        rows = [row_of[plain_path(below(sample.path, cfg))] for sample in samples]
+        rows = [row_of[plain_path(b2.below(cfg.paths.data, sample.path))] for sample in samples]
     else:
         rows = [int(sample.path.rpartition(" ")[2]) for sample in samples]
     return found.x[rows]
@@ -131,7 +125,7 @@ def write(path, samples, x, cfg):
     """Write the features x (volumes, C) or (volumes, T, C) of samples, as `read` takes them."""
     arrays = {
         "participant": np.array([s.participant_id for s in samples]),
-        "file": np.array([below(s.path, cfg) for s in samples]),
+        "file": np.array([b2.below(cfg.paths.data, s.path) for s in samples]),
         "split": np.array([s.split for s in samples]),
         "label": np.array([s.label for s in samples]),
         "x": np.asarray(x, dtype=np.float32),

@@ -430,8 +430,7 @@ def eye_of(text):
 def located(cfg, filepath):
     """Path or URL of a volume that a table names: below paths.data, with a leading slash or
     without; an absolute path may also begin with that folder."""
-    root = cfg.paths.data.rstrip("/") + "/"
-    return b2.join(cfg.paths.data, filepath.removeprefix(root))
+    return b2.join(cfg.paths.data, b2.below(cfg.paths.data, filepath))
 
 
 def check_volumes(cfg, tables, people, found, elsewhere, notes):

@@ -268,12 +268,8 @@ def resampled_accuracy(runs):
     y = np.array([runs[0].label_of[i] for i in ids])
     weights = metrics.resample(y, [runs[0].participant_of[i] for i in ids])  # (R, n)
     weights = np.vstack([np.ones(len(y)), weights])
-    is_true = np.eye(y.max() + 1)[y][:, np.unique(y)]  # (n, K)
-    total, found = weights @ is_true, []
-    for run in runs:
-        right = np.array([run.p_of[i] for i in ids]).argmax(axis=1) == y
-        found.append(np.nanmean(metrics.ratio(weights @ (is_true * right[:, None]), total), axis=1))
-    return np.array(found)
+    answers = [np.array([run.p_of[i] for i in ids]).argmax(axis=1) for run in runs]
+    return np.array([metrics.balanced_accuracy(y, said == y, weights) for said in answers])
 
 
 # ------------------------------------------------------------------------------------------- files

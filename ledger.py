@@ -170,7 +170,7 @@ def find_features(cfg, rows, samples):
     if found.file:
         row_of, problems = found.row_of(), {}
         for path, sample in samples.items():
-            if given.plain_path(given.below(path, cfg)) in row_of:
+            if given.plain_path(b2.below(cfg.paths.data, path)) in row_of:
                 sample.source = b2.Object(path, 1)
             else:
                 problems[path] = f"without a row in {name}"
@@ -222,10 +222,9 @@ def add_checksums(samples, cfg, notes):
                     "of 64 digits, two spaces and a file's name"
                 )
             sums[os.path.normpath(match[2]).lstrip("/")] = f"sha256:{match[1].lower()}"
-    prefix = cfg.paths.data.rstrip("/") + "/"
     unlisted = []
     for location, sample in samples.items():
-        sample.sha256 = sums.get(os.path.normpath(location.removeprefix(prefix)), "")
+        sample.sha256 = sums.get(os.path.normpath(b2.below(cfg.paths.data, location)), "")
         if not sample.sha256:
             unlisted.append(location)
     if unlisted:
@@ -269,7 +268,7 @@ def find_volumes(samples, cfg, notes):
 
 def shown(paths, cfg):
     """The first two of some paths, relative to the data folder, for a message."""
-    return first_few([path.removeprefix(cfg.paths.data.rstrip("/") + "/") for path in paths], 2)
+    return first_few([b2.below(cfg.paths.data, path) for path in paths], 2)
 
 
 def same_content(sources):

@@ -237,6 +237,12 @@ def resample(y_true, ids=None):
     return weights if ids is None else weights[:, participants(y_true, ids)[1]]
 
 
+def balanced_accuracy(y_true, right, weights):
+    """Of every resample -> (R,). right (n,): are the answers right? weights (R, n)."""
+    is_true = (y_true[:, None] == np.unique(y_true)).astype(float)  # (n, classes that are there)
+    return np.nanmean(ratio(weights @ (is_true * right[:, None]), weights @ is_true), axis=1)
+
+
 def permutations(labels):
     """RESAMPLES permutations of labels (n,), always the same -> (R, n)."""
     return np.random.default_rng(0).permuted(np.tile(labels, (RESAMPLES, 1)), axis=1)
@@ -361,7 +367,7 @@ def score_with_intervals(y_true, probabilities, num_classes=4, ids=None):
     }
 
 
-def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=None):
+def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=None, names=None):
     """Scores of one split -> dict, ready for JSON (None: undefined).
 
     y_true (n,) class indices, probabilities (n, num_classes). ids (n,) names of the participants:
@@ -377,6 +383,7 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
                          chance: the same of each score
       reliability        bins of the reliability plot
       subgroups          {"site": what `subgroups` finds, ...}
+      classes            names of the classes, where they are given
       alarms             sentences; empty when all is well
     """
     y_true, probabilities = check(y_true, probabilities, num_classes, ids)
@@ -404,6 +411,8 @@ def evaluate(y_true, probabilities, num_classes=4, ids=None, prior=None, groups=
             for name, group in groups.items()
         },
     }
+    if names is not None:
+        result["classes"] = list(names)
     result["alarms"] = alarms(result)
     return result
 
@@ -593,12 +602,7 @@ def compare_all(y_true, runs, ids=None):
         right[name] = p.argmax(axis=1) == labels
     # of the data, then of each resample
     weights = np.vstack([np.ones(len(labels)), spread_out(labels, ids)])
-    is_true = np.eye(labels.max() + 1)[labels][:, np.unique(labels)]  # (n, K)
-    total = weights @ is_true
-    values = {
-        name: ratio(weights @ (is_true * r[:, None]), total).mean(axis=1)
-        for name, r in right.items()
-    }
+    values = {name: balanced_accuracy(labels, r, weights) for name, r in right.items()}
     pairs = [compare_pair(a, b, values, right) for a, b in itertools.combinations(runs, 2)]
     for pair, p in zip(pairs, holm([pair["p_value"] for pair in pairs])):
         pair["p_holm"] = float(p)

@@ -363,6 +363,19 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
+def scaled(volume, white):
+    """Intensities with `white` as 1. ValueError where they cannot be of that kind: volumes of 16
+    bits with a white of 255 would saturate, and floats on [0, 1] would all be black."""
+    largest = volume.abs().max().item()  # amax without an axis does nothing on XLA
+    if largest > 2 * white or 0 < largest <= white / 128:  # augmentation may brighten somewhat
+        raise ValueError(
+            f"the volume's intensities reach {largest:g}, but model.loader_options.white is "
+            f"{white}; set it to the largest that the format can hold (255 for 8 bits, 65535 for "
+            "16 bits, 1 for floats on [0, 1])"
+        )
+    return volume / white
+
+
 def pool(tokens, method):
     """Tokens (B, N, C) -> features (B, C) by "mean" or "max"."""
     return tokens.mean(dim=1) if method == "mean" else tokens.amax(dim=1)

@@ -238,9 +238,7 @@ def interval_and_band(ids, y, p):
     of_class = np.bincount(y, minlength=p.shape[1])
     weight = 1 / (np.maximum(of_class, 1) * (of_class > 0).sum())  # (K,) of a right answer
     answers = p.argmax(axis=1)
-    is_true, weights = np.eye(p.shape[1])[y][:, of_class > 0], metrics.resample(y, ids)  # (R, n)
-    recall = metrics.ratio(weights @ (is_true * (answers == y)[:, None]), weights @ is_true)
-    resampled = np.nanmean(recall, axis=1)  # (R,)
+    resampled = metrics.balanced_accuracy(y, answers == y, metrics.resample(y, ids))  # (R,)
     labels = permuted_labels(tuple(y.tolist()), tuple(ids))  # (R, n)
     permuted = (weight[labels] * (labels == answers)).sum(axis=1)
     return metrics.interval(resampled), metrics.interval(permuted)

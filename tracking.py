@@ -254,8 +254,8 @@ def finish(tracker, saved, names, ledger_rows=None):
     from sklearn.metrics import roc_curve
 
     y, p = saved["val_predictions"]["y_true"], saved["val_predictions"]["p"].numpy()
-    result = metrics.evaluate(y, p, len(names), saved["val_predictions"]["participant_id"])
-    result["alarms"] = metrics.alarms(result | {"classes": names})
+    people = saved["val_predictions"]["participant_id"]
+    result = metrics.evaluate(y, p, len(names), people, names=names)
     if saved["train_balanced_accuracy"] is not None:
         result["alarms"] += metrics.gap_alarm(
             saved["train_balanced_accuracy"], saved["val_balanced_accuracy"]

@@ -265,9 +265,10 @@ def volumes_of(cfg, samples, steps, encoder, epoch):
     order = [index for indices in micro for index in indices if index >= 0]
     strength = data.strengths(cfg)
     augment = lambda key, volume: data.augment(volume, strength, f"{cfg.seed} {epoch} {key}")
-    kind = torch.float32 if encoder.wants_intensities else torch.float16
+    intensities = encoder.wants_intensities
+    kind = torch.float32 if intensities else torch.float16
     padding = torch.zeros(1, *encoder.size, dtype=kind)
-    volumes = data.open_volumes(cfg, samples, encoder)
+    volumes = data.open_volumes(cfg, samples, encoder.size, are_intensities=intensities)
     stream = data.stream(volumes, None, order, cfg, augment)
     with contextlib.closing(stream):
         hidden = device.rank() > 0

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import scaled
 from weights import keys_text, read_file, verify
 
 # Beginnings of keys that a file of a pretraining has beside the backbone's: an MAE's decoder, what
@@ -103,19 +104,6 @@ class SlicesOfViT(Slices):
         """The modules from input to output."""
         patches, blocks, norm = vit_layers(self.backbone.model)
         return [patches, *blocks, norm]
-
-
-def scaled(volume, white):
-    """Intensities with `white` as 1. ValueError where they cannot be of that kind: volumes of 16
-    bits with a white of 255 would saturate, and floats on [0, 1] would all be black."""
-    largest = volume.abs().max().item()  # amax without an axis does nothing on XLA
-    if largest > 2 * white or 0 < largest <= white / 128:  # augmentation may brighten somewhat
-        raise ValueError(
-            f"the volume's intensities reach {largest:g}, but model.loader_options.white is "
-            f"{white}; set it to the largest that the format can hold (255 for 8 bits, 65535 for "
-            "16 bits, 1 for floats on [0, 1])"
-        )
-    return volume / white
 
 
 # ---- backbones

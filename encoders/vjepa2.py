@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import device
-from model import PatchEmbed
+from model import Attention, PatchEmbed, scaled
 from weights import keys_text, read_checkpoint, read_file, verify
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on [0, 1]
@@ -51,13 +51,7 @@ UNUSED_META = ("pos_embed", "patch_embed_img.", "img_mod_embed", "norms_block.")
 UNUSED_TRANSFORMERS = ("predictor.", "pooler.", "classifier.")
 
 
-class Attention(nn.Module):
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
+class RotaryAttention(Attention):
     def forward(self, x, turn):
         """Tokens (B, N, C) -> (B, N, C). turn (2, N, C / heads): see `rotation`."""
         # (B, N, 3 C) -> (B, N, 3, heads, C / heads) -> (3, B, heads, N, C / heads)
@@ -70,7 +64,7 @@ class Block(nn.Module):
     def __init__(self, dim, hidden, num_heads, eps):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads)
+        self.attn = RotaryAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = nn.Sequential()
         self.mlp.add_module("fc1", nn.Linear(dim, hidden))
@@ -125,19 +119,6 @@ class VJEPA2(nn.Module):
     def layers(self):
         """The modules from input to output."""
         return [self.patch_embed, *self.blocks, self.norm]
-
-
-def scaled(volume, white):
-    """Intensities with `white` as 1. ValueError where they cannot be of that kind: volumes of 16
-    bits with a white of 255 would saturate, and floats on [0, 1] would all be black."""
-    largest = volume.abs().max().item()  # amax without an axis does nothing on XLA
-    if largest > 2 * white or 0 < largest <= white / 128:  # augmentation may brighten somewhat
-        raise ValueError(
-            f"the volume's intensities reach {largest:g}, but model.loader_options.white is "
-            f"{white}; set it to the largest that the format can hold (255 for 8 bits, 65535 for "
-            "16 bits, 1 for floats on [0, 1])"
-        )
-    return volume / white
 
 
 # ---- rotary positions

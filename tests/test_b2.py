@@ -752,3 +752,9 @@ def test_an_endpoint_that_cannot_be_is_named_at_once(store, monkeypatch, realm):
         monkeypatch.setenv("B2_REALM", realm)
         with stops_at_once(server, [], PermissionError, f"B2_REALM={realm} is no endpoint"):
             b2.find(URL)
+
+
+@pytest.mark.parametrize("root", ["~/data", "./data", "/a/data/", "b2://bucket/data", "gs://b/d/"])
+def test_below_takes_back_what_join_added(root):
+    assert b2.below(root, b2.join(root, "/retinal_oct/x.dcm")) == "retinal_oct/x.dcm"
+    assert b2.below(root, "elsewhere/x.dcm") == "elsewhere/x.dcm"

@@ -197,7 +197,7 @@ def test_one_cache_serves_z_scores_and_intensities(written, tmp_path, mine, monk
         assert encoder.wants_intensities == (text == BRIGHT)
         found = features.encode(cfg, ledger.read(cfg), samples, encoder, torch.device("cpu"))
     assert len(decoded) == len(samples)
-    seen = data.open_volumes(cfg, samples, encoder, book.ids)
+    seen = data.open_volumes(cfg, samples, encoder.size, book.ids, encoder.wants_intensities)
     order = range(3)
     for i, _, volume in data.stream(seen, None, order, cfg):
         whole = volumes.read_volume(samples[i].path).astype(np.float32)  # (frames, rows, columns)
