@@ -393,7 +393,7 @@ def attention(q, k, v, chunk=512):
         parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(chunk, dim=2)]
         return torch.cat(parts, dim=2)
     trains = torch.is_grad_enabled() and q.requires_grad
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trains:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trains and not has_amx():
         return attention_bfloat16(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -408,12 +408,20 @@ def has_flash_attention():
     return torch_xla.runtime.device_type() == "TPU"
 
 
-def attention_bfloat16(q, k, v, chunk=128):
-    """`attention` on the CPU in bfloat16, without a gradient: (B, heads, N, d) each.
+@functools.cache
+def has_amx():
+    """Does this processor multiply tiles of bfloat16 (Intel AMX)? torch's own attention then takes
+    half the time of attention_bfloat16, and elsewhere 1.6 times as long (docs/performance.md)."""
+    # torch before 2.11 or so does not tell; there attention is slower, and as right
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
-    torch's own kernel multiplies bfloat16 no faster than float32 there; plain matrix products do
-    (1.6 times faster in all, bench/encoder.py). Each head is computed by one thread: threads that
-    share every product would wait for each other hundreds of times a layer.
+
+def attention_bfloat16(q, k, v, chunk=128):
+    """`attention` in bfloat16 on processors without AMX, without a gradient: (B, heads, N, d) each.
+
+    torch's own kernel multiplies bfloat16 no faster than float32 there; plain matrix products do.
+    Each head is computed by one thread: threads that share every product would wait for each other
+    hundreds of times a layer.
     """
 
     def head(q, k, v):  # each (N, d)

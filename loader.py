@@ -260,6 +260,8 @@ def adapted(cfg, path):
             ) from error
         raise
     check_contract(module, cfg.model.loader)
+    # the same file, with another version of the library whose network it is, is another encoder
+    loaded_by += getattr(module, "made_with", "")
     return Adapted(module.eval(), loaded_by)
 
 

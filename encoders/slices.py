@@ -11,6 +11,7 @@ image), or the tokens of all its patches. Needs torch, weights.py, and timm or t
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -252,7 +253,9 @@ def load(
         kind = Slices if vit_layers(backbone.model) is None else SlicesOfViT
         backbone.eval()
         size = tuple(settings["size"])
-        return kind(backbone, size, mean, std, frames, tokens, batch, white).eval()
+        module = kind(backbone, size, mean, std, frames, tokens, batch, white)
+        module.made_with = f"{library} {importlib.metadata.version(library)}"
+        return module.eval()
     except ValueError as error:
         raise ValueError(f"{path or name}: backbone not loaded: {error}") from error
 

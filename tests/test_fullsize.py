@@ -17,9 +17,15 @@ def relative(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
+@pytest.fixture(params=[True, False], ids=["AMX", "no AMX"])
+def processor(request, monkeypatch):
+    """This processor, as one that multiplies tiles of bfloat16, and as one that does not."""
+    monkeypatch.setattr(device, "has_amx", lambda: request.param)
+
+
 @pytest.mark.parametrize("scale", [0.3, 1, 3])  # attention from even to sharp
 @pytest.mark.parametrize("tokens", [1, 129, 500])  # below, above and no multiple of the chunk
-def test_bfloat16_attention_on_cpu(tokens, scale):
+def test_bfloat16_attention_on_cpu(tokens, scale, processor):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, tokens, 64)
     q, k = q * scale, k * scale + 2  # an offset that all keys share
@@ -33,7 +39,7 @@ def test_bfloat16_attention_on_cpu(tokens, scale):
         assert torch.equal(device.attention(q * 1, k * 1, v * 1), out)
 
 
-def test_bfloat16_attention_leaves_the_threads_as_they_were():
+def test_bfloat16_attention_leaves_the_threads_as_they_were(processor):
     q = torch.randn(1, 4, 20, 64).bfloat16()
     before, later = torch.get_num_threads(), []
     device.attention(q, q, q)
@@ -43,7 +49,7 @@ def test_bfloat16_attention_leaves_the_threads_as_they_were():
     assert torch.get_num_threads() == before and later == [before]
 
 
-def test_a_gradient_goes_through_bfloat16_attention():
+def test_a_gradient_goes_through_bfloat16_attention(processor):
     q = torch.randn(1, 2, 20, 64).bfloat16().requires_grad_()
     device.attention(q, q, q).sum().backward()
     assert q.grad.abs().sum() > 0

@@ -106,6 +106,22 @@ def test_its_source_and_options_are_in_every_features_key(written, tmp_path, min
     assert first.sha256[:16] in kept[0] and len(set(kept)) == 1
 
 
+def test_the_version_of_its_library_is_in_every_features_key(written, tmp_path, mine):
+    with_version = MINE + """
+import pathlib
+of_eyes = load
+def load(*args, **options):
+    module = of_eyes(*args, **options)
+    module.made_with = f"eyes {pathlib.Path(__file__).with_suffix('.version').read_text()}"
+    return module
+"""
+    overrides, found = mine(with_version), []
+    for version in ("1.0", "1.0", "1.1"):
+        (tmp_path / "mine.version").write_text(version)
+        found.append(opened(written, tmp_path, overrides).sha256)
+    assert found[0] == found[1] != found[2]
+
+
 def test_an_edited_encoder_meets_no_stale_features(written, tmp_path, command, mine):
     arguments = ["--config", "configs/demo.yaml", *settings(written, tmp_path)]
     assert " volumes encoded, 0 from" in command("train.py", *arguments, *mine()).stdout
