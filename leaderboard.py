@@ -14,9 +14,10 @@ import numpy as np
 from scipy.stats import rankdata
 
 import files
-import metrics
+import intervals
 from compare import compare_pairs, names_of, once, printable, reason_not_comparable
 from report import draw_leaderboard, latex, number, png, render, span, units
+from resampling import balanced_accuracy, resample
 from results import open_results
 
 ENDINGS = ("md", "csv", "html", "tex")
@@ -223,7 +224,7 @@ def over_all_tasks(tasks):
     for k in np.argsort(mean_rank[:, 0], kind="stable"):
         method = everywhere[k]
         scores = [number(runs[method].result["balanced_accuracy"]) for runs in run_of]
-        interval = span(metrics.interval(mean_rank[k, 1:]))
+        interval = span(intervals.percentiles(mean_rank[k, 1:]))
         counts = ", ".join(map(str, wins[method]))
         rows.append([printable(method), f"{mean_rank[k, 0]:.2f}", interval, counts, *scores])
     omitted = sorted({m for runs in run_of for m in runs} - set(everywhere))
@@ -266,10 +267,10 @@ def resampled_accuracy(runs):
     (runs, 1 + R)."""
     ids = list(runs[0].label_of)
     y = np.array([runs[0].label_of[i] for i in ids])
-    weights = metrics.resample(y, [runs[0].participant_of[i] for i in ids])  # (R, n)
+    weights = resample(y, [runs[0].participant_of[i] for i in ids])  # (R, n)
     weights = np.vstack([np.ones(len(y)), weights])
     answers = [np.array([run.p_of[i] for i in ids]).argmax(axis=1) for run in runs]
-    return np.array([metrics.balanced_accuracy(y, said == y, weights) for said in answers])
+    return np.array([balanced_accuracy(y, said == y, weights) for said in answers])
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -20,7 +20,9 @@ import pydantic
 from pydantic import Field
 
 import files
+import intervals
 import metrics
+import resampling
 from keys import boolean, exactly
 from runs import BEST
 
@@ -51,8 +53,8 @@ def model_of(num_classes):
         return {name: per_class if name in metrics.PER_CLASS else kind for name in names}
 
     everything = (*ALL_SCORES, *metrics.PER_CLASS)
-    scores, intervals = shape("Scores", each(everything, Score)), each(everything, Interval)
-    intervals = shape("Intervals", intervals)
+    scores, spans = shape("Scores", each(everything, Score)), each(everything, Interval)
+    spans, per_class = shape("Intervals", spans), exactly(num_classes, Number)
     result = {
         "split": Literal["val", "test"],
         **dict.fromkeys(("run", "data", "task", "volumes_asked", "encoder", "mode"), Text),
@@ -68,9 +70,10 @@ def model_of(num_classes):
         "majority_baseline": Number,
         **dict.fromkeys(("true_counts", "predicted_counts"), exactly(num_classes, Count)),
         "confusion_matrix": exactly(num_classes, exactly(num_classes, Count)),
-        **{"ci95": intervals, "chance": intervals, "majority": scores, "random": scores},
+        **{"ci95": spans, "chance": spans, "majority": scores, "random": scores},
         "chance_band": exactly(2, Number),
         "reliability": BINS,
+        "shares": shape("Shares", {"known": boolean} | dict.fromkeys(SHARES, per_class)),
         "subgroups": dict[Text, list[shape("Group", GROUP)]],
         "per_volume": shape("PerVolume", each(ALL_SCORES, Score) | PER_VOLUME),
         "alarms": list[Text],
@@ -92,6 +95,7 @@ GROUP |= {"rest": Score, "p_above_rest": Score}
 FLOOR = {"balanced_accuracy": Number, "difference": Number, "p_value": Number}
 FLOOR |= {"difference_ci95": exactly(2, Number)}
 FLOOR["ci95"] = shape("FloorIntervals", {"balanced_accuracy": exactly(2, Number)})
+SHARES = "asked", "stated", "p_value"
 SPREAD = shape("Spread", {"mean": Number, "sd": Number, "each": list[Number]})
 CALIBRATED = dict.fromkeys(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}
 OF_VOLUMES = shape("VolumeIntervals", dict.fromkeys(ALL_SCORES, Interval))
@@ -207,6 +211,8 @@ def check_scores(run, table, again):
     present = np.array(expected["true_counts"]) > 0
     expected["confusion_matrix"] = np.reshape(cells, (num_classes, -1))
     expected["majority_baseline"] = max(expected["true_counts"]) / len(y)
+    asked = result["shares"]["asked"] if result["shares"]["known"] else None
+    expected["shares"] = metrics.shares(y, p, people, asked)
     expected["majority"] = {"balanced_accuracy": 1 / present.sum()}
     if present.all():  # the shares of all classes add up to 1, whatever training's are
         expected["random"] = {"balanced_accuracy": 1 / num_classes}
@@ -238,13 +244,18 @@ def interval_and_band(ids, y, p):
     of_class = np.bincount(y, minlength=p.shape[1])
     weight = 1 / (np.maximum(of_class, 1) * (of_class > 0).sum())  # (K,) of a right answer
     answers = p.argmax(axis=1)
-    resampled = metrics.balanced_accuracy(y, answers == y, metrics.resample(y, ids))  # (R,)
+    ci95 = intervals.of_answers(y, answers, p.shape[1], ids, ["balanced_accuracy"])
     labels = permuted_labels(tuple(y.tolist()), tuple(ids))  # (R, n)
-    permuted = (weight[labels] * (labels == answers)).sum(axis=1)
-    return metrics.interval(resampled), metrics.interval(permuted)
+    permuted = np.concatenate(
+        [
+            (weight[labels[part]] * (labels[part] == answers)).sum(axis=1)
+            for part in resampling.parts(*labels.shape)
+        ]
+    )
+    return ci95["balanced_accuracy"], intervals.percentiles(permuted)
 
 
 @functools.lru_cache(maxsize=2)
 def permuted_labels(labels, ids):
-    """metrics.permuted_labels of tuples; kept, for comparable runs have the same."""
-    return metrics.permuted_labels(np.array(labels), ids)
+    """resampling.permuted_labels of tuples; kept, for comparable runs have the same."""
+    return resampling.permuted_labels(np.array(labels), ids)

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from helpers import assert_scores_are_scikit_learns
+from scipy.stats import beta
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -20,7 +21,11 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+import groups
 import metrics
+import paired
+import resampling
+import scores
 
 REAL_TEST = np.repeat([0, 1, 2, 3], [40, 40, 41, 38])  # labels of the size of the real test split
 PRIOR = np.array([0.39, 0.22, 0.31, 0.08])  # class shares of the real training split
@@ -145,7 +150,7 @@ def test_every_score_equals_scikit_learn_or_its_formula(case):
 def test_every_score_has_its_interval_and_floors(case):
     result = evaluated(case)
     for name in metrics.SCORES + metrics.MORE_SCORES + metrics.PER_CLASS:
-        for floor in ("ci95", "skipped", "majority", "random", "chance"):
+        for floor in ("ci95", "majority", "random", "chance"):
             assert name in result[floor]
             if np.ndim(result[name]):
                 assert len(result[floor][name]) == 4, (floor, name)
@@ -170,7 +175,7 @@ def test_scores_of_resamples_equal_those_of_the_drawn_rows(case):
     y, p = CASES[case]
     weights = metrics.resample(y)[:8]
     assert weights.sum(1).tolist() == [len(y)] * 8
-    found = metrics.scores(y, p, weights)
+    found = scores.resampled(y, p, weights)
     for r, w in enumerate(weights):
         rows = np.repeat(np.arange(len(y)), w.astype(int))
         assert np.bincount(y[rows]).tolist() == np.bincount(y).tolist()
@@ -225,28 +230,44 @@ def test_the_random_floor(case):
         assert (abs(values.mean(0) - expected) <= 4 * error + 1e-12).all(), name
 
 
-def test_resamples_that_cannot_be_scored_are_skipped_and_counted():
+@pytest.mark.parametrize("case", CASES)
+def test_scores_of_permutations_equal_those_of_the_permuted_labels(case):
+    y, p = CASES[case]
+    permuted = resampling.permuted_labels(y)[:8]
+    found = scores.relabelled(permuted, p)
+    for r, labels in enumerate(permuted.astype(int)):
+        assert sorted(labels) == sorted(y)
+        for name, expected in slow_scores(labels, p, undefined=np.nan).items():
+            assert found[name][r] == equal_to(expected), (name, r)
+
+
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    y, ids = random_case(n=159)[0], np.arange(159) // 2
+    y_of_people = y[2 * ids % 158]
+    draw = lambda: [
+        resampling.resample(y),
+        resampling.permuted_labels(y),
+        resampling.permuted_labels(y_of_people, ids),
+    ]
+    before = draw()
+    resampling.drawn.cache_clear()
+    monkeypatch.setattr(resampling, "AT_ONCE", 1000)
+    for one, other in zip(before, draw()):
+        assert (one == other).all()
+
+
+def test_a_class_that_is_never_answered_has_an_interval():
     y = np.repeat([0, 1, 2, 3], [10, 10, 10, 10])
     answers = y.copy()
     answers[y == 3] = 0
-    answers[0] = 3  # the one answer 3: absent from a resample with chance 0.9 ** 10
     result = metrics.evaluate(y, one_hot(answers))
-    assert result["resamples"] == metrics.RESAMPLES == 10_000
-    skipped, ci95 = result["skipped"]["precision_per_class"], result["ci95"]
-    assert skipped[:3] == [0, 0, 0]
-    assert skipped[3] == pytest.approx(10_000 * 0.9**10, abs=200)  # 4 standard deviations
-    assert ci95["precision_per_class"][3] == [0, 0] and ci95["balanced_accuracy"] is not None
-
-
-def test_a_class_that_is_never_answered_has_no_precision_in_any_resample():
-    y = np.repeat([0, 1, 2, 3], [10, 10, 10, 10])
-    answers = y.copy()
-    answers[y == 3] = 0
-    answers[0] = 1
-    result = metrics.evaluate(y, one_hot(answers))
-    assert result["skipped"]["precision_per_class"][3] == 10_000
-    assert result["ci95"]["precision_per_class"][3] is None
-    assert result["precision_per_class"][3] == 0 and result["skipped"]["macro_precision"] == 0
+    assert result["precision_per_class"][3] == result["f1_per_class"][3] == 0
+    low, high = result["ci95"]["f1_per_class"][3]
+    assert low == pytest.approx(0, abs=0.01) and 0.1 < high < 0.5
+    # Jeffreys' interval of 0 of 10
+    low, high = result["ci95"]["recall_per_class"][3]
+    assert low == pytest.approx(0, abs=0.001)
+    assert high == pytest.approx(beta.ppf(0.975, 0.5, 10.5), abs=0.02)
 
 
 def test_volumes_of_a_participant_are_drawn_together():
@@ -273,7 +294,7 @@ def two_eyes(people=80, seed=0):
 
 def test_both_eyes_of_a_person_are_drawn_together_where_their_classes_differ():
     y, p, ids = two_eyes()
-    weights = metrics.resample(y, ids)
+    weights = metrics.resample(y, ids).astype(int)
     for person in (0, 17, 79):
         left, right = np.flatnonzero(ids == person)
         assert (weights[:, left] == weights[:, right]).all()
@@ -342,7 +363,9 @@ def test_intervals_equal_a_slow_bootstrap():
         rows = redraw(y, rng)
         return y[rows], p[rows]
 
-    for name, values in slow_values(y, p, 600, draw).items():
+    slow = slow_values(y, p, 600, draw)
+    del slow["auprc_macro_ovr"]  # which is biased in resamples, so its interval is elsewhere
+    for name, values in slow.items():
         assert result["ci95"][name] == interval_like(values), name
 
 
@@ -392,8 +415,8 @@ def test_alarms_are_silent_when_all_is_well_and_name_a_class_never_right():
     p[0] = [0.1, 0.1, 0.1, 0.7]  # ... and the one answer 3 is wrong
     assert metrics.evaluate(y, p)["alarms"] == [
         "class 3 predicted, but never rightly (F1 = 0)",
-        "class 0 is answered 39 times and true 20 times of 80: shares far apart",
-        "class 3 is answered 1 times and true 20 times of 80: shares far apart",
+        "class 0 is given 39% of the probability, where 25% are asked for: shares far apart",
+        "class 3 is given 11% of the probability, where 25% are asked for: shares far apart",
     ]
 
 
@@ -560,22 +583,30 @@ def test_intervals_of_subgroups_equal_a_slow_bootstrap(sites):
     y, p, site, found = sites
     rng, pred = np.random.default_rng(0), p.argmax(1)
     for name in ("UAB", "UCSD"):
-        slow, lead, at = [], [], site == name
+        slow, at = [], site == name
         for _ in range(600):
             rows = redraw(y, rng)
-            inside, outside = rows[at[rows]], rows[~at[rows]]
+            inside = rows[at[rows]]
             slow.append(np.mean(recalls(y[inside], pred[inside])))
-            lead.append(slow[-1] - np.mean(recalls(y[outside], pred[outside])))
         assert found[name]["ci95"] == interval_like(slow)
-        below = np.mean(np.array(lead) <= 0)
-        assert found[name]["p_above_rest"] == pytest.approx(below, abs=0.09)  # 4 sd of 600
 
 
-def test_resamples_without_a_subgroup_are_skipped():
-    groups = ["in", "out", "in", "out", "out"]  # of one class one of two, of the other one of three
-    pair = metrics.subgroups([0, 0, 1, 1, 1], np.full((5, 4), 0.25), groups)[0]
-    expected = 10_000 * (1 - (1 - 1 / 4) * (1 - 8 / 27))
-    assert pair["skipped"] == pytest.approx(expected, abs=200)  # 4 standard deviations
+def test_the_lead_of_a_subgroup_is_held_against_permuted_membership(sites):
+    y, p, site, found = sites
+    rng, pred = np.random.default_rng(0), p.argmax(1)
+    for name in ("UAB", "UCSD"):
+        at, above = site == name, []
+
+        def lead(at):
+            return np.mean(recalls(y[at], pred[at])) - np.mean(recalls(y[~at], pred[~at]))
+
+        for _ in range(600):
+            permuted = at.copy()
+            for k in range(4):
+                permuted[y == k] = rng.permutation(at[y == k])
+            above.append(lead(permuted) >= lead(at) - 1e-12)
+        expected = np.mean(above)
+        assert found[name]["p_above_rest"] == pytest.approx(expected, abs=0.09)  # 4 sd of 600
 
 
 def test_a_subgroup_of_everybody_has_no_rest(sites):
@@ -665,14 +696,14 @@ def test_compare_false_alarms_and_power():
 @pytest.mark.parametrize("b, c", [(0, 0), (0, 1), (3, 9), (10, 10), (21, 8)])
 def test_mcnemar_equals_its_formula(b, c):
     tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1)) / 2 ** (b + c)
-    assert metrics.mcnemar(b, c) == pytest.approx(min(1, 2 * tail))
+    assert paired.mcnemar(b, c) == pytest.approx(min(1, 2 * tail))
 
 
 def test_holm_equals_its_formula():
-    assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     p = np.random.default_rng(0).random(50) ** 4
     p[:5] = p[5:10]  # ties
-    for i, adjusted in enumerate(metrics.holm(p)):
+    for i, adjusted in enumerate(paired.holm(p)):
         # p is rejected at this level, and at none below: the step-down itself
         expected = max(min(1, q * (50 - (p < q).sum())) for q in p[p <= p[i]])
         assert adjusted == pytest.approx(expected)
@@ -717,7 +748,7 @@ def test_intervals_of_differences_equal_a_slow_bootstrap(four_runs):
 
 def test_compare_all_adjusts_by_holm(four_runs):
     _, pairs = four_runs
-    assert [r["p_holm"] for r in pairs] == metrics.holm([r["p_value"] for r in pairs]).tolist()
+    assert [r["p_holm"] for r in pairs] == paired.holm([r["p_value"] for r in pairs]).tolist()
 
 
 def test_compare_all_says_who_is_better(four_runs):
@@ -754,49 +785,6 @@ def test_time():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recalls", [(0.6, 0.5, 0.4, 0.3), (0.9, 0.9, 0.8, 0.8)])
-def test_intervals_cover_the_truth(recalls):
-    """1,000 data sets of 159: the 95 % interval holds the true accuracy and balanced accuracy in 92
-    to 98 % of them."""
-    rng, y, hit, covered = np.random.default_rng(0), REAL_TEST, np.array(recalls), []
-    true_accuracy, true_balanced = hit[y].mean(), hit.mean()
-    for _ in range(1000):
-        pred = np.where(rng.random(159) < hit[y], y, (y + rng.integers(1, 4, size=159)) % 4)
-        values = metrics.scores(y, one_hot(pred), metrics.resample(y))
-        a, b = metrics.interval(values["accuracy"])
-        c, d = metrics.interval(values["balanced_accuracy"])
-        covered.append([a <= true_accuracy <= b, c <= true_balanced <= d])
-    accuracy, balanced = np.mean(covered, axis=0)
-    print(f"coverage: accuracy {accuracy:.3f}, balanced accuracy {balanced:.3f}")
-    assert 0.92 <= accuracy <= 0.98 and 0.92 <= balanced <= 0.98
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharpness", [1, 1 / 0.7, 2])
-def test_the_interval_of_ece_covers_the_truth(sharpness):
-    """Calibrated and overconfident predictions; plain percentiles would hold the truth in 0 to
-    91 %."""
-    rng, covered = np.random.default_rng(0), []
-
-    def draw(n):
-        q = rng.dirichlet(np.ones(4), n)
-        y = (rng.random(n)[:, None] > q.cumsum(1)).sum(1)
-        p = q**sharpness
-        return y, p / p.sum(1, keepdims=True)
-
-    y, p = draw(1_000_000)
-    off, tenth = p.max(1) - (p.argmax(1) == y), np.ceil(p.max(1) * 10)
-    truth = sum(abs(off[tenth == b].sum()) for b in range(11)) / 1_000_000
-    for _ in range(300):
-        y, p = draw(159)
-        values = metrics.scores(y, p, metrics.resample(y)[:2000])["ece"]
-        low, high = metrics.ece_interval(metrics.score(y, p)["ece"], values)
-        covered.append(low <= truth <= high)
-    print(f"coverage: ECE {np.mean(covered):.3f}, truth {truth:.3f}")
-    assert np.mean(covered) >= 0.92
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("agree", [0, 0.5, 0.8])
 def test_compare_false_alarms_and_power_over_thousands_of_data_sets(agree):
     """Models right in 45 %, B's answer A's for a share of the participants: equal ones get p < 0.05
@@ -813,7 +801,7 @@ def test_compare_false_alarms_and_power_over_thousands_of_data_sets(agree):
     false_alarms = np.mean([found(0) for _ in range(4000)])
     power = np.mean([found(0.1) for _ in range(1000)])
     print(f"agreement {agree}: false alarms {false_alarms:.4f}, power for 10 points {power:.3f}")
-    assert 0.03 <= false_alarms <= 0.07
+    assert 0.03 <= false_alarms <= 0.06
     assert power > {0: 0.38, 0.5: 0.68, 0.8: 0.98}[agree]
 
 
@@ -821,12 +809,13 @@ def test_compare_false_alarms_and_power_over_thousands_of_data_sets(agree):
 def test_alarms_without_effect_are_rare(monkeypatch):
     """A model that is as good at every site and answers each class as often as it is true: few
     alarms on sites and on shares."""
-    monkeypatch.setattr(metrics, "RESAMPLES", 2000)
+    for module in (resampling, groups):
+        monkeypatch.setattr(module, "RESAMPLES", 2000)
     rng, y, site, share = np.random.default_rng(0), REAL_TEST, 0, 0
     age = np.array(["40-54", "55-64", "65-74", "75-"])
     for _ in range(500):
-        groups = {"site": rng.integers(3, size=159), "age": age[rng.integers(4, size=159)]}
-        found = " ".join(metrics.evaluate(y, random_answers(y, 0.3, rng), groups=groups)["alarms"])
+        members = {"site": rng.integers(3, size=159), "age": age[rng.integers(4, size=159)]}
+        found = " ".join(metrics.evaluate(y, random_answers(y, 0.3, rng), groups=members)["alarms"])
         site, share = site + ("carries" in found), share + ("shares" in found)
     print(f"alarms without effect: groups {site / 500:.3f}, shares {share / 500:.3f}")
     assert site / 500 < 0.06 and share / 500 < 0.05
