@@ -263,8 +263,8 @@ def variance_of_sum(influence, y_true, ids):
 
 
 def of_mean(losses, y_true, ids=None):
-    """Interval of a mean loss, losses (n,) >= 0: bootstrap-t of its logarithm (Efron and Tibshirani
-    1993, section 12.5).
+    """Interval of a mean loss, losses (n,) >= 0: what bootstrap-t (Efron and Tibshirani 1993,
+    section 12.5) gives of the mean and of its logarithm, spanned.
 
     A few large losses make the mean: a data set that lacks them has a small mean and a small
     spread, which the percentiles of a bootstrap take at its word. None where all losses are 0.
@@ -291,9 +291,12 @@ def of_mean(losses, y_true, ids=None):
     known = (errors > 1e-3 * error) & (means > 0)  # a resample of equal losses says nothing
     if error <= 1e-9 * mean or not known.any():
         return [float(mean), float(mean)]
-    t = np.log(means[known] / mean) / (errors[known] / means[known])
-    low, high = np.percentile(t, LEVELS)
-    return [float(mean * np.exp(-high * error / mean)), float(mean * np.exp(-low * error / mean))]
+    means, errors = means[known], errors[known]
+    low, high = np.percentile((means - mean) / errors, LEVELS)
+    plain = [float(max(0.0, mean - high * error)), float(mean - low * error)]
+    low, high = np.percentile(np.log(means / mean) / (errors / means), LEVELS)
+    of_log = [float(mean * np.exp(-end * error / mean)) for end in (high, low)]
+    return spanned([plain, of_log])
 
 
 def of_ece(value, values):
