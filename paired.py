@@ -13,7 +13,7 @@ from scipy.stats import binom, binomtest
 
 import intervals
 import scores
-from resampling import participants, resample, weighted_sums
+from resampling import means_of_classes, participants
 
 # A test enumerates so many different sums, or else draws so many
 MOST_SUMS = 200_000
@@ -43,7 +43,8 @@ def compare_all(y_true, runs, ids=None):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         right[name] = p.argmax(axis=1) == labels
-    recalls = recalls_of(labels, right, ids)
+    means = means_of_classes(labels, np.stack(list(right.values()), axis=1), ids)
+    recalls = {name: means[:, m] for m, name in enumerate(right)}  # (1 + R, classes) each
     pairs = [
         compare_pair(labels, a, b, recalls, right, ids) for a, b in itertools.combinations(runs, 2)
     ]
@@ -58,26 +59,9 @@ def compare(y_true, probabilities_a, probabilities_b, ids=None):
     return compare_all(y_true, {"A": probabilities_a, "B": probabilities_b}, ids)[0]
 
 
-def recalls_of(y_true, right, ids):
-    """Recall of every class that is there, of the data and then of each resample -> {name: (1 + R,
-    classes)}. right {name: (n,)}: are the answers right?"""
-    is_true = (y_true[:, None] == np.unique(y_true)).astype(float)  # (n, classes)
-    weights, columns = resample(y_true, ids), [is_true]
-    columns += [is_true * r[:, None] for r in right.values()]
-    columns = np.hstack(columns)
-    sums = np.vstack([columns.sum(axis=0), weighted_sums(weights, columns)])
-    there, *hits = np.split(sums, len(right) + 1, axis=1)
-    return {name: scores.ratio(hit, there) for name, hit in zip(right, hits)}
-
-
 def compare_pair(y_true, a, b, recalls, right, ids):
     """One pair of `compare_all`, without what depends on the number of pairs."""
     gaps = recalls[a] - recalls[b]  # (1 + R, classes)
-    # a bootstrap of m has (m - 1) / m of the variance (Rao and Wu 1988)
-    people = np.array(
-        [len(np.unique(participants(y_true, ids)[1][y_true == k])) for k in np.unique(y_true)]
-    )
-    gaps[1:] = gaps[0] + (gaps[1:] - gaps[0]) * np.sqrt(people / np.maximum(people - 1, 1))
     only_a, only_b = int((right[a] > right[b]).sum()), int((right[b] > right[a]).sum())
     return {
         "a": a,

@@ -111,6 +111,27 @@ def weighted_sums(weights, columns):
     return sums
 
 
+def means_of_classes(y_true, values, ids=None):
+    """Mean of values (n, m) in every class that is there, of the data and then of each resample ->
+    (1 + R, m, classes).
+
+    A bootstrap of m participants has (m - 1) / m of the variance; the rest is made good by moving
+    the resamples away from the data (Rao and Wu 1988). NaN where a resample lacks a class.
+    """
+    classes, number = np.unique(y_true, return_inverse=True)
+    is_true = np.eye(len(classes))[number]  # (n, classes)
+    columns = [is_true, *(is_true * column[:, None] for column in np.transpose(values))]
+    columns = np.hstack(columns)  # (n, (1 + m) classes)
+    sums = np.vstack([columns.sum(axis=0), weighted_sums(resample(y_true, ids), columns)])
+    sums = sums.reshape(len(sums), -1, len(classes))
+    there, sums = sums[:, :1], sums[:, 1:]
+    means = np.divide(sums, there, out=np.full(sums.shape, np.nan), where=there > 0)
+    member = participants(y_true, ids)[1]
+    people = np.array([len(np.unique(member[number == k])) for k in range(len(classes))])
+    means[1:] = means[0] + (means[1:] - means[0]) * np.sqrt(people / np.maximum(people - 1, 1))
+    return means
+
+
 def balanced_accuracy(y_true, right, weights):
     """Of every resample -> (R,). right (n,): are the answers right? weights (R, n)."""
     is_true = (y_true[:, None] == np.unique(y_true)).astype(float)  # (n, classes that are there)
@@ -118,11 +139,3 @@ def balanced_accuracy(y_true, right, weights):
     hits, there = np.split(both, 2, axis=1)  # (R, classes) each
     recall = np.divide(hits, there, out=np.full(hits.shape, np.nan), where=there > 0)
     return np.nanmean(recall, axis=1)
-
-
-def spread_out(weights, y_true, ids=None):
-    """Weights of `resample` (R, n) -> (R, n), with the variance that a bootstrap of m lacks,
-    (m - 1) / m of it, made good in every stratum (Rao & Wu 1988)."""
-    of_people = strata(y_true, ids)
-    m = np.bincount(of_people)[of_people][participants(y_true, ids)[1]]
-    return 1 + (weights - 1.0) * np.sqrt(m / np.maximum(m - 1, 1))
