@@ -1,0 +1,74 @@
+"""How many participants would show a difference between two runs?
+
+    needed(y, p_a, p_b, people)      # numbers
+    sentences(...)                   # in words, for eval.py --compare A B --power
+
+From the answers that the two gave to the same participants, right or wrong.
+"""
+
+import math
+
+import numpy as np
+from scipy.stats import norm
+
+import metrics
+
+POWER, LEVEL = 0.8, 0.05  # two-sided
+
+
+def variance(y, gain, people=None):
+    """Variance of the mean over the classes of the mean of gain (n,) in each: exactly, where every
+    participant has one row; linearised (Taylor series), where rows of one go together."""
+    first, member = metrics.participants(y, people)
+    classes, of_class = np.unique(y, return_inverse=True)
+    means = np.bincount(of_class, gain) / np.bincount(of_class)
+    part = (gain - means[of_class]) / (len(classes) * np.bincount(of_class)[of_class])  # (n,)
+    of_person, strata = np.bincount(member, part), metrics.strata(y, people)  # (people,)
+    total = 0.0
+    for stratum in np.unique(strata):
+        values = of_person[strata == stratum]
+        m = len(values)  # the variance of a sum of m, unbiased; of a single one it is not known
+        total += m * values.var(ddof=1) if m > 1 else 0.0
+    return total
+
+
+def needed(y, p_a, p_b, people=None):
+    """-> dict: difference (balanced accuracy of a minus b), participants (scored now), needed
+    (to show this difference; None where it is zero), shown (the smallest difference that those of
+    now would show).
+
+    Both at a power of 80 % and a two-sided level of 5 %, by the normal approximation: a difference
+    of (z_0.975 + z_0.8) standard errors, whose square falls as the participants become more.
+    """
+    y = np.asarray(y)
+    right_a, right_b = (np.asarray(p).argmax(axis=1) == y for p in (p_a, p_b))
+    gain = right_a.astype(float) - right_b  # (n,)
+    difference = float(metrics.balanced_accuracy(y, gain, np.ones((1, len(y))))[0])
+    people_now = len(metrics.participants(y, people)[0])
+    error = math.sqrt(variance(y, gain, people))
+    errors = norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER)
+    # sums of recalls are equal only up to rounding
+    more = (errors * error / difference) ** 2 if abs(difference) > 1e-12 else None
+    return {
+        "difference": difference,
+        "participants": people_now,
+        "needed": None if more is None else max(2, math.ceil(people_now * more)),
+        "shown": float(errors * error),
+    }
+
+
+def sentences(a, b, found):
+    """What `needed` found of two runs' names, in words."""
+    now, shown = found["participants"], found["shown"]
+    if found["needed"] is None:
+        first = f"{a} and {b} have the same balanced accuracy: no number of participants shows it"
+    else:
+        first = (
+            f"the difference of {abs(found['difference']):.3f} between {a} and {b}, if it is the "
+            f"true one, is shown with {found['needed']} participants in {POWER:.0%} of cases"
+        )
+    return (
+        f"    power: {first}; {now} participants show one of {shown:.3f} so often. This takes a "
+        f"paired test at {LEVEL:.0%} two-sided, the same shares of classes, and answers that agree "
+        "as often as these"
+    )
