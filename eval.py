@@ -362,9 +362,7 @@ def command():
     what.add_argument("--ckpt", help="run folder, or a checkpoint file in it")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="two or more run folders")
     what.add_argument("--leaderboard", nargs="+", metavar="RUN", help="run folders, to be ranked")
-    parser.add_argument(
-        "--power", action="store_true", help="of --compare: the participants needed"
-    )
+    parser.add_argument("--power", action="store_true", help="of --compare: how many are needed")
     parser.add_argument("--split", choices=("val", "test", "train", "all"), default="test")
     parser.add_argument("--export", metavar="FILE", help="write the features of --ckpt, .npz")
     parser.add_argument(

@@ -30,9 +30,9 @@ def with_interval(result, value, interval):
     return number(value) + (f" ({span(interval)})" if interval else "")
 
 
-def alone(result):
+def covariates(result):
     """The covariates of a result in words."""
-    return f"{' and '.join(result['covariates']['columns'])} alone"
+    return " and ".join(result["covariates"]["columns"])
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -40,10 +40,9 @@ def alone(result):
 
 def tables(result):
     """All that the result has, in order."""
-    makers = {"floors": floor_table, "knows": knows_table, "prevalence": prevalence_table}
-    if "covariates" in result:
-        makers["covariates"] = makers.pop("floors")
-    return [make(result) for name, make in makers.items() if name in result]
+    shown = [floor_table(result)] if "floors" in result or "covariates" in result else []
+    makers = {"knows": knows_table, "prevalence": prevalence_table}
+    return shown + [make(result) for name, make in makers.items() if name in result]
 
 
 def floor_table(result):
@@ -52,7 +51,7 @@ def floor_table(result):
     header += ["this run is above by", "95 % interval", "p"]
     floors = {f"probe on {name}": floor for name, floor in result.get("floors", {}).items()}
     if "covariates" in result:
-        floors[alone(result)] = result["covariates"]
+        floors[f"{covariates(result)} alone"] = result["covariates"]
     rows = [
         [
             name,
@@ -60,7 +59,7 @@ def floor_table(result):
             span(clean(result, floor["ci95"]["balanced_accuracy"])),
             number(floor["difference"]),
             span(clean(result, floor["difference_ci95"])),
-            "-" if clean(result, True) is None else f"{floor['p_value']:.4f}",
+            "-" if result["split"] == "val" else f"{floor['p_value']:.4f}",
         ]
         for name, floor in floors.items()
     ]
@@ -123,9 +122,9 @@ def adds_line(result):
         return f"{found['difference']:.3f} ({span(found['ci95'])}), p = {found['p_value']:.4f}"
 
     return (
-        f"what the eye adds to {alone(result).removesuffix(' alone')}, in a model of both fitted on "
-        f"validation: log-loss (mean over the classes) lower by {gain('log_loss')}; balanced "
-        f"accuracy higher by {gain('balanced_accuracy')}"
+        f"what the eye adds to {covariates(result)}, in a model of both fitted on validation: "
+        f"log-loss (mean over the classes) lower by {gain('log_loss')}; balanced accuracy higher "
+        f"by {gain('balanced_accuracy')}"
     )
 
 
