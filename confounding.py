@@ -328,6 +328,12 @@ def score_covariates(opened, book, row_of, roles, predictions, split, notes):
     return found
 
 
+def in_words(names):
+    """["age", "site", "sex"] -> age, site and sex."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def alarms(result):
     """Sentences on what `examine` found of a result."""
     found = []
@@ -335,7 +341,7 @@ def alarms(result):
         floor = result["covariates"]
         if floor["p_value"] >= 0.05 or floor["difference"] <= 0:
             found.append(
-                f"not shown to be better than {' and '.join(floor['columns'])} alone: balanced "
+                f"not shown to be better than {in_words(floor['columns'])} alone: balanced "
                 f"accuracy {result['balanced_accuracy']:.3f} against "
                 f"{floor['balanced_accuracy']:.3f}, p = {floor['p_value']:.3f}"
             )

@@ -8,6 +8,8 @@ Validation chose head and epoch, so its own score is that of the best of many: a
 would say that it is not. `clean` leaves such intervals out.
 """
 
+from confounding import in_words
+
 CHOSEN = "Head and epoch were chosen on this split, as the best of many"
 
 
@@ -32,7 +34,7 @@ def with_interval(result, value, interval):
 
 def covariates(result):
     """The covariates of a result in words."""
-    return " and ".join(result["covariates"]["columns"])
+    return in_words(result["covariates"]["columns"])
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -130,10 +132,15 @@ def adds_line(result):
 
 def shift_line(result):
     shift = result["label_shift"]
+    each = zip(result["classes"], shift["estimated"], shift["ci95"], shift["true"])
+    estimates = [
+        f"{name} {share:.0%} ({low:.0%} to {high:.0%}; true: {true:.0%})"
+        for name, share, (low, high), true in each
+    ]
     return (
-        f"class shares of {result['split']} as the predictions tell them (EM, calibrated on "
-        f"validation with {percent(shift['validation'])}): {percent(shift['estimated'])}; "
-        f"true: {percent(shift['true'])}"
+        f"class shares of {result['split']} as the predictions alone tell them (by EM, from "
+        f"probabilities that are calibrated for validation's {percent(shift['validation'])}): "
+        f"{', '.join(estimates)}"
     )
 
 

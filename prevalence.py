@@ -13,6 +13,8 @@ import numpy as np
 import confounding
 import metrics
 
+RESAMPLES = 100  # of the estimated class shares, each of which fits a calibration
+
 
 def at_shares(y, p, shares):
     """Scores of the same answers and probabilities where classes had these shares (K,) -> dict.
@@ -42,7 +44,7 @@ def at_shares(y, p, shares):
     }
 
 
-def estimated(p, prior, steps=10_000):
+def estimated(p, prior, steps=1000):
     """The class shares (K,) of the rows of p (n, K), by the EM algorithm of Saerens, Latinne and
     Decaestecker (2002). prior (K,): the class shares for which p are the probabilities."""
     prior = np.asarray(prior, float)
@@ -51,30 +53,46 @@ def estimated(p, prior, steps=10_000):
         posterior = ratio * shares
         new = (posterior / posterior.sum(axis=1, keepdims=True)).mean(axis=0)
         moved, shares = np.abs(new - shares).max(), new
-        if moved < 1e-9:
+        if moved < 1e-6:
             break
     return shares
 
 
-def label_shift(validation, y, p):
-    """The class shares of y (n,) as p (n, K) tell them, beside the true ones -> dict, or None where
-    validation, a (y, p) too, lacks a class.
+def label_shift(validation, scored):
+    """The class shares of the scored rows as their p (n, K) tell them, with 95 % intervals, beside
+    the true ones -> dict, or None where validation lacks a class. Both: (y, p, participants).
 
     Which shares a head's probabilities are for depends on its class weights, its loss, its sampler
     and its early stopping: even ones with balanced weights, training's without. So they are first
     calibrated on validation by a temperature and a bias for each class; after that they are
-    probabilities for validation's shares, whatever the head was trained for.
+    probabilities for validation's shares, whatever the head was trained for. The intervals are of a
+    bootstrap of the participants of both.
     """
-    y_val, p_val = validation
-    prior = np.bincount(y_val, minlength=p.shape[1]) / len(y_val)
-    if not prior.all():
+    (y_val, p_val, of_val), (y, p, people) = validation, scored
+    shares_of = lambda labels: np.bincount(labels, minlength=p.shape[1]) / len(labels)
+    if not shares_of(y_val).all():
         return None
-    calibrated = confounding.pool([p], *confounding.fit_pool(y_val, [p_val]))
+
+    def estimate(rows_val, rows):
+        pool = confounding.fit_pool(y_val[rows_val], [p_val[rows_val]])
+        return estimated(confounding.pool([p[rows]], *pool), shares_of(y_val[rows_val]))
+
+    rng = np.random.default_rng(0)
+    draws = [[drawn_rows(rng, names) for names in (of_val, people)] for _ in range(RESAMPLES)]
+    resampled = [estimate(*rows) for rows in draws if shares_of(y_val[rows[0]]).all()]
     return {
-        "validation": prior.tolist(),
-        "estimated": estimated(calibrated, prior).tolist(),
-        "true": (np.bincount(y, minlength=p.shape[1]) / len(y)).tolist(),
+        "validation": shares_of(y_val).tolist(),
+        "estimated": estimate(slice(None), slice(None)).tolist(),
+        "ci95": metrics.interval(np.array(resampled)),
+        "true": shares_of(y).tolist(),
     }
+
+
+def drawn_rows(rng, people):
+    """The rows of as many participants, drawn with replacement."""
+    first, member = metrics.participants(np.zeros(len(people)), people)
+    rows_of = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
+    return np.concatenate([rows_of[i] for i in rng.integers(len(first), size=len(first))])
 
 
 def examine(opened, book, predictions, split):
@@ -99,6 +117,7 @@ def examine(opened, book, predictions, split):
     found = {"prevalence": {name: s for name, s in scores.items() if s is not None}}
     known = opened.saved.get("val_predictions")
     if known and split != "val":  # what is fitted on validation says nothing new of it
-        shift = label_shift((np.array(known["y_true"]), known["p"].numpy()), y, p)
+        of_val = np.array(known["y_true"]), known["p"].numpy(), known["participant_id"]
+        shift = label_shift(of_val, (y, p, predictions.participants))
         found |= {"label_shift": shift} if shift else {}
     return found, notes

@@ -86,7 +86,7 @@ def model_of(num_classes):
         notes=list[Text],
         **WHAT_ELSE,
         prevalence=dict[Text, shape("AtShares", at_shares(num_classes))],
-        label_shift=shape("LabelShift", dict.fromkeys(SHIFT, exactly(num_classes, Number))),
+        label_shift=shape("LabelShift", label_shift(num_classes)),
     )
 
 
@@ -95,6 +95,12 @@ def at_shares(num_classes):
     lists = dict.fromkeys(("shares", "precision_per_class"), exactly(num_classes, Number))
     numbers = dict.fromkeys(("accuracy", "macro_f1", "macro_precision", "log_loss"), Number)
     return lists | numbers | {"auroc_macro_ovr": Score}
+
+
+def label_shift(num_classes):
+    """{key: kind} of the estimated class shares."""
+    lists = dict.fromkeys(("validation", "estimated", "true"), exactly(num_classes, Number))
+    return lists | {"ci95": exactly(num_classes, exactly(2, Number))}
 
 
 BINS = list[shape("Bin", {"confidence": Number, "accuracy": Number, "count": Count})]
@@ -116,7 +122,6 @@ WHAT_ELSE = {
     "knows": dict[Text, shape("Knows", KNOWS)],
     "looks": shape("Looks", LOOKS),
 }
-SHIFT = "validation", "estimated", "true"
 SPREAD = shape("Spread", {"mean": Number, "sd": Number, "each": list[Number]})
 CALIBRATED = dict.fromkeys(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}
 OF_VOLUMES = shape("VolumeIntervals", dict.fromkeys(ALL_SCORES, Interval))
