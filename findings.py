@@ -138,8 +138,8 @@ def shift_line(result):
         for name, share, (low, high), true in each
     ]
     return (
-        f"class shares of {result['split']} as the predictions alone tell them (by EM, from "
-        f"probabilities that are calibrated for validation's {percent(shift['validation'])}): "
+        f"class shares of {result['split']} as the predictions alone tell them (Saerens et al. "
+        f"2002, from probabilities calibrated for validation's {percent(shift['validation'])}): "
         f"{', '.join(estimates)}"
     )
 

@@ -9,6 +9,8 @@ In shapes, n is the number of rows and K of classes.
 """
 
 import numpy as np
+from scipy.optimize import minimize
+from scipy.special import softmax
 
 import confounding
 import metrics
@@ -44,18 +46,21 @@ def at_shares(y, p, shares):
     }
 
 
-def estimated(p, prior, steps=1000):
-    """The class shares (K,) of the rows of p (n, K), by the EM algorithm of Saerens, Latinne and
-    Decaestecker (2002). prior (K,): the class shares for which p are the probabilities."""
-    prior = np.asarray(prior, float)
-    shares, ratio = prior, p / np.maximum(prior, 1e-12)  # proportional to the likelihoods
-    for _ in range(steps):
-        posterior = ratio * shares
-        new = (posterior / posterior.sum(axis=1, keepdims=True)).mean(axis=0)
-        moved, shares = np.abs(new - shares).max(), new
-        if moved < 1e-6:
-            break
-    return shares
+def estimated(p, prior, weights=None):
+    """The class shares (K,) under which rows with probabilities p (n, K) are likeliest: what the EM
+    algorithm of Saerens, Latinne and Decaestecker (2002) converges to, slowly. prior (K,): the
+    class shares for which p are the probabilities; weights (n,): how often a row counts."""
+    ratio = p / np.maximum(prior, 1e-12)  # (n, K), proportional to the likelihoods of the classes
+    weights = np.full(len(p), 1 / len(p)) if weights is None else weights / np.sum(weights)
+
+    def loss(logits):
+        shares = softmax(logits)
+        mixture = ratio @ shares  # (n,)
+        slope = -(weights / mixture) @ ratio  # (K,), of the shares
+        return -(weights @ np.log(mixture)), shares * (slope - shares @ slope)
+
+    start = np.log(np.maximum(prior, 1e-12))
+    return softmax(minimize(loss, start, jac=True, method="L-BFGS-B", tol=1e-10).x)
 
 
 def label_shift(validation, scored):
@@ -73,26 +78,27 @@ def label_shift(validation, scored):
     if not shares_of(y_val).all():
         return None
 
-    def estimate(rows_val, rows):
-        pool = confounding.fit_pool(y_val[rows_val], [p_val[rows_val]])
-        return estimated(confounding.pool([p[rows]], *pool), shares_of(y_val[rows_val]))
+    def calibrated(rows):
+        """p by the calibration of some of validation's rows, and the shares that it is for."""
+        pool = confounding.fit_pool(y_val[rows], [p_val[rows]])
+        return confounding.pool([p], *pool), shares_of(y_val[rows])
 
     rng = np.random.default_rng(0)
-    draws = [[drawn_rows(rng, names) for names in (of_val, people)] for _ in range(RESAMPLES)]
-    resampled = [estimate(*rows) for rows in draws if shares_of(y_val[rows[0]]).all()]
+    draws = [np.repeat(np.arange(len(y_val)), drawn(rng, of_val)) for _ in range(RESAMPLES)]
+    known = [calibrated(rows) for rows in draws if shares_of(y_val[rows]).all()]
+    resampled = [estimated(*pair, drawn(rng, people)) for pair in known]
     return {
         "validation": shares_of(y_val).tolist(),
-        "estimated": estimate(slice(None), slice(None)).tolist(),
+        "estimated": estimated(*calibrated(slice(None))).tolist(),
         "ci95": metrics.interval(np.array(resampled)),
         "true": shares_of(y).tolist(),
     }
 
 
-def drawn_rows(rng, people):
-    """The rows of as many participants, drawn with replacement."""
+def drawn(rng, people):
+    """How often each row is there (n,) when as many participants are drawn with replacement."""
     first, member = metrics.participants(np.zeros(len(people)), people)
-    rows_of = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
-    return np.concatenate([rows_of[i] for i in rng.integers(len(first), size=len(first))])
+    return np.bincount(rng.integers(len(first), size=len(first)), minlength=len(first))[member]
 
 
 def examine(opened, book, predictions, split):
