@@ -85,7 +85,7 @@ def power_of(a, b):
     ids, y = list(a.label_of), list(a.label_of.values())
     p_a, p_b = (np.array([run.p_of[i] for i in ids]) for run in (a, b))
     people = [a.participant_of[i] for i in ids]
-    return power.sentences(a.name, b.name, power.needed(y, p_a, p_b, people))
+    return power.sentence(a.name, b.name, power.needed(y, p_a, p_b, people))
 
 
 def compare(folders, split, with_power=False):

@@ -1,7 +1,7 @@
 """How many participants would show a difference between two runs?
 
     needed(y, p_a, p_b, people)      # numbers
-    sentences(...)                   # in words, for eval.py --compare A B --power
+    sentence(a, b, found)            # in words, for eval.py --compare A B --power
 
 From the answers that the two gave to the same participants, right or wrong.
 """
@@ -57,7 +57,7 @@ def needed(y, p_a, p_b, people=None):
     }
 
 
-def sentences(a, b, found):
+def sentence(a, b, found):
     """What `needed` found of two runs' names, in words."""
     now, shown = found["participants"], found["shown"]
     if found["needed"] is None:
@@ -65,10 +65,11 @@ def sentences(a, b, found):
     else:
         first = (
             f"the difference of {abs(found['difference']):.3f} between {a} and {b}, if it is the "
-            f"true one, is shown with {found['needed']} participants in {POWER:.0%} of cases"
+            f"true one, is shown with {found['needed']} participants in {100 * POWER:.0f} % of "
+            "cases"
         )
     return (
         f"    power: {first}; {now} participants show one of {shown:.3f} so often. This takes a "
-        f"paired test at {LEVEL:.0%} two-sided, the same shares of classes, and answers that agree "
-        "as often as these"
+        f"paired test at {100 * LEVEL:.0f} %, two-sided, the same shares of classes, and answers "
+        "that agree as often as these"
     )

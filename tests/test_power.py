@@ -56,7 +56,7 @@ def test_no_number_shows_a_difference_of_zero():
     y, p_a, _ = pair(np.random.default_rng(0), [40] * 4)
     found = power.needed(y, p_a, p_a)
     assert found["needed"] is None and found["difference"] == 0
-    assert "no number of participants shows it" in power.sentences("a", "b", found)
+    assert "no number of participants shows it" in power.sentence("a", "b", found)
 
 
 def test_the_command_says_how_many(tmp_path, command):
@@ -65,7 +65,7 @@ def test_the_command_says_how_many(tmp_path, command):
     runs = tmp_path / "a", tmp_path / "b"
     found = power.needed(LABELS_159, answers(0.6, 0), answers(0.4, 1))
     said = command("eval.py", "--compare", *runs, "--power").stdout
-    assert f"is shown with {found['needed']} participants in 80% of cases" in said
+    assert f"is shown with {found['needed']} participants in 80 % of cases" in said
     assert "the same shares of classes" in said
     assert "power" not in command("eval.py", "--compare", *runs).stdout
     assert "--power is of a comparison" in command("eval.py", "--ckpt", tmp_path, "--power").stderr
