@@ -1,10 +1,11 @@
 """How often was this test set looked at? The best of many runs is better on it than it is.
 
-    count(opened, result)     # "looks" of eval_test.json
+    count(opened, result, predictions)     # "looks" of eval_test.json
 
 eval.py never chooses anything by test. Whoever runs it for many runs, and takes the best, does.
 """
 
+import itertools
 import pathlib
 
 from scipy.integrate import quad
@@ -37,11 +38,11 @@ def count(opened, result, predictions):
     its folder, were scored on the same split with the same labels, this one included."""
     own = pathlib.Path(opened.path).absolute().parent
     runs, unreadable = 1, 0
-    # the second: of a run's last.pt
-    paths = (path for depth in ("*", "*/*") for path in own.parent.glob(f"{depth}/eval_test.json"))
-    for path in paths:
-        if path.parent == pathlib.Path(opened.folder).absolute():
-            continue  # an earlier score of this very checkpoint
+    # the second: of a run's last.pt. A set, for a link may name a run again
+    paths = (own.parent.glob(f"{depth}/eval_test.json") for depth in ("*", "*/*"))
+    paths = {path.resolve() for path in itertools.chain.from_iterable(paths)}
+    # without an earlier score of this very checkpoint
+    for path in paths - {pathlib.Path(opened.folder, "eval_test.json").resolve()}:
         try:
             other = results.read_result(path.parent, "test")
         except (ValueError, OSError):

@@ -27,7 +27,7 @@ def variance(y, gain, people=None):
     total = 0.0
     for stratum in np.unique(strata):
         values = of_person[strata == stratum]
-        m = len(values)  # the variance of a sum of m, unbiased; of a single one it is not known
+        m = len(values)  # the variance of a sum of m, unbiased; that of one is taken as none
         total += m * values.var(ddof=1) if m > 1 else 0.0
     return total
 
@@ -60,6 +60,8 @@ def needed(y, p_a, p_b, people=None):
 def sentence(a, b, found):
     """What `needed` found of two runs' names, in words."""
     now, shown = found["participants"], found["shown"]
+    if not shown:
+        return f"    power: {a} and {b} are right for the same participants, which tells nothing"
     if found["needed"] is None:
         first = f"{a} and {b} have the same balanced accuracy: no number of participants shows it"
     else:

@@ -22,8 +22,7 @@ import metrics
 def values_of(samples, row_of, train_ages):
     """{what: (a text of every sample, "" where it is not known; is it one of each volume?)}."""
     ages = [row_of[s.unit].age for s in samples]
-    known = any(confounding.number_in(age) is not None and age for age in train_ages)
-    quarters = confounding.quarters(ages, train_ages) if known else [""] * len(ages)
+    quarters = confounding.quarters(ages, train_ages)
     return {
         "site": ([s.site for s in samples], False),
         "quarter of age": (["" if q == "unknown" else q for q in quarters], False),

@@ -56,7 +56,14 @@ def test_no_number_shows_a_difference_of_zero():
     y, p_a, _ = pair(np.random.default_rng(0), [40] * 4)
     found = power.needed(y, p_a, p_a)
     assert found["needed"] is None and found["difference"] == 0
-    assert "no number of participants shows it" in power.sentence("a", "b", found)
+    assert "are right for the same participants" in power.sentence("a", "b", found)
+    # right for others, but for as many
+    p_a, p_b = (np.eye(4)[np.where(np.arange(160) % 2 == k, y, (y + 1) % 4)] for k in (0, 1))
+    found = power.needed(y, p_a, p_b)
+    assert found["needed"] is None and found["shown"] > 0.1
+    assert "no number of participants shows it; 160 participants show one of" in power.sentence(
+        "a", "b", found
+    )
 
 
 def test_the_command_says_how_many(tmp_path, command):
