@@ -340,10 +340,13 @@ def alarms(result):
     if "covariates" in result:
         floor = result["covariates"]
         if floor["p_value"] >= 0.05 or floor["difference"] <= 0:
+            added = floor.get("adds", {}).get("log_loss", {"difference": 0})
+            adds = added["difference"] > 0 and added["p_value"] < 0.05
             found.append(
                 f"not shown to be better than {in_words(floor['columns'])} alone: balanced "
                 f"accuracy {result['balanced_accuracy']:.3f} against "
                 f"{floor['balanced_accuracy']:.3f}, p = {floor['p_value']:.3f}"
+                + (f"; yet it adds to them, p = {added['p_value']:.4f}" if adds else "")
             )
     if "within" in result:
         groups, (low, high) = result["within"]["groups"], result["within"]["band"]

@@ -189,6 +189,17 @@ def test_noise_adds_nothing_and_the_eye_does():
     assert said["noise"] <= 4 and said["eye"] >= 17  # 4 or less in 98 %, were the rate 5 %
 
 
+@pytest.mark.parametrize(
+    "gain, p_value, yet", [(0.1, 0.01, True), (0.1, 0.2, False), (-0.1, 0.01, False)]
+)
+def test_the_alarm_says_where_the_eye_adds_to_what_is_as_good(gain, p_value, yet):
+    floor = {"columns": ["age"], "balanced_accuracy": 0.47, "difference": 0.03, "p_value": 0.3}
+    floor["adds"] = {"log_loss": {"difference": gain, "p_value": p_value}}
+    [alarm] = confounding.alarms({"balanced_accuracy": 0.5, "covariates": floor})
+    said = "not shown to be better than age alone: balanced accuracy 0.500 against 0.470, p = 0.300"
+    assert alarm == said + ("; yet it adds to them, p = 0.0100" if yet else "")
+
+
 def test_the_difference_in_log_loss_is_the_mean_over_the_classes():
     y, _, eye, known = some_people(0)
     gain = np.log(eye[np.arange(200), y]) - np.log(known[np.arange(200), y])
