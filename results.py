@@ -112,7 +112,12 @@ FLOOR["ci95"] = shape("FloorIntervals", {"balanced_accuracy": exactly(2, Number)
 DIFFERENCE = {"difference": Number, "ci95": exactly(2, Number), "p_value": Number}
 DIFFERENCE = shape("Difference", DIFFERENCE)
 ADDS = {"weight": Number, "log_loss": DIFFERENCE, "balanced_accuracy": DIFFERENCE}
-COVARIATES = {"columns": list[Text], "C": Number, **dict.fromkeys(ALL_SCORES, Score), **FLOOR}
+COVARIATES = {
+    "columns": Annotated[list[Text], Field(min_length=1)],
+    "C": Number,
+    **dict.fromkeys(ALL_SCORES, Score),
+    **FLOOR,
+}
 KNOWS = {"values": list[Text], "n": Count, "chance": Number, "ci95": exactly(2, Number)}
 KNOWS |= {"balanced_accuracy": Number}
 LOOKS = dict.fromkeys(("runs", "unreadable"), Count) | dict.fromkeys(("sd", "optimism"), Number)
