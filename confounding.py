@@ -122,10 +122,10 @@ def oddities(floor, table, others):
         else:
             odd, what = sorted(new - values), "are not in training, and say nothing"
             if len(values) > max(20, len(table) / 10):
-                first = next(v for v in sorted(values) if number_in(v) is None or not is_number)
+                text = next((value for value in sorted(values) if number_in(value) is None), None)
                 found.append(
-                    f"covariate {column} has {len(values)} different values, each a category, for "
-                    f"not all are numbers ({first[:40]})"
+                    f"covariate {column} has {len(values)} different values, each a category"
+                    + (f", for '{text[:40]}' is no number" if text else "")
                 )
         if odd:
             found.append(f"values of covariate {column} {what}: {files.first_few(odd)}")

@@ -1,8 +1,8 @@
 """Are the answers to "what could be known without the eye?" true? On drawn participants of whom all
 is known.
 
-    .venv/bin/python bench/truth_confounding.py alarms       # two minutes
-    .venv/bin/python bench/truth_confounding.py adds         # three minutes
+    .venv/bin/python bench/truth_confounding.py alarms       # five minutes on a quiet core
+    .venv/bin/python bench/truth_confounding.py adds         # ten minutes
     .venv/bin/python bench/truth_confounding.py shift        # two minutes
     .venv/bin/python bench/truth_confounding.py power        # two minutes
 
@@ -108,7 +108,7 @@ def learned(rng, drawn):
     return [probe.predict_proba(features(drawn[name][1])) for name in ("val", "test")]
 
 
-def adds(runs=400):
+def adds(runs=150):
     ways = {
         "noise": lambda rng, drawn: noise(rng, drawn["val"][0], drawn["test"][0], 1),
         "noise, the best of 1,000": lambda rng, drawn: noise(
@@ -145,7 +145,7 @@ def adds(runs=400):
     figure("a real effect of 0.9 SD: said to add to log_loss", np.mean(found), at_least=0.8)
 
 
-def shift(runs=200):
+def shift(runs=100):
     for effect, counts in (
         (1.3, (64, 48, 32, 15)),
         (1.3, (640, 480, 320, 150)),
@@ -170,7 +170,7 @@ def shift(runs=200):
         figure(f"{name}: intervals that hold the true share", np.mean(covered), at_least=0.9)
 
 
-def power_(runs=400, gaps=(0.08, 0.15)):
+def power_(runs=200, gaps=(0.08, 0.15)):
     for gap in gaps:
         for agree in (0.0, 0.6):
 
