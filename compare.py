@@ -12,7 +12,9 @@ import numpy as np
 import device
 import files
 import metrics
-from report import number, span, text_table, units
+import power
+from findings import CHOSEN, clean, number, span
+from report import text_table, units
 from results import open_results
 
 
@@ -78,8 +80,17 @@ def compare_pairs(runs):
     return metrics.compare_all(list(runs[0].label_of.values()), probabilities, people)
 
 
-def compare(folders, split):
+def power_of(a, b):
+    """How many participants would show the difference of two Results, in words."""
+    ids, y = list(a.label_of), list(a.label_of.values())
+    p_a, p_b = (np.array([run.p_of[i] for i in ids]) for run in (a, b))
+    people = [a.participant_of[i] for i in ids]
+    return power.sentence(a.name, b.name, power.needed(y, p_a, p_b, people))
+
+
+def compare(folders, split, with_power=False):
     """Is one run better than another? -> text: a table of the runs, and a sentence for every pair.
+    with_power: also how many participants would show each difference.
 
     ValueError when they were not scored on the same participants and labels.
     """
@@ -99,7 +110,7 @@ def compare(folders, split):
         [
             run.name,
             number(run.result["balanced_accuracy"]),
-            span(run.result["ci95"]["balanced_accuracy"]),
+            span(clean(run.result, run.result["ci95"]["balanced_accuracy"])),
             span(run.result["chance_band"]),
             str(len(run.result["alarms"])),
         ]
@@ -116,11 +127,19 @@ def compare(folders, split):
     places = list(dict.fromkeys(run.result["data"] for run in runs))
     if len(places) > 1:
         lines.append(f"note: these runs were scored on data of several places: {'; '.join(places)}")
+    if split == "val":
+        lines.append(
+            f"note: {CHOSEN}; so these differences, their intervals and p-values are of the best "
+            "of many, and say too much"
+        )
+    of_name = {run.name: run for run in runs}
     for pair in compare_pairs(runs):
         lines += [
             f"{pair['sentence']}.",
             f"    McNemar's test of accuracy: {pair['only_a_right']} right only by {pair['a']}, "
             f"{pair['only_b_right']} only by {pair['b']}, p = {pair['mcnemar_p']:.4f}",
         ]
+        if with_power:
+            lines.append(power_of(of_name[pair["a"]], of_name[pair["b"]]))
     lines += [f"ALARM: {run.name}: {alarm}" for run in runs for alarm in run.result["alarms"]]
     return "\n".join(lines)

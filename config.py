@@ -101,6 +101,20 @@ def check_classes(cfg):
             f"{name} is for classes that are in an order, and data.ordered=false says that these "
             "are not; set data.ordered=true, or do without"
         )
+    shares = cfg.eval.prevalence
+    if shares and len(shares) != number:
+        raise ValueError(
+            f"eval.prevalence={shares} has {len(shares)} numbers, and there are {number} classes "
+            "(data.classes); give one for each"
+        )
+    columns = cfg.data.columns
+    answers = {columns.label: "label", **dict.fromkeys(columns.participant, "participant")}
+    for column in cfg.eval.covariates or ():
+        if column in answers:
+            raise ValueError(
+                f"eval.covariates={cfg.eval.covariates} has '{column}', which is "
+                f"data.columns.{answers[column]}; leave it out"
+            )
     if cfg.data.split.val + cfg.data.split.test >= 1:
         raise ValueError(
             f"data.split.val={cfg.data.split.val} and data.split.test={cfg.data.split.test} leave "

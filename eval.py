@@ -3,6 +3,7 @@
     python eval.py --ckpt runs/cls_single_domain_01 --split test
     python eval.py --ckpt runs/cls_single_domain_01/last.pt --split val
     python eval.py --compare runs/cls_single_domain_01 runs/cls_multi_domain   # which is better?
+    python eval.py --compare runs/A runs/B --power    # how many participants would show it?
     python eval.py --leaderboard runs/*                                        # ranks all runs
     python eval.py --ckpt runs/cls_demo --split all --export features.npz      # for other programs
 
@@ -28,6 +29,7 @@ import numpy as np
 
 import compare
 import config
+import confounding
 import device
 import features
 import files
@@ -36,11 +38,14 @@ import heads
 import leaderboard
 import ledger
 import loader
+import looks
 import metrics
+import prevalence
 import references
 import report
 import results
 import runs
+import shortcuts
 
 
 def evaluate_run(ckpt, split, overrides=()):
@@ -87,6 +92,7 @@ def evaluate_run(ckpt, split, overrides=()):
         result["floors"] = score_floors(opened, book, found, encoder, dev, predictions)
     if of_other_seeds:
         result["seeds"] = score_seeds(saved["repeats"], [predictions, *of_other_seeds])
+    result |= what_else(opened, book, found, encoder, dev, predictions, result)
     result["alarms"] += alarms(opened, book, result, predictions, changed)
     result["unreadable"] = [
         {"participant_id": s.participant_id, "path": s.path, "reason": reason}
@@ -236,6 +242,24 @@ def score_floors(opened, book, found, encoder, dev, predictions):
     return floors
 
 
+def what_else(opened, book, found, encoder, dev, predictions, result):
+    """What a reader asks of the scores: how much is known without the eye, and from the features;
+    at other class shares; after how many looks -> parts of eval_SPLIT.json."""
+    split = result["split"]
+    parts = [
+        confounding.examine(opened, book, predictions, split),
+        prevalence.examine(opened, book, predictions, split),
+    ]
+    if opened.cfg.eval.probes:
+        parts.append(shortcuts.examine(opened, book, found, encoder, dev))
+    if split == "test":
+        parts.append(({"looks": looks.count(opened, result, predictions)}, []))
+    more = {"notes": [note for _, notes in parts for note in notes]}
+    for part, _ in parts:
+        more |= part
+    return more
+
+
 def score_seeds(repeats, predictions):
     """Mean and standard deviation of the scores over train.seeds, of the Predictions of each."""
     scores = [
@@ -267,6 +291,7 @@ def alarms(opened, book, result, predictions, changed):
                 f"{result['balanced_accuracy']:.3f} against {floor['balanced_accuracy']:.3f}, "
                 f"p = {floor['p_value']:.3f}"
             )
+    found += confounding.alarms(result)
     person_of = {row.unit: row.participant_id for row in book.rows}
     trained = {person_of.get(unit, unit) for unit in saved["train_participants"]}
     seen = sorted(trained & set(predictions.participants))
@@ -337,6 +362,7 @@ def command():
     what.add_argument("--ckpt", help="run folder, or a checkpoint file in it")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="two or more run folders")
     what.add_argument("--leaderboard", nargs="+", metavar="RUN", help="run folders, to be ranked")
+    parser.add_argument("--power", action="store_true", help="of --compare: how many are needed")
     parser.add_argument("--split", choices=("val", "test", "train", "all"), default="test")
     parser.add_argument("--export", metavar="FILE", help="write the features of --ckpt, .npz")
     parser.add_argument(
@@ -350,9 +376,11 @@ def command():
         raise ValueError(f"--split {args.split} is for --export; score val or test")
     if args.export and not args.ckpt:
         raise ValueError("--export writes the features of a run; name it with --ckpt")
+    if args.power and not args.compare:
+        raise ValueError("--power is of a comparison; name two runs with --compare")
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar in a file, too
     if args.compare:
-        print(compare.compare(args.compare, args.split))
+        print(compare.compare(args.compare, args.split, args.power))
     elif args.leaderboard:
         print(leaderboard.leaderboard(args.leaderboard, args.split))
     else:

@@ -177,6 +177,25 @@ options = described(
     "a mapping of names to numbers, texts, lists or null", dict, BeforeValidator(plain_values)
 )
 finite = Annotated[float, BeforeValidator(not_boolean), Field(allow_inf_nan=False)]
+covariates = optional(
+    described("a list of different columns, [] for none", list[text], BeforeValidator(listed))
+)
+
+
+def shares(values):
+    if abs(sum(values) - 1) > 1e-6:
+        raise ValueError
+    return values
+
+
+class_shares = optional(
+    described(
+        "a list of numbers >= 0 that add up to 1, one for each class",
+        list[number(0)],
+        AfterValidator(shares),
+        min_length=2,
+    )
+)
 thresholds = described(
     "a list of numbers that increase", list[finite], AfterValidator(increasing), min_length=1
 )
@@ -201,6 +220,7 @@ KEYS = {
     "data.columns.eye": optional(text),
     "data.columns.site": optional(text),
     "data.columns.age": optional(text),
+    "data.columns.sex": optional(text),
     "data.columns.has_oct": optional(text),
     "data.classes": classes,
     "data.thresholds": optional(thresholds),
@@ -268,10 +288,13 @@ KEYS = {
     "train.early_stopping.patience": integer(1),
     "train.early_stopping.min_delta": number(0),
     "eval.floors": boolean,
+    "eval.covariates": covariates,
+    "eval.probes": boolean,
+    "eval.prevalence": class_shares,
     "device.backend": one_of("auto", "xla", "cuda", "cpu"),
     "device.processes": integer(1, 1025),
     "demo.dir": optional(text),
-    "demo.effect": one_of("boosted", "literature"),
+    "demo.effect": one_of("boosted", "literature", "confounded"),
     "demo.participants": integer(1, 2901),
     "log.wandb": one_of("auto", "online", "offline", "disabled"),
     "log.wandb_project": text,

@@ -40,6 +40,7 @@ class Row:
     reason: str = ""
     notes: str = ""  # what is odd about its volumes, and cost it none
     unit: str = ""  # the participant_id, with the eye or the file where these are scored
+    covariates: dict = field(default_factory=dict, compare=False, repr=False)  # {column: text}
 
     def __post_init__(self):
         self.unit = self.unit or self.participant_id
@@ -85,6 +86,7 @@ def read(cfg, tables):
     has_rows = {row[key] for row in table.rows}  # before data.where leaves any out
     left_out = set_aside(cfg, tables, notes)
     people = read_people(cfg, tables, columns, left_out)
+    add_covariates(cfg, tables, columns, people, notes)
     volumes = read_volumes(cfg, tables, columns, people, left_out, notes)
     rows = read_units(cfg, tables, people, volumes, notes)
     if cfg.data.columns.split is None:
@@ -280,6 +282,42 @@ def keep_or_refuse(people, person, name, has_volumes):
         f"{who} has two rows that differ: {differing} is '{vars(earlier)[differing]}' and "
         f"'{vars(person)[differing]}'"
     )
+
+
+def covariate_columns(cfg):
+    """{column: role, or None} of eval.covariates; where that is null, of the age, site and sex that
+    data.columns names, but for one that is the label."""
+    roles = {getattr(cfg.data.columns, role): role for role in ("age", "site", "sex")}
+    if cfg.eval.covariates is not None:
+        return {column: roles.get(column) for column in cfg.eval.covariates}
+    return {c: role for c, role in roles.items() if c not in (None, cfg.data.columns.label)}
+
+
+def add_covariates(cfg, tables, columns, people, notes):
+    """Give every Row its covariates, from data.labels or else data.participants. Where the rows of
+    a participant differ, the first that has a value holds, and a note says so."""
+    key = columns["participant"][1]
+    for column in covariate_columns(cfg):
+        known = [tables[name] for name in ("labels", "participants") if name in tables]
+        table = next((table for table in known if column in table.header), None)
+        if table is None:
+            has = dict.fromkeys(name for table in known for name in table.header if name)
+            raise ValueError(
+                f"eval.covariates: no column '{column}' in {' or '.join(t.name for t in known)}; "
+                f"found {', '.join(has)}"
+            )
+        differing = {}
+        for row in table.rows:
+            person = people.get(row[key])
+            if person is None or row[column].casefold() in MISSING:
+                continue
+            if person.covariates.setdefault(column, row[column]) != row[column]:
+                differing[person.participant_id] = None
+        if differing:
+            notes.append(
+                f"eval.covariates: {len(differing)} participants have several values of {column}, "
+                f"and the first is used: {first_few(differing)}"
+            )
 
 
 def label_of(cfg, text, who, column):

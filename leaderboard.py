@@ -16,7 +16,8 @@ from scipy.stats import rankdata
 import files
 import intervals
 from compare import compare_pairs, names_of, once, printable, reason_not_comparable
-from report import draw_leaderboard, latex, number, png, render, span, units
+from findings import CHOSEN, clean, number, span
+from report import draw_leaderboard, latex, png, render, units
 from resampling import balanced_accuracy, resample
 from results import open_results
 
@@ -129,12 +130,14 @@ def section(task, split, floors, is_one_of_several):
     data = ", ".join(dict.fromkeys(printable(run.result["data"]) for run in task.runs))
     notes = [f"{n}: not compared, for it has {why}" for n, why in task.reasons.items() if why]
     notes += [f"{run.name}: ALARM: {alarm}" for run in task.runs for alarm in run.result["alarms"]]
+    chosen = f" {CHOSEN}: the scores are too good, and so are their differences."
     return {
         "title": task.title if is_one_of_several else "",
         "about": [
             verdict(best, split, p_holm, tied, len(task.pairs)),
             f"{data}. Tied: the difference from the best is not significant at 5 % (paired "
-            "bootstrap over the same participants, Holm-corrected over all pairs).",
+            "bootstrap over the same participants, Holm-corrected over all pairs)."
+            + (chosen if split == "val" else ""),
         ],
         "runs": task_table(task, p_holm, floors, "tied for best" if tied else "best"),
         "notes": [printable(note) for note in notes],
@@ -158,7 +161,7 @@ def task_table(task, p_holm, floors, first_place):
             [
                 run.name,
                 score(r),
-                span(r["ci95"]["balanced_accuracy"]),
+                span(clean(r, r["ci95"]["balanced_accuracy"])),
                 "not compared" if task.reasons[run.name] else place,
                 "-" if p is None else f"{p:.4f}",
                 f"{score(r['majority'])}, {score(r['random'])}",

@@ -12,6 +12,8 @@ that the data is synthetic and how large the effect of the class is:
               accuracy close to chance
   boosted     the same directions, several times larger, plus bright foci and dark cysts; for demo
               and tests only
+  confounded  none in the eye: the classes differ in how often a site scans them, and the sites in
+              brightness, so that the label is predicted from what is no disease; for tests only
 The same arguments give byte-identical files, whatever the number of processes.
 
 A volume is (frames, rows, columns). Rows run along the depth into the eye, so volume[f] is one
@@ -289,7 +291,8 @@ def add_spot(image, part, surface, z, first, last, middle, sigma, sigma_row, hei
 def detect(image, protocol, column_mm, z, rng):
     """Intensities -> grey levels: roll-off, noise, speckle, blur, log compression."""
     looks = protocol["looks"]
-    image = image * 10 ** (-protocol["rolloff"] / 10 * (z / z.size) ** 2) + 0.004
+    gain = protocol.get("gain", 1)
+    image = image * (gain * 10 ** (-protocol["rolloff"] / 10 * (z / z.size) ** 2)) + 0.004
     # speckle is exponential in intensity, and the mean of several looks is a gamma
     image *= rng.standard_gamma(looks, image.shape, dtype=np.float32) / looks
     blur = np.float32(0.25 * min(1, 0.02 / column_mm))  # the light spot is 20 um wide
@@ -352,9 +355,11 @@ def write_participant(person, root, seed, effect, scale):
     from pydicom import uid
 
     index, participant, rows = person["index"], person["participant_id"], []
+    gains = TABLES["confounded"]["gains"] if effect == "confounded" else {}
     for scan, (protocol, laterality) in enumerate(scans_of(index)):
         shape = tuple(max(4, round(n * s)) for n, s in zip(protocol["shape"], scale))
         eye = draw_eye(seed, index, laterality, person["age"], person["label"], effect)
+        protocol = protocol | {"gain": gains.get(person["clinical_site"], 1)}
         volume = synthesize(eye, protocol, shape, np.random.default_rng([seed, index, 3 + scan]))
         frames_mm, columns_mm = protocol["extent"]
         extent = frames_mm, protocol["axial"] * protocol["shape"][1] / 1000, columns_mm
@@ -390,10 +395,10 @@ def apportion(total, shares, least=1):
     return counts.tolist()
 
 
-def draw_participants(participants, seed):
+def draw_participants(participants, seed, effect="boosted"):
     """-> list of dicts sorted by id: a row of participants.tsv each, and besides label and index
-    (for the seeds)."""
-    rng = np.random.default_rng([seed])
+    (for the seeds). With the effect "confounded", the class decides how likely each site is."""
+    rng, rng_site = np.random.default_rng([seed]), np.random.default_rng([seed, 1])
     without_oct = max(1, round(0.006 * participants))
     with_oct = participants - without_oct
     if with_oct < len(SPLITS) * len(GROUPS) or participants > 2900:
@@ -411,6 +416,8 @@ def draw_participants(participants, seed):
     for i in rng.permutation(len(cells)):  # so that an id says nothing about split and class
         split, label, has_oct = cells[i]
         site, first_id = SITES[i % 3]  # in turn: each split and class has all three
+        if effect == "confounded":
+            site, first_id = SITES[rng_site.choice(3, p=TABLES["confounded"]["shares"][label])]
         age = int(np.clip(rng.normal(60, 11), 40, 85))
         visit = np.datetime64("2000-01-01") + rng.integers(365)
         number = first_id + sum(row["clinical_site"] == site for row in rows)
@@ -463,7 +470,7 @@ def write_dataset(
     at all.
 
     participants  rows of participants.tsv, some of them without OCT; 13 to 2900
-    effect        "boosted" or "literature" (see above)
+    effect        "boosted", "literature" or "confounded" (see above)
     scale         share of the real number of (frames, rows, columns); the covered mm stay the same
     processes     default: one per core; the files do not depend on it
     """
@@ -475,7 +482,7 @@ def write_dataset(
         raise ValueError(
             f"scale={scale} must be three numbers above 0 and up to 1, for (frames, rows, columns)"
         )
-    people = draw_participants(participants, seed)
+    people = draw_participants(participants, seed, effect)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(
             f"{root} exists and is not an empty folder: remove it or choose another one"

@@ -21,6 +21,7 @@ import numpy as np
 
 import files
 import metrics
+from findings import clean, covariates, number, sentences, span, tables, with_interval
 from labels import SPLITS
 from results import read_result
 
@@ -41,25 +42,19 @@ SCORE_NAMES = {
 # ------------------------------------------------------------------------------------------- tables
 
 
-def number(value):
-    return "-" if value is None else f"{value:.3f}"
-
-
-def span(interval):
-    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
 def score_table(result, names=SCORE_NAMES):
     """Each score with its interval and its floors."""
     header = ["", "score", "95 % interval", "majority class", "random answers", "chance band"]
+    header += [f"{covariates(result)} alone"] if "covariates" in result else []
     rows = [
         [
             SCORE_NAMES[name],
             number(result[name]),
-            span(result["ci95"][name]),
+            span(clean(result, result["ci95"][name])),
             number(result["majority"][name]),
             number(result["random"][name]),
             span(result["chance"][name]),
+            *([number(result["covariates"][name])] if "covariates" in result else []),
         ]
         for name in score_names(result, names)
     ]
@@ -69,24 +64,6 @@ def score_table(result, names=SCORE_NAMES):
 def score_names(result, names=SCORE_NAMES):
     """Those of the names that mean something: of classes without an order, none is further away."""
     return [name for name in names if result["ordered"] or name != "quadratic_kappa"]
-
-
-def floor_table(result):
-    """The probes that eval.floors asked for, against this run."""
-    header = ["the same probe on", "balanced accuracy", "95 % interval"]
-    header += ["this run is above by", "95 % interval", "p"]
-    rows = [
-        [
-            name,
-            number(floor["balanced_accuracy"]),
-            span(floor["ci95"]["balanced_accuracy"]),
-            number(floor["difference"]),
-            span(floor["difference_ci95"]),
-            f"{floor['p_value']:.4f}",
-        ]
-        for name, floor in result["floors"].items()
-    ]
-    return header, rows
 
 
 def class_table(result):
@@ -99,7 +76,7 @@ def class_table(result):
         result["ci95"]["f1_per_class"],
     )
     rows = [
-        [name, str(true), str(predicted), f"{number(f1)} ({span(interval)})"]
+        [name, str(true), str(predicted), with_interval(result, f1, interval)]
         for name, true, predicted, f1, interval in columns
     ]
     return ["class", units(result), "predicted", "F1"], rows
@@ -112,7 +89,7 @@ def group_table(result):
             f"{name} {group['group']}",
             f"{group['n']}{' (small)' if group['small'] else ''}",
             number(group["balanced_accuracy"]),
-            span(group["ci95"]),
+            span(clean(result, group["ci95"])),
             number(group["rest"]),
         ]
         for name, groups in result["subgroups"].items()
@@ -145,11 +122,16 @@ def text_table(header, rows):
 
 def sentence(result):
     """The result in one sentence, with what data and which checkpoint it is of."""
-    interval, chance = span(result["ci95"]["balanced_accuracy"]), span(result["chance_band"])
+    interval = clean(result, result["ci95"]["balanced_accuracy"])
+    how = f"95 % interval {span(interval)}" if interval else "chosen on this split: no interval"
+    chance = f"chance band {span(result['chance_band'])}"
+    if "within" in result:
+        within = result["within"]
+        chance += f", within {within['groups']} {span(within['band'])}"
     return (
         f"{result['run']} on {result['split']}: "
         f"balanced accuracy {result['balanced_accuracy']:.3f} "
-        f"(95 % interval {interval}; chance band {chance}), "
+        f"({how}; {chance}), "
         f"{counted(result)}, "
         f"checkpoint of epoch {result['epoch']}, {result['data']}."
     )
@@ -166,15 +148,15 @@ def seeds_line(result):
 
 
 def print_result(result):
-    tables = [score_table(result, metrics.SCORES)]
-    if "floors" in result:
-        tables.append(floor_table(result))
-    tables += [class_table(result)] + ([group_table(result)] if result["subgroups"] else [])
+    shown = [score_table(result, metrics.SCORES), *tables(result), class_table(result)]
+    shown += [group_table(result)] if result["subgroups"] else []
     print(f"\n{sentence(result)}\n")
-    for table in tables:
+    for table in shown:
         print(text_table(*table), end="\n\n")
     if "seeds" in result:
         print(seeds_line(result))
+    for line in sentences(result):
+        print(line)
     for volume in result["unreadable"]:
         print(f"unreadable: participant {volume['participant_id']}: {volume['reason']}")
     print("\n".join(f"ALARM: {alarm}" for alarm in result["alarms"]) or "no alarms")
@@ -306,7 +288,8 @@ def draw_leaderboard(results):
     for n, r in enumerate(results.values()):
         low, high = r["chance_band"]
         axis.barh(n, high - low, left=low, color="0.88")
-        axis.plot(r["ci95"]["balanced_accuracy"], [n, n], color="C0", linewidth=2)
+        if clean(r, r["ci95"]["balanced_accuracy"]):
+            axis.plot(r["ci95"]["balanced_accuracy"], [n, n], color="C0", linewidth=2)
         axis.plot(r["balanced_accuracy"], n, "o", color="C0")
     axis.set(xlabel="balanced accuracy", xlim=(0, 1))
     axis.set_yticks(range(len(results)), list(results))

@@ -86,7 +86,24 @@ def model_of(num_classes):
         seeds=shape("Seeds", {"seeds": list[Count], "balanced_accuracy": SPREAD}),
         temperature=Number,
         calibrated=shape("Calibrated", CALIBRATED),
+        notes=list[Text],
+        **WHAT_ELSE,
+        prevalence=dict[Text, shape("AtShares", at_shares(num_classes))],
+        label_shift=shape("LabelShift", label_shift(num_classes)),
     )
+
+
+def at_shares(num_classes):
+    """{key: kind} of the scores at some class shares."""
+    lists = dict.fromkeys(("shares", "precision_per_class"), exactly(num_classes, Number))
+    numbers = dict.fromkeys(("accuracy", "macro_f1", "macro_precision", "log_loss"), Number)
+    return lists | numbers | {"auroc_macro_ovr": Score}
+
+
+def label_shift(num_classes):
+    """{key: kind} of the estimated class shares."""
+    lists = dict.fromkeys(("validation", "estimated", "true"), exactly(num_classes, Number))
+    return lists | {"ci95": exactly(num_classes, exactly(2, Number))}
 
 
 BINS = list[shape("Bin", {"confidence": Number, "accuracy": Number, "count": Count})]
@@ -96,6 +113,24 @@ FLOOR = {"balanced_accuracy": Number, "difference": Number, "p_value": Number}
 FLOOR |= {"difference_ci95": exactly(2, Number)}
 FLOOR["ci95"] = shape("FloorIntervals", {"balanced_accuracy": exactly(2, Number)})
 SHARES = "asked", "stated", "p_value"
+DIFFERENCE = {"difference": Number, "ci95": exactly(2, Number), "p_value": Number}
+DIFFERENCE = shape("Difference", DIFFERENCE)
+ADDS = {"weight": Number, "log_loss": DIFFERENCE, "balanced_accuracy": DIFFERENCE}
+COVARIATES = {
+    "columns": Annotated[list[Text], Field(min_length=1)],
+    "C": Number,
+    **dict.fromkeys(ALL_SCORES, Score),
+    **FLOOR,
+}
+KNOWS = {"values": list[Text], "n": Count, "chance": Number, "ci95": exactly(2, Number)}
+KNOWS |= {"balanced_accuracy": Number}
+LOOKS = dict.fromkeys(("runs", "unreadable"), Count) | dict.fromkeys(("sd", "optimism"), Number)
+WHAT_ELSE = {
+    "within": shape("Within", {"groups": Text, "band": exactly(2, Number)}),
+    "covariates": shape("Covariates", COVARIATES, adds=shape("Adds", ADDS)),
+    "knows": dict[Text, shape("Knows", KNOWS)],
+    "looks": shape("Looks", LOOKS),
+}
 SPREAD = shape("Spread", {"mean": Number, "sd": Number, "each": list[Number]})
 CALIBRATED = dict.fromkeys(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}
 OF_VOLUMES = shape("VolumeIntervals", dict.fromkeys(ALL_SCORES, Interval))

@@ -51,6 +51,7 @@ KINDS |= dict.fromkeys(("encoder_sha256", "labels_sha256", "manifest_sha256"), s
 # the beginnings of keys that do not change what a run computes: they may differ when it is resumed
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
 HARMLESS += ("train.save_every", "train.micro_batch", "train.activation_checkpointing")
+HARMLESS += ("eval.covariates", "eval.probes", "eval.prevalence")  # read when a run is scored
 HARMLESS += ("data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline")
 # the content of tables is known by its hash
 HARMLESS += ("data.max_missing", "data.labels", "data.participants", "data.manifest")
@@ -58,6 +59,7 @@ HARMLESS += ("data.max_missing", "data.labels", "data.participants", "data.manif
 CHANGEABLE = ("paths.*", "device.*", "data.max_missing", "data.num_workers", "data.prefetch")
 CHANGEABLE += ("data.cache_gb", "data.fetch_deadline")
 CHANGEABLE += ("data.labels", "data.participants", "data.manifest")
+CHANGEABLE += ("eval.covariates", "eval.probes", "eval.prevalence")
 
 
 def check_folder(cfg):

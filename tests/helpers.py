@@ -31,6 +31,7 @@ from pydicom.uid import (
     JPEGLossless,
     JPEGLosslessSV1,
 )
+from scipy.special import softmax
 from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
@@ -457,3 +458,28 @@ def write_results(folder, p, y=LABELS_159, ids=None, **changes):
     write_bytes(f"{folder}/predictions_test.csv", table)
     write_bytes(f"{folder}/eval_test.json", json.dumps(results.sealed(result)).encode())
     return folder
+
+
+# ------------------------------------------------------------------------- site, age and the eye
+
+SITES = ("UW", "UCSD", "UAB")
+# of each class, how likely a site is, and the mean age, where site and age tell of the label
+SITES_OF_CLASS = np.array([[0.7, 0.2, 0.1], [0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.1, 0.2, 0.7]])
+AGE_OF_CLASS = 54 + 4 * np.arange(4)
+COUNTS = {"train": (290, 162, 233, 58), "val": (39, 40, 47, 33), "test": (40, 40, 41, 38)}
+
+
+def draw_people(rng, counts, effect=0.0, confounded=False):
+    """Participants with so many of each class -> y (n,), table (a dict of texts each), what a
+    perfect reader of the eye says (n, 4), and what one of site and age says (n, 4), both for even
+    classes. effect: distance of neighbouring classes in the eye, in SD. confounded: do site and age
+    differ between the classes?"""
+    y = rng.permutation(np.repeat(range(4), counts))
+    shares = SITES_OF_CLASS if confounded else np.full((4, 3), 1 / 3)
+    means = AGE_OF_CLASS if confounded else np.full(4, 60.0)
+    site = (rng.random(len(y))[:, None] > shares.cumsum(axis=1)[y]).sum(axis=1)
+    age = rng.normal(means[y], 11)
+    seen = rng.normal(effect * y, 1)[:, None] - effect * np.arange(4)  # (n, 4)
+    logits = np.log(shares[:, site]).T - ((age[:, None] - means) / 11) ** 2 / 2
+    table = [{"site": SITES[s], "age": f"{a:.1f}"} for s, a in zip(site, age)]
+    return y, table, softmax(-(seen**2) / 2, axis=1), softmax(logits, axis=1)

@@ -1,0 +1,54 @@
+"""How often was this test set looked at? The best of many runs is better on it than it is.
+
+    count(opened, result, predictions)     # "looks" of eval_test.json
+
+eval.py never chooses anything by test. Whoever runs it for many runs, and takes the best, does.
+"""
+
+import itertools
+import pathlib
+
+import numpy as np
+from scipy.integrate import quad
+from scipy.stats import norm
+
+import results
+from resampling import means_of_classes
+
+SAME = ("task", "unit", "labels_sha256", "classes")  # what makes it the same question
+
+
+def expected_maximum(count):
+    """The mean of the largest of so many independent standard normals."""
+    density = lambda x: x * count * norm.pdf(x) * norm.cdf(x) ** (count - 1)
+    return quad(density, -10, 10, limit=200)[0] if count > 1 else 0.0
+
+
+def optimism(predictions, count):
+    """How far the best of so many equally good models is above what it is worth, in balanced
+    accuracy: the bootstrap's SD times `expected_maximum`. An upper bound, for it takes the models'
+    errors to be independent, and they see the same participants: -> SD, optimism."""
+    y, people = predictions.y_true, predictions.participants
+    right = predictions.p.argmax(axis=1) == y
+    sd = np.nanmean(means_of_classes(y, right[:, None], people)[1:, 0], axis=1).std()
+    return float(sd), float(sd * expected_maximum(count))
+
+
+def count(opened, result, predictions):
+    """-> {"runs", "unreadable", "sd", "optimism"}: how many runs beside this one, in the folder of
+    its folder, were scored on the same split with the same labels, this one included."""
+    own = pathlib.Path(opened.path).absolute().parent
+    runs, unreadable = 1, 0
+    # the second: of a run's last.pt. A set, for a link may name a run again
+    paths = (own.parent.glob(f"{depth}/eval_test.json") for depth in ("*", "*/*"))
+    paths = {path.resolve() for path in itertools.chain.from_iterable(paths)}
+    # without an earlier score of this very checkpoint
+    for path in paths - {pathlib.Path(opened.folder, "eval_test.json").resolve()}:
+        try:
+            other = results.read_result(path.parent, "test")
+        except (ValueError, OSError):
+            unreadable += 1
+            continue
+        runs += all(other[name] == result[name] for name in SAME)
+    sd, above = optimism(predictions, runs)
+    return {"runs": runs, "unreadable": unreadable, "sd": sd, "optimism": above}
