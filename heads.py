@@ -1,6 +1,7 @@
 """Heads on an encoder's features: a bank of G heads that train together, and what they predict.
 
     bank = start(cfg, seed, train, 4)           # Heads as training begins: a closed-form solution
+    state = refit(cfg, seed, settings, train, val, 4)    # that solution, also on validation
     logits = bank(features)                     # (B, C), or tokens (B, T, C) -> (G, B, 4)
     optimizer = Optimizer(cfg, bank, encoder)   # AdamW with G learning rates and weight decays
     p = predict(bank, x)                        # (G, volumes, 4)
@@ -36,7 +37,7 @@ class Heads(nn.Module):
 
     def __init__(self, dim, num_classes, settings=({},), hidden=0, dropout=0.0, attentive=False):
         super().__init__()
-        self.settings, self.dropout = list(settings), dropout
+        self.settings, self.dropout, self.left_out = list(settings), dropout, {}
         num_heads = len(self.settings)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
@@ -157,16 +158,16 @@ def statistics(rows):
     return rows.mean(dim=0), (rows.var(dim=0, unbiased=False) + 1e-6).sqrt()
 
 
-def start(cfg, seed, train, num_classes):
+def start(cfg, seed, train, num_classes, settings=None):
     """The bank as training begins, from training's Features: standardisation, and the last layer in
-    closed form.
+    closed form. settings: of every head; None: `settings_of` the config.
 
     bank.class_weights (G, num_classes) and bank.drawn_log_prior (num_classes,), what the losses
-    need, are not saved.
+    need, are not saved. Neither is bank.left_out {is_ordinal: logits}, for `left_out`.
     """
     # here, for loading volumes draws random numbers, and a full cache would not
     torch.manual_seed(seed)
-    bank = new_heads(cfg, num_classes, settings_of(cfg))
+    bank = new_heads(cfg, num_classes, settings or settings_of(cfg))
     # (volumes, views, C) or (volumes, views, T, C) -> (rows, C)
     bank.mean, bank.std = statistics(train.views.flatten(0, -2))
     of_units = list(train.units.values())
@@ -182,8 +183,9 @@ def start(cfg, seed, train, num_classes):
         # before any head is written: an MLP starts from the random weights of the first
         kinds = {h["ordinal"] for h in bank.settings}
         solutions = {is_ordinal: last_layer(bank, train, is_ordinal) for is_ordinal in kinds}
+        bank.left_out = {kind: logits for kind, (_, _, logits) in solutions.items()}
         for g, h in enumerate(bank.settings):
-            bank.weight[g], bias = solutions[h["ordinal"]]
+            bank.weight[g], bias, _ = solutions[h["ordinal"]]
             bank.bias[g] = bias + best_constant(bank.drawn_log_prior, weights[g], h["loss"])
             if h["loss"] == "logit_adjustment":
                 bank.log_prior[g] = bank.drawn_log_prior
@@ -196,15 +198,29 @@ def new_heads(cfg, num_classes, settings=({},)):
     return Heads(width, num_classes, settings, head.hidden, head.dropout, attentive)
 
 
+def left_out(bank, g, samples):
+    """The Predictions of training's units by head g as it starts, each by the head without its
+    participant; None where it starts from no solution in closed form."""
+    h = bank.settings[g]
+    logits = bank.left_out.get(h.get("ordinal"))
+    if logits is None:
+        return None
+    parts = bank.drawn_log_prior, bank.class_weights[g], bank.log_prior[g]
+    drawn_log_prior, class_weights, log_prior = (part.cpu() for part in parts)
+    constant = best_constant(drawn_log_prior, class_weights, h["loss"]) - log_prior
+    p = (logits + constant).double().softmax(dim=1)  # (volumes, num_classes)
+    return by_unit(samples, p.numpy())
+
+
 def last_layer(bank, train, is_ordinal):
-    """Weight (num_classes, C) and bias (num_classes,) that the last layer starts from:
-    `discriminant` of what it sees.
+    """Weight (num_classes, C) and bias (num_classes,) that the last layer starts from, and the
+    left-out logits of the volumes (volumes, num_classes): `discriminant` of what it sees.
 
     An MLP's stay random: on its small random hidden units, the solution would need huge weights.
     """
     if bank.hidden_weight is not None:
         weight, bias = bank.weight[0].clone(), bank.bias[0].clone()  # the caller writes to these
-        return (ordinal(weight) if is_ordinal else weight), bias
+        return (ordinal(weight) if is_ordinal else weight), bias, None
     views, num_classes = train.views.shape[1], bank.weight.shape[1]
     x = (train.views.flatten(0, 1) - bank.mean) / bank.std  # (volumes * views, C) or (..., T, C)
     if bank.query is not None:
@@ -213,7 +229,14 @@ def last_layer(bank, train, is_ordinal):
     number_of = {participant: n for n, participant in enumerate(dict.fromkeys(people))}
     participants = torch.tensor([number_of[participant] for participant in people])
     labels, participants = (v.repeat_interleave(views) for v in (train.labels, participants))
-    return discriminant(x, labels, participants, num_classes, is_ordinal)
+    weight, bias, logits = discriminant(x, labels, participants, num_classes, is_ordinal)
+    return weight, bias, logits[::views]  # of the volumes as they are
+
+
+def refit(cfg, seed, settings, train, val, num_classes):
+    """State of a head of these settings in closed form, on the Features of train and val, as `one`
+    has it."""
+    return start(cfg, seed, train.with_others(val), num_classes, [settings]).one(0)
 
 
 def best_constant(log_prior, class_weights, loss):
@@ -231,47 +254,91 @@ def best_constant(log_prior, class_weights, loss):
 
 def discriminant(x, labels, participants, num_classes, is_ordinal):
     """Penalised discriminant analysis (Hastie, Buja and Tibshirani 1995) -> weight (num_classes,
-    C), bias (num_classes,).
+    C), bias (num_classes,), and logits (n, num_classes) of the rows by the head without their
+    participant.
 
-    For equal priors. Ridge regression of the class (is_ordinal: of its rank) on x (n, C), with the
-    penalty that predicts best when a participant, with all volumes, is left out; then Gaussian
-    classes of one covariance on these left-out predictions. participants (n,): integers from 0 on.
+    For equal priors. Ridge regression of the class (is_ordinal: of its rank) on x (n, C); then
+    Gaussian classes of one covariance on its left-out scores, but for those that foretell nothing
+    (`foretold`). participants (n,): integers from 0 on, none of which is missing.
     """
     x, y = x.double(), F.one_hot(labels, num_classes).double()  # (n, C), (n, num_classes)
-    target = labels[:, None].double() if is_ordinal else y[:, 1:]  # (n, d)
-    centre, target = x.mean(dim=0), target - target.mean(dim=0)
-    values, axes = torch.linalg.eigh((x - centre).T @ (x - centre))  # principal axes (C, C)
-    x = (x - centre) @ axes
+    ranks = torch.arange(num_classes, dtype=torch.float64)[:, None]
+    targets = ranks if is_ordinal else torch.eye(num_classes, dtype=torch.float64)[:, 1:]
+    centre = x.mean(dim=0)
+    coefficients, scores = ridge(x - centre, targets[labels], participants)  # (C, d), (n, d)
+    means = y.T @ scores / y.sum(dim=0).clamp(min=1)[:, None]  # (num_classes, d)
+    kept = foretold(means, targets)  # (d, r)
+    # (C, r), (n, r), (num_classes, r)
+    coefficients, scores, means = coefficients @ kept, scores @ kept, means @ kept
+    # few volumes say little of how well the classes separate: shrink towards the scatter of all
+    within, prior = scores - means[labels], num_classes + 1
+    covariance = (within.T @ within + prior * scores.T @ scores / len(x)) / (len(x) + prior)
+    slopes = torch.linalg.lstsq(covariance, means.T).solution.T  # (num_classes, r)
+    bias = -(slopes * means).sum(dim=1) / 2
+    if is_ordinal:  # equal slopes; the borders between neighbours stay in the middle
+        slopes = ordinal(slopes)
+        steps = slopes.diff(dim=0) * (means[1:] + means[:-1]) / 2  # (num_classes - 1, r)
+        bias = -F.pad(steps.cumsum(dim=0).sum(dim=1), (1, 0))
+    weight = slopes @ coefficients.T  # (num_classes, C)
+    left_out = scores @ slopes.T + bias  # (n, num_classes)
+    return weight.float(), (bias - weight @ centre).float(), left_out.float()
+
+
+def ridge(x, target, participants):
+    """Ridge regression of target (n, d) on centred x (n, C), with the penalty that predicts best
+    when a participant, with all volumes, is left out -> coefficients (C, d), scores (n, d).
+
+    scores: of every row by the regression without its participant, above the mean target of the
+    others. That mean lies below where the participant's own target lies above: of many features
+    that tell little, the scores would say nothing else.
+    """
+    target = target - target.mean(dim=0)
+    values, axes = torch.linalg.eigh(x.T @ x)  # principal axes (C, C)
+    x = x @ axes
     rows = torch.argsort(participants, stable=True).split(participants.bincount().tolist())
+    if len(rows) == 1:  # nobody is left to foretell a participant by
+        return torch.zeros(x.shape[1], target.shape[1], dtype=x.dtype), torch.zeros_like(target)
     # (participants, volumes), padded with -1
     rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    own = x[rows] * (rows >= 0)[..., None]  # (participants, volumes, C)
-    identity = torch.eye(rows.shape[1], dtype=torch.float64)
+    is_row = (rows >= 0)[..., None].double()  # (participants, volumes, 1)
+    own, own_target = x[rows] * is_row, target[rows] * is_row  # (participants, volumes, C or d)
+    # of the intercept, which is fitted without the participant too
+    identity = torch.eye(rows.shape[1], dtype=torch.float64) - is_row @ is_row.mT / len(x)
+    # targets add up to zero, so those of the others to what is missing: (participants, 1, d)
+    others = (len(x) - is_row.sum(dim=1, keepdim=True)).clamp(min=1)
+    mean_of_others = -own_target.sum(dim=1, keepdim=True) / others
     best = None
     for penalty in values.mean().clamp(min=1e-12) * torch.logspace(-4, 4, 17, dtype=torch.float64):
         shrunk = 1 / (values + penalty)
         coefficients = shrunk[:, None] * (x.T @ target)  # (C, d)
-        residual = (target - x @ coefficients)[rows] * (rows >= 0)[..., None]
+        residual = (target - x @ coefficients)[rows] * is_row
         # (participants, volumes, d): exact, without a refit
         left_out = torch.linalg.solve(identity - own * shrunk @ own.mT, residual)
         error = left_out.square().sum()
         if best is None or error < best[0]:
-            scores = target.clone()
-            scores[rows[rows >= 0]] -= left_out[rows >= 0]
-            best = error, coefficients, scores
-    _, coefficients, scores = best  # scores (n, d)
-    means = y.T @ scores / y.sum(dim=0).clamp(min=1)[:, None]  # (num_classes, d)
-    # few volumes say little of how well the classes separate: shrink towards the scatter of all
-    within, prior = scores - means[labels], num_classes + 1
-    covariance = (within.T @ within + prior * scores.T @ scores / len(x)) / (len(x) + prior)
-    slopes = torch.linalg.lstsq(covariance, means.T).solution.T  # (num_classes, d)
-    bias = -(slopes * means).sum(dim=1) / 2
-    if is_ordinal:  # equal slopes; the borders between neighbours stay in the middle
-        slopes = ordinal(slopes)
-        steps = slopes.diff(dim=0) * (means[1:] + means[:-1]) / 2  # (num_classes - 1, 1)
-        bias = -F.pad(steps.cumsum(dim=0)[:, 0], (1, 0))
-    weight = slopes @ coefficients.T @ axes.T  # (num_classes, C)
-    return weight.float(), (bias - weight @ centre).float()
+            best = error, coefficients, left_out
+    _, coefficients, left_out = best
+    scores = torch.zeros_like(target)
+    scores[rows[rows >= 0]] = (own_target - left_out - mean_of_others)[rows >= 0]
+    return axes @ coefficients, scores
+
+
+def foretold(means, targets):
+    """The contrasts of the targets (num_classes, d) that their left-out scores foretell -> (d, r).
+    means (num_classes, d): of the left-out scores of every class.
+
+    The scores of a contrast are the same contrast of the scores, so every contrast has a slope: of
+    its left-out scores on itself, with classes of equal weight. This finds uncorrelated contrasts,
+    from the least to the largest slope. Where that is not above zero, the features say nothing of
+    the contrast, and what is fitted to its left-out scores would reverse what the head has learned:
+    it is left out. Without any contrast, the answer is constant.
+    """
+    targets = targets - targets.mean(dim=0)
+    basis = torch.linalg.inv(torch.linalg.cholesky(targets.T @ targets)).T  # targets @ basis: 1
+    relation = basis.T @ targets.T @ means @ basis  # (d, d)
+    slopes, turn = torch.linalg.eigh((relation + relation.T) / 2)
+    kept = slopes > 1e-9
+    return torch.eye(len(kept), dtype=means.dtype) if kept.all() else (basis @ turn)[:, kept]
 
 
 # ------------------------------------------------------------------------------------ optimizer
@@ -345,10 +412,6 @@ class Optimizer:
 def per_head(values, parameter):
     """values (G,) -> (G, 1, ...), to be multiplied with a parameter (G, ...) on its device."""
     return values.to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))
-
-
-# ------------------------------------------------------------------------------------- references,
-# without training
 
 
 # ---------------------------------------------------------------------------------- predictions

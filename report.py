@@ -89,6 +89,45 @@ def floor_table(result):
     return header, rows
 
 
+def curve_table(result):
+    """The score over the number of participants (train.fractions), and as far as the formula goes
+    beyond."""
+    found = result["learning_curve"]
+    header = ["training participants", "subsets"]
+    header += ["balanced accuracy", "95 % interval", "log-loss", "95 % interval"]
+    rows = []
+    for size in found["sizes"]:
+        cells = [str(size["participants"]), str(size["subsets"])]
+        for score in (size["balanced_accuracy"], size["log_loss"]):
+            cells += [number(score["mean"]), span(score["ci95"])]
+        rows.append(cells)
+    laws = [found[name]["formula"] for name in ("balanced_accuracy", "log_loss")]
+    beyond = zip(*(law["extrapolated"] if law else [{}] * 2 for law in laws)) if any(laws) else []
+    for points in beyond:
+        people = next(p["participants"] for p in points if p)
+        cells = [f"{people} (extrapolated)", "-"]
+        for point in points:
+            cells += [number(point.get("value")), span(point.get("ci95"))]
+        rows.append(cells)
+    return header, rows
+
+
+def curve_lines(result):
+    """What was fitted to the scores over the number of participants, or why nothing was."""
+    found = result["learning_curve"]
+    n = found["sizes"][-1]["participants"]
+    for name in ("balanced_accuracy", "log_loss"):
+        law, words = found[name]["formula"], SCORE_NAMES[name]
+        if law:
+            sign = "-" if law["b"] >= 0 else "+"
+            yield (
+                f"{words} of n participants: {law['a']:.3f} {sign} {abs(law['b']):.3f} (n / {n})^"
+                f"-{law['c']:.2f}, fitted; beyond {n} participants extrapolated, not measured"
+            )
+        else:
+            yield f"{words}: nothing is extrapolated, for {found[name]['reason']}"
+
+
 def class_table(result):
     """Every class: its participants, how many were predicted, its F1 with the interval."""
     columns = zip(
@@ -151,8 +190,15 @@ def sentence(result):
         f"balanced accuracy {result['balanced_accuracy']:.3f} "
         f"(95 % interval {interval}; chance band {chance}), "
         f"{counted(result)}, "
-        f"checkpoint of epoch {result['epoch']}, {result['data']}."
+        f"checkpoint of epoch {result['epoch']}{how_fitted(result)}, {result['data']}."
     )
+
+
+def how_fitted(result):
+    """What an epoch's number does not say of the head."""
+    words = ["the start, before training"] if result["epoch"] == 0 else []
+    words += ["refitted on train and val"] if result["refit"] else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def seeds_line(result):
@@ -173,6 +219,8 @@ def print_result(result):
     print(f"\n{sentence(result)}\n")
     for table in tables:
         print(text_table(*table), end="\n\n")
+    if "learning_curve" in result:
+        print(text_table(*curve_table(result)), *curve_lines(result), sep="\n", end="\n\n")
     if "seeds" in result:
         print(seeds_line(result))
     for volume in result["unreadable"]:

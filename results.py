@@ -60,7 +60,7 @@ def model_of(num_classes):
         **dict.fromkeys(("encoder_sha256", "checkpoint_sha256", "labels_sha256"), Text),
         "predictions_sha256": Text,
         "classes": exactly(num_classes, Text),
-        "ordered": boolean,
+        **dict.fromkeys(("ordered", "refit"), boolean),
         "unit": Literal["participant", "eye", "volume"],
         **dict.fromkeys(("n", "participants", "volumes", "epoch"), Count),
         **each(everything, Score),
@@ -83,6 +83,7 @@ def model_of(num_classes):
         seeds=shape("Seeds", {"seeds": list[Count], "balanced_accuracy": SPREAD}),
         temperature=Number,
         calibrated=shape("Calibrated", CALIBRATED),
+        learning_curve=shape("LearningCurve", LEARNING_CURVE),
     )
 
 
@@ -94,6 +95,17 @@ FLOOR |= {"difference_ci95": exactly(2, Number)}
 FLOOR["ci95"] = shape("FloorIntervals", {"balanced_accuracy": exactly(2, Number)})
 SPREAD = shape("Spread", {"mean": Number, "sd": Number, "each": list[Number]})
 CALIBRATED = dict.fromkeys(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}
+MEASURED = {"mean": Number, "sd": Score, "ci95": exactly(2, Number)}
+SIZE = {"participants": Number, "fraction": Number, "subsets": Count}
+SIZE |= dict.fromkeys(("balanced_accuracy", "log_loss"), shape("Measured", MEASURED))
+FORMULA = {
+    "a": Number,
+    "b": Number,
+    "c": Number,
+    "extrapolated": list[dict[Text, Score | Interval]],
+}
+FIT = shape("Fit", {"formula": shape("Formula", FORMULA) | None, "reason": Text | None})
+LEARNING_CURVE = {"sizes": list[shape("Size", SIZE)], "balanced_accuracy": FIT, "log_loss": FIT}
 OF_VOLUMES = shape("VolumeIntervals", dict.fromkeys(ALL_SCORES, Interval))
 PER_VOLUME = {"n": Count, "ci95": OF_VOLUMES}
 UNREADABLE = {"participant_id": Text, "path": Text, "reason": Text}

@@ -43,6 +43,7 @@ ORDER = [
     "runs",
     "results",
     "report",
+    "curve",
     "repeats",
     "compare",
     "leaderboard",
