@@ -40,8 +40,9 @@ class Progress:
     """Where training stands, and best epoch and patience of each of G heads.
 
     epoch, step: the epoch, and how many of its steps are done. Epoch 0 is the start, which is
-    judged before any training and may be the best; not where balanced accuracy chooses. best, reference: (balanced accuracy,
-    loss), or None; patience counts from the reference. history: records of a run, one an epoch.
+    judged before any training and may be the best; not where balanced accuracy chooses. best,
+    reference: (balanced accuracy, loss), or None; patience counts from the reference. history:
+    records of a run, one an epoch.
     """
 
     def __init__(self, cfg, num_heads, steps_per_epoch):
@@ -125,9 +126,8 @@ class Progress:
 
         def key(row):
             scores = row["val_balanced_accuracy"], row["val_loss"]
-            return math.isnan(row["val_loss"]), *(
-                -merit for merit in merits(scores, self.choose_by)
-            )
+            first, second = merits(scores, self.choose_by)
+            return math.isnan(row["val_loss"]), -first, -second
 
         return sorted(found, key=key)
 

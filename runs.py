@@ -343,8 +343,8 @@ def refit_lines(cfg, is_refit):
     """What training says of train.refit, where that is on and the encoder stays frozen."""
     if cfg.train.refit and config.first_epoch_of_encoder(cfg) > cfg.train.epochs:
         yield (
-            "refit: test is scored by this head fitted again on train and val, val by the head that "
-            "never saw it"
+            "refit: test is scored by this head fitted again on train and val, and val by the head "
+            "that never saw it"
             if is_refit and config.refits(cfg)
             else "no refit: this head was trained in steps, so it scores val and test alike"
         )

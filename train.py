@@ -113,7 +113,8 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
     """Train G heads in parallel on Features, or one head together with the encoder.
 
     Each head becomes what it would be alone; validation chooses the best head and epoch, among them
-    epoch 0: what the head starts from. Returns repeats.Fitted, but with a run (a single head), which is saved and printed as it goes, None.
+    epoch 0: what the head starts from. Returns repeats.Fitted, but with a run (a single head),
+    which is saved and printed as it goes, None.
 
     Shapes: G heads, b volumes of a micro-batch, C channels, N tokens of the encoder, T tokens that
     an attentive head takes. A plain probe and fine-tuning are G = 1.
