@@ -23,7 +23,7 @@ import report
 SUBSETS = 5  # draws of each share, where train.seeds does not say
 FEWEST = 2  # participants of a class: of one, nothing can be left out to judge the rest by
 FEWEST_SIZES = 4  # the formula has three numbers, and three points lie on it whatever they are
-EXPONENTS = np.geomspace(0.05, 2, 80)  # c that are tried: from nearly a logarithm to a quick end
+EXPONENTS = np.geomspace(0.05, 2, 400)  # c that are tried: from nearly a logarithm to a quick end
 TIMES = (2, 4)  # of all participants, to which the formula is extended
 REFITS = 1000  # resamples to which the formula is fitted again, for its intervals
 SCORES = ("balanced_accuracy", "log_loss")
