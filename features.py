@@ -184,10 +184,11 @@ def encode_for_training(cfg, book, encoder, dev):
     train, val = (
         [i for i, s in enumerate(found.samples) if s.split == n] for n in ("train", "val")
     )
-    both = cfg.data.cv or config.refits(cfg)
+    augments = data.strengths(cfg) and config.first_epoch_of_encoder(cfg) > 1
+    both = augments and (cfg.data.cv or config.refits(cfg))
     parts = [found] if both else [found.rows(train), found.rows(val)]
     views, augmented = [parts[0].x], parts[0].samples
-    if data.strengths(cfg) and config.first_epoch_of_encoder(cfg) > 1:
+    if augments:
         for view in range(1, 1 + cfg.data.augment_views):
             views.append(encode(cfg, book, augmented, encoder, dev, view, again=True).x)
     parts[0] = Features(augmented, parts[0].x, torch.stack(views, dim=1))

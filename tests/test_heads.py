@@ -22,6 +22,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 import config
+import discriminant
 import features
 import heads
 import ledger
@@ -174,7 +175,7 @@ def test_a_head_starts_from_ridge_regression_judged_on_the_participants_left_out
     covariance = (sum(np.outer(d, d) for d in deviations) + scatter) / (len(y) + 5)
     # (n, d), of the fit to all
     along = ridge(alpha, slice(None)).predict(x_).reshape(t.shape) - t.mean(axis=0)
-    weight, bias, left_out = heads.discriminant(
+    weight, bias, left_out = discriminant.discriminant(
         *map(torch.from_numpy, (x, y, people)), 4, is_ordinal
     )
 
@@ -200,7 +201,7 @@ def test_a_head_starts_from_ridge_regression_judged_on_the_participants_left_out
 )
 def test_a_start_from_little_is_finite(y, x, is_ordinal):
     rows = torch.full((6, 3), x) if x else torch.randn(6, 3)
-    found = heads.discriminant(rows, torch.tensor(y), torch.arange(6), 4, is_ordinal)
+    found = discriminant.discriminant(rows, torch.tensor(y), torch.arange(6), 4, is_ordinal)
     assert all(torch.isfinite(values).all() for values in found)
     assert x is None or found[0].abs().max() < 1e-6
 
@@ -217,7 +218,7 @@ def test_a_start_never_answers_the_opposite_of_what_training_shows(means, is_ord
     for seed in range(12):
         (x, y), _, _ = gaussians(means, 192, 186, seed)
         parts = torch.from_numpy(x), torch.from_numpy(y), torch.arange(len(y))
-        weight, bias, _ = heads.discriminant(*parts, 4, is_ordinal)
+        weight, bias, _ = discriminant.discriminant(*parts, 4, is_ordinal)
         assert balanced(x @ weight.numpy().T + bias.numpy(), y) >= 0.25 - 1e-9, seed
         constant += not weight.any()
         assert weight.any() or not bias.any()
@@ -231,7 +232,7 @@ def test_left_out_answers_know_nothing_of_their_participant():
     for seed in range(6):
         (x, y), _, (x_test, y_test) = gaussians((0, 0, 0, 0), 384, 186, seed)
         parts = torch.from_numpy(x), torch.from_numpy(y), torch.arange(len(y))
-        weight, bias, left_out = heads.discriminant(*parts, 4, False)
+        weight, bias, left_out = discriminant.discriminant(*parts, 4, False)
         scores.append(balanced(left_out.numpy(), y))
         p = torch.from_numpy(x_test) @ weight.T + bias
         losses_of.append(log_loss(y_test, p.softmax(dim=1).double().numpy(), labels=range(4)))
@@ -247,7 +248,7 @@ def test_contrasts_that_are_foretold_do_not_hang_on_which_class_is_left_out():
         kept = []
         for out in range(4):
             classes = [k for k in range(4) if k != out]
-            found = heads.foretold(
+            found = discriminant.foretold(
                 torch.from_numpy(means[:, classes]), torch.eye(4).double()[:, classes]
             )
             kept.append(found.shape[1])

@@ -36,6 +36,7 @@ ORDER = [
     "loader",
     "data",
     "features",
+    "discriminant",
     "heads",
     "references",
     "progress",
