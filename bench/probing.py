@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/probing.py learn                  # ten minutes on two cores
     .venv/bin/python bench/probing.py learn --rows 20000     # hours
-    .venv/bin/python bench/probing.py alarms                 # ten minutes
+    .venv/bin/python bench/probing.py alarms                 # half an hour
     .venv/bin/python bench/probing.py sweep                  # two minutes
     .venv/bin/python bench/probing.py finetune               # 15 minutes; --seeds 1 2 3 4 5
 
@@ -135,7 +135,7 @@ def learn(rows=(743,), features=(64, 768), seeds=10):
             figure(f"{name}: {way}, log-loss below ln 4 by", math.log(4) - loss)
 
 
-def alarms(people=(743, 139), features=(64, 768), times=100):
+def alarms(people=(743, 139), features=(64, 768), times=40):
     """At most 5 % of healthy heads raise an alarm of training; the old rule (training more than 0.2
     above validation) stands beside. The last figure is of validation without any effect."""
     torch.set_num_threads(1)
