@@ -346,7 +346,7 @@ def refit_lines(cfg, is_refit):
             "refit: test is scored by this head fitted again on train and val, and val by the head "
             "that never saw it"
             if is_refit and config.refits(cfg)
-            else "no refit: this head was trained in steps, so it scores val and test alike"
+            else "no refit: this head takes steps to train, so it scores val and test alike"
         )
 
 

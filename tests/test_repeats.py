@@ -242,8 +242,8 @@ def test_a_reference_is_refitted_with_the_k_or_c_that_validation_chose(written, 
     "more, what",
     [
         (["train.refit=false"], "switched off"),
-        (["train.choose_by=balanced_accuracy"], "trained in steps"),
-        (["model.head.hidden=8"], "trained in steps"),
+        (["train.choose_by=balanced_accuracy"], "takes steps"),
+        (["model.head.hidden=8"], "takes steps"),
         (["model.unfreeze_at_epoch=1", "train.lr_encoder=0"], "fine-tuning"),
     ],
 )
@@ -253,8 +253,8 @@ def test_a_head_that_takes_steps_or_is_not_asked_for_is_not_refitted(
     cfg = quick(written, tmp_path, *STAYS[0], "train.epochs=2", *more)
     train.main(0, cfg)
     assert "refit" not in read_run(cfg)[1]
-    said = "no refit: this head was trained in steps" in capsys.readouterr().out
-    assert said == (what == "trained in steps")
+    said = "no refit: this head takes steps to train" in capsys.readouterr().out
+    assert said == (what == "takes steps")
     assert evaluate(cfg.paths.run_dir, "test")[0]["refit"] is False
 
 
