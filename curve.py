@@ -247,5 +247,5 @@ def draw(found, num_classes):
         axis.set(xscale="log", xlabel="training participants", title=name.replace("_", " "))
         axis.set_xticks(n, [str(v) for v in n])
         axis.minorticks_off()
-    axes[1].legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=7)
     return figure
