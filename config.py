@@ -165,6 +165,11 @@ def check_probes_only(cfg):
             "train.seeds and data.cv repeat the head, on the features of a frozen encoder, and "
             "this one is to train; set both to null and run train.py once for each seed="
         )
+    if cfg.train.fractions:
+        raise ValueError(
+            f"train.fractions={cfg.train.fractions} fits heads on the features of a frozen "
+            "encoder, and this one is to train; set train.fractions=null"
+        )
     if cfg.model.head.kind != "network":
         raise ValueError(
             f"model.head.kind={cfg.model.head.kind} is for the features of a frozen encoder, and "
@@ -187,7 +192,8 @@ def check_reference(cfg):
         f"train.loss={cfg.train.loss}": cfg.train.loss != "ce",
         f"data.sampler={cfg.data.sampler}": cfg.data.sampler != "shuffle",
         "train.sweep": any(vars(cfg.train.sweep).values()),
-        f"train.seeds={cfg.train.seeds}": cfg.train.seeds and not cfg.data.cv,
+        f"train.seeds={cfg.train.seeds}": cfg.train.seeds
+        and not (cfg.data.cv or cfg.train.fractions),
     }
     for name in (name for name, is_asked in useless.items() if is_asked):
         raise ValueError(
@@ -225,6 +231,14 @@ def first_epoch_of_encoder(cfg):
     return unfreeze + 1 if unfreeze >= 0 else math.inf
 
 
+def refits(cfg):
+    """May the chosen head be fitted again on train and val? Only one that takes no steps to fit: a
+    reference, or the solution that a head without a hidden layer starts from."""
+    head, is_frozen = cfg.model.head, first_epoch_of_encoder(cfg) > cfg.train.epochs
+    starts_solved = head.hidden == 0 and cfg.train.choose_by == "log_loss"
+    return cfg.train.refit and is_frozen and (head.kind != "network" or starts_solved)
+
+
 def mode(cfg):
     """How an encoder is used, in words: the same for all encoders and tasks."""
     if first_epoch_of_encoder(cfg) <= cfg.train.epochs:
@@ -238,7 +252,7 @@ def mode(cfg):
 def trains_one_head(cfg):
     """Is a single head trained, with or without the encoder? Else several, or a reference."""
     swept = any(vars(cfg.train.sweep).values())
-    several = swept or cfg.train.seeds or cfg.data.cv or cfg.eval.floors
+    several = swept or cfg.train.seeds or cfg.data.cv or cfg.eval.floors or cfg.train.fractions
     return cfg.model.head.kind == "network" and not several
 
 

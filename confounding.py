@@ -294,6 +294,8 @@ def examine(opened, book, predictions, split):
 
 def score_covariates(opened, book, row_of, roles, predictions, split, notes):
     """The "covariates" of `examine`, or None, with the reason in notes."""
+    from sklearn.base import clone
+
     y, p, people = predictions.y_true, predictions.p, predictions.participants
     trained = [row_of[i] for i in opened.saved["train_participants"] if i in row_of]
     val = [row for row in book.rows if row.split == "val" and row.status == "used"]
@@ -307,7 +309,12 @@ def score_covariates(opened, book, row_of, roles, predictions, split, notes):
     floor = fit_floor(roles, *fit[0], *fit[1])
     table = [row_of[i].covariates for i in predictions.ids]
     notes += oddities(floor, tables[0], table)
-    alone = floor.p(table)
+    before = alone = floor.p(table)
+    if split == "test" and "refit" in opened.saved:  # as the head is that made the predictions
+        again = clone(floor.model).fit(
+            cells(tables[0] + tables[1], floor.columns), fit[0][1] + fit[1][1]
+        )
+        alone = Floor(floor.columns, floor.C, again).p(table)
     scores, pair = metrics.score(y, alone, p.shape[1]), metrics.compare(y, p, alone, people)
     answers, name = alone.argmax(axis=1), "balanced_accuracy"
     ci95 = intervals.of_answers(y, answers, p.shape[1], people, [name])
@@ -332,7 +339,7 @@ def score_covariates(opened, book, row_of, roles, predictions, split, notes):
         else:
             floor_val = floor.p([person[name] for name in names])
             known = labels, floor_val, validation["p"].numpy(), names
-            found["adds"] = what_the_eye_adds(known, (y, alone, p, people))
+            found["adds"] = what_the_eye_adds(known, (y, before, p, people))
     return found
 
 

@@ -26,10 +26,12 @@ import pathlib
 import sys
 
 import numpy as np
+from scipy.stats import norm
 
 import compare
 import config
 import confounding
+import curve
 import device
 import features
 import files
@@ -39,6 +41,7 @@ import leaderboard
 import ledger
 import loader
 import looks
+import losses
 import metrics
 import prevalence
 import references
@@ -55,7 +58,7 @@ def evaluate_run(ckpt, split, overrides=()):
     overrides. -> (result, the content of eval_SPLIT.json; folder of the results). ValueError when
     checkpoint, encoder and data do not belong together.
     """
-    opened, encoder, banks, book, changed = open_run(ckpt, overrides)
+    opened, encoder, banks, book, changed = open_run(ckpt, overrides, split)
     saved, cfg = opened.saved, opened.cfg
     samples = book.of(split)
     if not samples:
@@ -71,6 +74,7 @@ def evaluate_run(ckpt, split, overrides=()):
         "split": split,
         "run": cfg.log.run_name,
         "epoch": saved["epoch"],
+        "refit": split == "test" and "refit" in saved,
         "volumes": len(found.samples),
         "data": book.description,
         "task": cfg.data.task or cfg.data.columns.label,
@@ -89,10 +93,12 @@ def evaluate_run(ckpt, split, overrides=()):
     if "val_predictions" in saved:  # not in a checkpoint that was saved within an epoch
         result |= calibrate(saved["val_predictions"], predictions)
     if "floors" in saved:
-        result["floors"] = score_floors(opened, book, found, encoder, dev, predictions)
+        result["floors"] = score_floors(opened, book, found, split, encoder, dev, predictions)
     if of_other_seeds:
         result["seeds"] = score_seeds(saved["repeats"], [predictions, *of_other_seeds])
     result |= what_else(opened, book, found, encoder, dev, predictions, result)
+    if "curve" in saved:
+        result["learning_curve"] = curve.score(saved["curve"], cfg, found)
     result["alarms"] += alarms(opened, book, result, predictions, changed)
     result["unreadable"] = [
         {"participant_id": s.participant_id, "path": s.path, "reason": reason}
@@ -105,6 +111,8 @@ def evaluate_run(ckpt, split, overrides=()):
         files.write(folder / f"predictions_{split}.csv", table)
         files.write(folder / f"eval_{split}.json", json.dumps(result, indent=1) + "\n")
         report.write_plots(folder, result, predictions.y_true, predictions.p)
+        if "curve" in saved:
+            curve.write(folder, result)
         report.write_report(folder)
     return result, opened.folder
 
@@ -112,19 +120,20 @@ def evaluate_run(ckpt, split, overrides=()):
 # ----------------------------------------------------------------------- the model and its features
 
 
-def open_run(ckpt, overrides):
+def open_run(ckpt, overrides, split):
     """-> runs.Opened, the Encoder, the banks of `load_model`, the Ledger, and changed_tables.
     ckpt: as in `evaluate_run`."""
     opened = ckpt if isinstance(ckpt, runs.Opened) else runs.open_checkpoint(ckpt, overrides)
     runs.check_config(opened)
-    encoder, banks = load_model(opened)
+    encoder, banks = load_model(opened, split)
     book = ledger.read(opened.cfg)
     ledger.check(book, opened.cfg.data.max_missing)
     return opened, encoder, banks, book, changed_tables(opened, book, overrides)
 
 
-def load_model(opened):
-    """The Encoder, and a bank of one head for every one of train.seeds; the first is the run's."""
+def load_model(opened, split):
+    """The Encoder, and a bank of one head for every one of train.seeds, as it scores the split; the
+    first is the run's."""
     saved, cfg = opened.saved, opened.cfg
     encoder, trained = features.open_encoder(cfg), saved["encoder_sha256"]
     if encoder.sha256 != trained:
@@ -136,7 +145,8 @@ def load_model(opened):
         if "encoder" in saved:  # fine-tuned
             encoder.module.load_state_dict(saved["encoder"], strict=True)
             encoder.sha256 = loader.hash_of(encoder.module)
-        banks = [references.load(repeat["head"], cfg) for repeat in saved.get("repeats", [saved])]
+        states = [runs.head_of(repeat, split) for repeat in saved.get("repeats", [saved])]
+        banks = [references.load(state, cfg) for state in states]
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{opened.path}: not loaded: {reason}") from error
@@ -176,9 +186,14 @@ def score(opened, book, samples, volumes, predictions):
     cfg, num_classes = opened.cfg, len(book.classes)
     row_of = {row.unit: row for row in book.rows}
     trained = [row_of[i].label for i in opened.saved["train_participants"] if i in row_of]
-    prior = None  # the shares of the classes in training
+    prior = asked = None  # the shares of the classes in training, and those that it asks for
     if trained:
         prior = np.bincount(trained, minlength=num_classes) / len(trained)
+        chosen = opened.saved.get("sweep", {})  # settings of the head, of those that were tried
+        scheme, loss = (
+            chosen.get(name, getattr(cfg.train, name)) for name in ("class_weights", "loss")
+        )
+        asked = losses.asked_shares(trained, num_classes, scheme, loss, cfg.data.sampler)
     groups = {}
     if cfg.data.columns.site is not None:
         groups["site"] = [row_of[i].site for i in predictions.ids]
@@ -188,7 +203,7 @@ def score(opened, book, samples, volumes, predictions):
         groups["scanner"] = [cfg.data.scanner] * len(predictions.ids)
     people = predictions.participants
     result = metrics.evaluate(
-        predictions.y_true, predictions.p, num_classes, people, prior, groups, book.classes
+        predictions.y_true, predictions.p, num_classes, people, prior, groups, book.classes, asked
     )
     ids, labels = [s.participant_id for s in samples], np.array([s.label for s in samples])
     if cfg.data.columns.eye is not None:
@@ -220,12 +235,12 @@ def calibrate(validation, predictions):
     return {"temperature": T, "calibrated": calibrated}
 
 
-def score_floors(opened, book, found, encoder, dev, predictions):
+def score_floors(opened, book, found, split, encoder, dev, predictions):
     """The probes of eval.floors, each compared with the run -> {name: scores}."""
     cfg, y_true, people = opened.cfg, predictions.y_true, predictions.participants
     floors = {}
-    for name, state in opened.saved["floors"].items():
-        x = found.x
+    for name, floor in opened.saved["floors"].items():
+        x, state = found.x, runs.head_of(floor, split)
         if name == "random encoder":
             other = features.random_encoder(encoder, cfg.seed)
             x = features.encode(cfg, book, found.samples, other, dev, again=True).x
@@ -280,9 +295,7 @@ def alarms(opened, book, result, predictions, changed):
     if "val_predictions" not in saved:
         step = f"epoch {saved['epoch']}, after step {saved['step']}"
         found.append(f"this checkpoint was saved within {step}")
-    if saved.get("train_balanced_accuracy") is not None:
-        trained, validated = saved["train_balanced_accuracy"], saved["val_balanced_accuracy"]
-        found += metrics.gap_alarm(trained, validated)
+    found += training_alarms(saved)
     for name, floor in result.get("floors", {}).items():
         if floor["p_value"] >= 0.05 or floor["difference"] <= 0:
             what = "a random encoder" if name == "random encoder" else name
@@ -294,6 +307,9 @@ def alarms(opened, book, result, predictions, changed):
     found += confounding.alarms(result)
     person_of = {row.unit: row.participant_id for row in book.rows}
     trained = {person_of.get(unit, unit) for unit in saved["train_participants"]}
+    scored = [saved, *saved.get("repeats", []), *saved.get("floors", {}).values()]
+    if split == "test" and any("refit" in entry for entry in scored):
+        trained |= set(saved["val_predictions"]["participant_id"])
     seen = sorted(trained & set(predictions.participants))
     if seen:
         names = files.first_few(seen)
@@ -317,6 +333,42 @@ def alarms(opened, book, result, predictions, changed):
     return found
 
 
+def training_alarms(saved):
+    """What a checkpoint's counts of training's answers (progress.training_tables) say -> list of
+    sentences."""
+    tables, found = saved.get("training", {}), []
+    if "left_out" in tables:
+        y, p = np.array(saved["val_predictions"]["y_true"]), saved["val_predictions"]["p"].numpy()
+        of_validation = metrics.confusion(y, p.argmax(axis=1), p.shape[1])
+        found += metrics.gap_alarm(tables["left_out"], of_validation)
+    if "trained" in tables:
+        found += below_chance(np.array(tables["trained"]))
+    return found
+
+
+def below_chance(counts):
+    """[], or a sentence where balanced accuracy on training is below that of the same answers to
+    permuted labels by more than chance (one-sided, 1 %): the head answers the opposite of what it
+    was shown. counts (K, K): of training's participants, rows: true, columns: answered.
+
+    Mean and variance over all permutations are exact (Hoeffding 1951), the tail is a normal one's.
+    """
+    true, answered, n = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
+    weight = np.diag(np.divide(1, true, out=np.zeros(len(true)), where=true > 0)) / (true > 0).sum()
+    score = (weight * counts).sum()
+    # what an answer to a label is worth, less its means over labels, over answers, and over both
+    of_answer, of_label = true @ weight / n, weight @ answered / n  # (K,) of columns, of rows
+    mean = of_answer @ answered / n
+    spread = weight - of_label[:, None] - of_answer + mean
+    error = np.sqrt(true @ spread**2 @ answered / max(n - 1, 1))
+    if score >= n * mean - norm.isf(0.01) * error - 1e-9:
+        return []
+    return [
+        f"balanced accuracy on training is {score:.3f}, below chance by more than chance: the head "
+        "answers the opposite of what it was shown"
+    ]
+
+
 # ------------------------------------------------------------------------------------------ writing
 
 
@@ -336,7 +388,7 @@ def update_ledger(path, book, split):
 def export(rank, cfg, ckpt, split, path, overrides):
     """Write the features of a run's volumes (split "all": of every split) to a features.npz, in
     every replica."""
-    opened, encoder, _, book, _ = open_run(ckpt, overrides)
+    opened, encoder, _, book, _ = open_run(ckpt, overrides, split)
     samples = [s for s in book.samples if split in ("all", s.split)]
     dev = device.get(opened.cfg.device.backend)
     found = features.encode(opened.cfg, book, samples, encoder, dev)

@@ -179,18 +179,20 @@ def encode(cfg, book, samples, encoder, dev, view=0, again=False, earlier=facts.
 
 def encode_for_training(cfg, book, encoder, dev):
     """The Features of train and of val. Train's have augmented views where the config asks for
-    them; for data.cv, which trains on both, so have val's."""
+    them; for data.cv and train.refit, which fit on both, so have val's."""
     found = encode(cfg, book, book.of("train") + book.of("val"), encoder, dev)
     train, val = (
         [i for i, s in enumerate(found.samples) if s.split == n] for n in ("train", "val")
     )
-    parts = [found] if cfg.data.cv else [found.rows(train), found.rows(val)]
+    augments = data.strengths(cfg) and config.first_epoch_of_encoder(cfg) > 1
+    both = augments and (cfg.data.cv or config.refits(cfg))
+    parts = [found] if both else [found.rows(train), found.rows(val)]
     views, augmented = [parts[0].x], parts[0].samples
-    if data.strengths(cfg) and config.first_epoch_of_encoder(cfg) > 1:
+    if augments:
         for view in range(1, 1 + cfg.data.augment_views):
             views.append(encode(cfg, book, augmented, encoder, dev, view, again=True).x)
     parts[0] = Features(augmented, parts[0].x, torch.stack(views, dim=1))
-    return [parts[0].rows(train), parts[0].rows(val)] if cfg.data.cv else parts
+    return [parts[0].rows(train), parts[0].rows(val)] if both else parts
 
 
 def encode_now(cfg, samples, encoder, dev, desc):

@@ -10,6 +10,7 @@ would say that it is not. `clean` leaves such intervals out.
 
 from confounding import in_words
 
+CURVES = {"balanced_accuracy": "balanced accuracy", "log_loss": "log-loss"}
 CHOSEN = "Head and epoch were chosen on this split, as the best of many"
 
 
@@ -43,7 +44,7 @@ def covariates(result):
 def tables(result):
     """All that the result has, in order."""
     shown = [floor_table(result)] if "floors" in result or "covariates" in result else []
-    makers = {"knows": knows_table, "prevalence": prevalence_table}
+    makers = {"knows": knows_table, "prevalence": prevalence_table, "learning_curve": curve_table}
     return shown + [make(result) for name, make in makers.items() if name in result]
 
 
@@ -100,6 +101,29 @@ def prevalence_table(result):
     return header, rows
 
 
+def curve_table(result):
+    """The score over the number of participants (train.fractions), and as far as the formula goes
+    beyond."""
+    found = result["learning_curve"]
+    header = ["training participants", "subsets"]
+    header += ["balanced accuracy", "95 % interval", "log-loss", "95 % interval"]
+    rows = []
+    for size in found["sizes"]:
+        cells = [str(size["participants"]), str(size["subsets"])]
+        for score in (size["balanced_accuracy"], size["log_loss"]):
+            cells += [number(score["mean"]), span(score["ci95"])]
+        rows.append(cells)
+    laws = [found[name]["formula"] for name in CURVES]
+    beyond = zip(*(law["extrapolated"] if law else [{}] * 2 for law in laws)) if any(laws) else []
+    for points in beyond:
+        people = next(p["participants"] for p in points if p)
+        cells = [f"{people} (extrapolated)", "-"]
+        for point in points:
+            cells += [number(point.get("value")), span(point.get("ci95"))]
+        rows.append(cells)
+    return header, rows
+
+
 def percent(shares):
     return " / ".join(f"{share:.0%}" for share in shares)
 
@@ -111,7 +135,24 @@ def sentences(result):
     """All that the result has, in order; then why other things are left out."""
     makers = {"covariates": adds_line, "label_shift": shift_line, "looks": looks_line}
     lines = [make(result) for name, make in makers.items() if name in result]
+    lines += curve_lines(result) if "learning_curve" in result else []
     return [*filter(None, lines), *(f"note: {note}" for note in result.get("notes", []))]
+
+
+def curve_lines(result):
+    """What was fitted to the scores over the number of participants, or why nothing was."""
+    found = result["learning_curve"]
+    n = found["sizes"][-1]["participants"]
+    for name in CURVES:
+        law, words = found[name]["formula"], CURVES[name]
+        if law:
+            sign = "-" if law["b"] >= 0 else "+"
+            yield (
+                f"{words} of n participants: {law['a']:.3f} {sign} {abs(law['b']):.3f} (n / {n})^"
+                f"-{law['c']:.2f}, fitted; beyond {n} participants extrapolated, not measured"
+            )
+        else:
+            yield f"{words}: nothing is extrapolated, for {found[name]['reason']}"
 
 
 def adds_line(result):

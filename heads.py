@@ -1,6 +1,7 @@
 """Heads on an encoder's features: a bank of G heads that train together, and what they predict.
 
     bank = start(cfg, seed, train, 4)           # Heads as training begins: a closed-form solution
+    state = refit(cfg, seed, settings, train, val, 4)    # that solution, also on validation
     logits = bank(features)                     # (B, C), or tokens (B, T, C) -> (G, B, 4)
     optimizer = Optimizer(cfg, bank, encoder)   # AdamW with G learning rates and weight decays
     p = predict(bank, x)                        # (G, volumes, 4)
@@ -23,6 +24,7 @@ from torch import nn
 
 import losses
 import model
+from discriminant import discriminant, ordinal
 
 
 class Heads(nn.Module):
@@ -36,7 +38,7 @@ class Heads(nn.Module):
 
     def __init__(self, dim, num_classes, settings=({},), hidden=0, dropout=0.0, attentive=False):
         super().__init__()
-        self.settings, self.dropout = list(settings), dropout
+        self.settings, self.dropout, self.left_out = list(settings), dropout, {}
         num_heads = len(self.settings)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
@@ -132,14 +134,6 @@ def equal_runs(values):
     return [(values[start], slice(start, end)) for start, end in zip([0, *ends], ends)]
 
 
-def ordinal(weight):
-    """weight (..., num_classes, C) -> the nearest that share one direction and differ by the
-    class's rank."""
-    rank = torch.arange(weight.shape[-2], device=weight.device, dtype=weight.dtype)[:, None]
-    rank = (rank - rank.mean()) / (rank - rank.mean()).norm()  # (num_classes, 1)
-    return rank * (rank * weight).sum(dim=-2, keepdim=True)
-
-
 # ------------------------------------------------------------------------- where training starts
 
 
@@ -157,16 +151,16 @@ def statistics(rows):
     return rows.mean(dim=0), (rows.var(dim=0, unbiased=False) + 1e-6).sqrt()
 
 
-def start(cfg, seed, train, num_classes):
+def start(cfg, seed, train, num_classes, settings=None):
     """The bank as training begins, from training's Features: standardisation, and the last layer in
-    closed form.
+    closed form. settings: of every head; None: `settings_of` the config.
 
     bank.class_weights (G, num_classes) and bank.drawn_log_prior (num_classes,), what the losses
-    need, are not saved.
+    need, are not saved. Neither is bank.left_out {is_ordinal: logits}, for `left_out`.
     """
     # here, for loading volumes draws random numbers, and a full cache would not
     torch.manual_seed(seed)
-    bank = new_heads(cfg, num_classes, settings_of(cfg))
+    bank = new_heads(cfg, num_classes, settings or settings_of(cfg))
     # (volumes, views, C) or (volumes, views, T, C) -> (rows, C)
     bank.mean, bank.std = statistics(train.views.flatten(0, -2))
     of_units = list(train.units.values())
@@ -182,8 +176,9 @@ def start(cfg, seed, train, num_classes):
         # before any head is written: an MLP starts from the random weights of the first
         kinds = {h["ordinal"] for h in bank.settings}
         solutions = {is_ordinal: last_layer(bank, train, is_ordinal) for is_ordinal in kinds}
+        bank.left_out = {kind: logits for kind, (_, _, logits) in solutions.items()}
         for g, h in enumerate(bank.settings):
-            bank.weight[g], bias = solutions[h["ordinal"]]
+            bank.weight[g], bias, _ = solutions[h["ordinal"]]
             bank.bias[g] = bias + best_constant(bank.drawn_log_prior, weights[g], h["loss"])
             if h["loss"] == "logit_adjustment":
                 bank.log_prior[g] = bank.drawn_log_prior
@@ -196,15 +191,29 @@ def new_heads(cfg, num_classes, settings=({},)):
     return Heads(width, num_classes, settings, head.hidden, head.dropout, attentive)
 
 
+def left_out(bank, g, samples):
+    """The Predictions of training's units by head g as it starts, each by the head without its
+    participant; None where it starts from no solution in closed form."""
+    h = bank.settings[g]
+    logits = bank.left_out.get(h.get("ordinal"))
+    if logits is None:
+        return None
+    parts = bank.drawn_log_prior, bank.class_weights[g], bank.log_prior[g]
+    drawn_log_prior, class_weights, log_prior = (part.cpu() for part in parts)
+    constant = best_constant(drawn_log_prior, class_weights, h["loss"]) - log_prior
+    p = (logits + constant).double().softmax(dim=1)  # (volumes, num_classes)
+    return by_unit(samples, p.numpy())
+
+
 def last_layer(bank, train, is_ordinal):
-    """Weight (num_classes, C) and bias (num_classes,) that the last layer starts from:
-    `discriminant` of what it sees.
+    """Weight (num_classes, C) and bias (num_classes,) that the last layer starts from, and the
+    left-out logits of the volumes (volumes, num_classes): `discriminant` of what it sees.
 
     An MLP's stay random: on its small random hidden units, the solution would need huge weights.
     """
     if bank.hidden_weight is not None:
         weight, bias = bank.weight[0].clone(), bank.bias[0].clone()  # the caller writes to these
-        return (ordinal(weight) if is_ordinal else weight), bias
+        return (ordinal(weight) if is_ordinal else weight), bias, None
     views, num_classes = train.views.shape[1], bank.weight.shape[1]
     x = (train.views.flatten(0, 1) - bank.mean) / bank.std  # (volumes * views, C) or (..., T, C)
     if bank.query is not None:
@@ -213,7 +222,14 @@ def last_layer(bank, train, is_ordinal):
     number_of = {participant: n for n, participant in enumerate(dict.fromkeys(people))}
     participants = torch.tensor([number_of[participant] for participant in people])
     labels, participants = (v.repeat_interleave(views) for v in (train.labels, participants))
-    return discriminant(x, labels, participants, num_classes, is_ordinal)
+    weight, bias, logits = discriminant(x, labels, participants, num_classes, is_ordinal)
+    return weight, bias, logits[::views]  # of the volumes as they are
+
+
+def refit(cfg, seed, settings, train, val, num_classes):
+    """State of a head of these settings in closed form, on the Features of train and val, as `one`
+    has it."""
+    return start(cfg, seed, train.with_others(val), num_classes, [settings]).one(0)
 
 
 def best_constant(log_prior, class_weights, loss):
@@ -227,51 +243,6 @@ def best_constant(log_prior, class_weights, loss):
     if loss == "balanced_softmax":
         logits = logits - log_prior.clamp(min=math.log(1e-3))
     return logits - logits.mean()
-
-
-def discriminant(x, labels, participants, num_classes, is_ordinal):
-    """Penalised discriminant analysis (Hastie, Buja and Tibshirani 1995) -> weight (num_classes,
-    C), bias (num_classes,).
-
-    For equal priors. Ridge regression of the class (is_ordinal: of its rank) on x (n, C), with the
-    penalty that predicts best when a participant, with all volumes, is left out; then Gaussian
-    classes of one covariance on these left-out predictions. participants (n,): integers from 0 on.
-    """
-    x, y = x.double(), F.one_hot(labels, num_classes).double()  # (n, C), (n, num_classes)
-    target = labels[:, None].double() if is_ordinal else y[:, 1:]  # (n, d)
-    centre, target = x.mean(dim=0), target - target.mean(dim=0)
-    values, axes = torch.linalg.eigh((x - centre).T @ (x - centre))  # principal axes (C, C)
-    x = (x - centre) @ axes
-    rows = torch.argsort(participants, stable=True).split(participants.bincount().tolist())
-    # (participants, volumes), padded with -1
-    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    own = x[rows] * (rows >= 0)[..., None]  # (participants, volumes, C)
-    identity = torch.eye(rows.shape[1], dtype=torch.float64)
-    best = None
-    for penalty in values.mean().clamp(min=1e-12) * torch.logspace(-4, 4, 17, dtype=torch.float64):
-        shrunk = 1 / (values + penalty)
-        coefficients = shrunk[:, None] * (x.T @ target)  # (C, d)
-        residual = (target - x @ coefficients)[rows] * (rows >= 0)[..., None]
-        # (participants, volumes, d): exact, without a refit
-        left_out = torch.linalg.solve(identity - own * shrunk @ own.mT, residual)
-        error = left_out.square().sum()
-        if best is None or error < best[0]:
-            scores = target.clone()
-            scores[rows[rows >= 0]] -= left_out[rows >= 0]
-            best = error, coefficients, scores
-    _, coefficients, scores = best  # scores (n, d)
-    means = y.T @ scores / y.sum(dim=0).clamp(min=1)[:, None]  # (num_classes, d)
-    # few volumes say little of how well the classes separate: shrink towards the scatter of all
-    within, prior = scores - means[labels], num_classes + 1
-    covariance = (within.T @ within + prior * scores.T @ scores / len(x)) / (len(x) + prior)
-    slopes = torch.linalg.lstsq(covariance, means.T).solution.T  # (num_classes, d)
-    bias = -(slopes * means).sum(dim=1) / 2
-    if is_ordinal:  # equal slopes; the borders between neighbours stay in the middle
-        slopes = ordinal(slopes)
-        steps = slopes.diff(dim=0) * (means[1:] + means[:-1]) / 2  # (num_classes - 1, 1)
-        bias = -F.pad(steps.cumsum(dim=0)[:, 0], (1, 0))
-    weight = slopes @ coefficients.T @ axes.T  # (num_classes, C)
-    return weight.float(), (bias - weight @ centre).float()
 
 
 # ------------------------------------------------------------------------------------ optimizer
@@ -345,10 +316,6 @@ class Optimizer:
 def per_head(values, parameter):
     """values (G,) -> (G, 1, ...), to be multiplied with a parameter (G, ...) on its device."""
     return values.to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))
-
-
-# ------------------------------------------------------------------------------------- references,
-# without training
 
 
 # ---------------------------------------------------------------------------------- predictions

@@ -143,6 +143,13 @@ def increasing(values):
     return values
 
 
+fraction = Annotated[float, BeforeValidator(not_boolean), Field(gt=0, le=1)]
+fractions = optional(
+    described(
+        "a list of shares of the training participants that increase, each above 0 and at most 1",
+        Annotated[list[fraction], AfterValidator(increasing), Field(min_length=1)],
+    )
+)
 columns = described(
     "a column's name, or a list of names that are accepted",
     list[text],
@@ -263,6 +270,9 @@ KEYS = {
     "model.head.dropout": number(0, 1),
     "model.head.ordinal": boolean,
     "train.seeds": seeds,
+    "train.fractions": fractions,
+    "train.refit": boolean,
+    "train.choose_by": one_of("log_loss", "balanced_accuracy"),
     "train.epochs": integer(1, 10**6 + 1),
     "train.lr_head": number(0),
     "train.lr_encoder": number(0),

@@ -12,6 +12,19 @@ import torch
 import torch.nn.functional as F
 
 
+def asked_shares(labels, num_classes, scheme, loss, sampler):
+    """The class shares for which a head's probabilities are, by what it was trained with -> (K,) of
+    numpy: those that training sees, times the class weights; a loss that takes the prior away makes
+    the former even. labels: of the training participants; scheme: of their weights; sampler: of
+    data.sampler."""
+    labels = torch.as_tensor(labels)
+    seen = labels.bincount(minlength=num_classes).double()
+    if sampler == "stratified" or loss in ("logit_adjustment", "balanced_softmax"):
+        seen = torch.ones(num_classes)
+    asked = seen * class_weights(labels, num_classes, scheme)
+    return (asked / asked.sum()).numpy()
+
+
 def class_weights(labels, num_classes, scheme):
     """Weight of every class -> float32 tensor (num_classes,).
 

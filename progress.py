@@ -1,11 +1,12 @@
 """Where training stands: best epoch and patience of every head, and the record of an epoch.
 
     progress = Progress(cfg, num_heads, steps_per_epoch)
-    for epoch in progress.epochs(...): ...             # until the last, or until patience ends
+    for epoch in progress.epochs(...): ...             # 0: the start; until patience ends
     improved = progress.update(this)                   # after each Epoch: heads better than ever
     record = epoch_record(train, this, g, settings)    # of head g: a line of metrics.jsonl
 
-Validation chooses, by balanced accuracy and, where that is the same, by log-loss.
+Validation chooses, by log-loss and, where that is the same, by balanced accuracy; or the other way
+round (train.choose_by).
 """
 
 import math
@@ -19,21 +20,29 @@ import heads
 import metrics
 
 
-def better(new, old, min_delta=0.0):
-    """Is (balanced accuracy, loss) `new` better than `old`? By balanced accuracy; where that is the
-    same, by loss."""
-    if abs(new[0] - old[0]) > max(
-        min_delta, 1e-9
-    ):  # a mean of recalls is the same only up to rounding
-        return new[0] > old[0]
-    return new[1] < old[1] - min_delta
+def merits(scores, choose_by):
+    """(balanced accuracy, log-loss) -> two numbers, the first of which decides and the second
+    among equals; larger is better."""
+    accuracy, loss = scores
+    return (accuracy, -loss) if choose_by == "balanced_accuracy" else (-loss, accuracy)
+
+
+def better(new, old, choose_by, min_delta=0.0):
+    """Is (balanced accuracy, log-loss) `new` better than `old`, by train.choose_by?"""
+    (first, second), (old_first, old_second) = merits(new, choose_by), merits(old, choose_by)
+    # a mean is the same only up to rounding
+    if abs(first - old_first) > max(min_delta, 1e-9):
+        return first > old_first
+    return second > old_second + min_delta
 
 
 class Progress:
     """Where training stands, and best epoch and patience of each of G heads.
 
-    epoch, step: the epoch, and how many of its steps are done. best, reference: (balanced accuracy,
-    loss), or None; patience counts from the reference. history: records of a run, one an epoch.
+    epoch, step: the epoch, and how many of its steps are done. Epoch 0 is the start, which is
+    judged before any training and may be the best; not where balanced accuracy chooses. best,
+    reference: (balanced accuracy, loss), or None; patience counts from the reference. history:
+    records of a run, one an epoch.
     """
 
     def __init__(self, cfg, num_heads, steps_per_epoch):
@@ -41,7 +50,9 @@ class Progress:
         self.last, self.steps_per_epoch = cfg.train.epochs, steps_per_epoch
         self.patience = early_stopping.patience if early_stopping.enabled else math.inf
         self.min_delta = early_stopping.min_delta
-        self.epoch, self.step, self.history = 0, steps_per_epoch, []
+        self.choose_by = cfg.train.choose_by
+        self.first = 1 if self.choose_by == "balanced_accuracy" else 0
+        self.epoch, self.step, self.history = self.first - 1, steps_per_epoch, []
         self.best, self.reference = [None] * num_heads, [None] * num_heads
         self.best_epoch, self.epochs_without = [0] * num_heads, [0] * num_heads
         self.last_epoch = [math.inf] * num_heads  # with which a head stopped; infinity: it goes on
@@ -49,7 +60,8 @@ class Progress:
     def epochs(self, desc, show_bar):
         """Yield the epochs from where training stands, to the last or until every head stopped."""
         hidden = not show_bar or device.rank() > 0
-        with tqdm(desc=desc, total=self.last, unit="epoch", leave=False, disable=hidden) as bar:
+        total = self.last + 1 - self.first
+        with tqdm(desc=desc, total=total, unit="epoch", leave=False, disable=hidden) as bar:
             while self.epoch < self.last or self.step < self.steps_per_epoch:
                 if self.step == self.steps_per_epoch:
                     if max(self.last_epoch) < math.inf:
@@ -69,13 +81,13 @@ class Progress:
                 self.last_epoch[g] = min(self.last_epoch[g], epoch.number - 1)
             if epoch.number > self.last_epoch[g]:
                 continue
-            if self.best[g] is None or better(now, self.best[g]):
+            if self.best[g] is None or better(now, self.best[g], self.choose_by):
                 self.best[g], self.best_epoch[g] = now, epoch.number
                 epoch.improved.append(g)
             if (
                 reset_patience
                 or self.reference[g] is None
-                or better(now, self.reference[g], self.min_delta)
+                or better(now, self.reference[g], self.choose_by, self.min_delta)
             ):
                 self.reference[g], self.epochs_without[g] = now, 0
             else:
@@ -94,7 +106,7 @@ class Progress:
             )
         chosen = with_best[0]
         for g in with_best:
-            if better(self.best[g], self.best[chosen]):
+            if better(self.best[g], self.best[chosen], self.choose_by):
                 chosen = g
         return chosen
 
@@ -111,11 +123,12 @@ class Progress:
                 "val_loss": loss,
             }
             found.append({**setting, **scores, "chosen": g == chosen})
-        key = lambda row: (
-            math.isnan(row["val_loss"]),
-            -row["val_balanced_accuracy"],
-            row["val_loss"],
-        )
+
+        def key(row):
+            scores = row["val_balanced_accuracy"], row["val_loss"]
+            first, second = merits(scores, self.choose_by)
+            return math.isnan(row["val_loss"]), -first, -second
+
         return sorted(found, key=key)
 
 
@@ -163,6 +176,13 @@ class Epoch:
         vars(self).update(self.summed())
         self.predictions, self.head_factor, self.lr_encoder = predictions, head_factor, lr_encoder
 
+    def of_training(self, train, g):
+        """The Predictions of training's units by head g, as its steps saw them."""
+        drawn = self.drawn.unique()  # a stratified epoch leaves some out
+        p = self.seen[g, drawn, 1:].double()
+        p = p / p.sum(dim=1, keepdim=True)
+        return heads.by_unit([train.samples[i] for i in drawn], p.numpy())
+
     def is_finite(self):
         """(G,): are the numbers of each head finite?"""
         finite = torch.isfinite(self.losses + self.norms).numpy()
@@ -176,18 +196,14 @@ def epoch_record(train, epoch, g, settings):
     train: Features. settings: of head g.
     """
     labels, y_val, p_val = train.labels, epoch.predictions.y_true, epoch.predictions.p[g]
-    num_classes = p_val.shape[-1]
-    seen, draws = epoch.seen[g].double(), epoch.drawn.bincount(minlength=len(labels))
-    there = draws.nonzero().flatten()  # a stratified epoch leaves some out
-    p = seen[there, 1:] / seen[there, 1:].sum(dim=1, keepdim=True)
-    trained = heads.by_unit([train.samples[i] for i in there], p.numpy())
+    num_classes, losses = p_val.shape[-1], epoch.seen[g, :, 0].double()
+    draws, trained = epoch.drawn.bincount(minlength=len(labels)), epoch.of_training(train, g)
     # metrics.score would compare all pairs of participants, which thousands of them would feel
     (train_accuracy,), _ = metrics.quick_scores(trained.y_true, trained.p[None])
     predicted = np.bincount(trained.p.argmax(axis=1), minlength=num_classes)
     val = metrics.score(y_val, p_val, num_classes)
     drawn_of, loss_of = (
-        [values[labels == k].sum().item() for k in range(num_classes)]
-        for values in (draws, seen[:, 0])
+        [values[labels == k].sum().item() for k in range(num_classes)] for values in (draws, losses)
     )
 
     def by_class(name, values):
@@ -214,6 +230,24 @@ def epoch_record(train, epoch, g, settings):
     }
 
 
+def training_tables(train, epoch, bank, g):
+    """What eval.py's alarms are told of training -> {name: counts (num_classes, num_classes) of its
+    units, rows: true, columns: answered}.
+
+    "trained": as the Epoch's steps saw them; "left_out": each by the head as it started without the
+    participant, where that is known.
+    """
+    found = {
+        "trained": epoch.of_training(train, g),
+        "left_out": heads.left_out(bank, g, train.samples),
+    }
+    return {
+        name: metrics.confusion(p.y_true, p.p.argmax(axis=1), p.p.shape[1]).tolist()
+        for name, p in found.items()
+        if p
+    }
+
+
 def epoch_lines(record, epochs):
     """What the terminal shows of a record of `epoch_record`."""
     num_classes = sum(name.startswith("val/f1_") for name in record)
@@ -224,6 +258,7 @@ def epoch_lines(record, epochs):
 
     parts = [part for part in ("head", "encoder") if record[f"train/lr_{part}"]]
     rates = "  ".join(f"{part} lr {record[f'train/lr_{part}']:.1e}" for part in parts)
+    rates = rates if record["epoch"] else "start, before any step"
     return (
         f"epoch {record['epoch']:3d}/{epochs}  train loss {record['train/loss']:.3f} "
         f"bal.acc {record['train/balanced_accuracy']:.3f}   val loss {record['val/loss']:.3f} "

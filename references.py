@@ -1,6 +1,7 @@
 """References that need no training loop: kNN for every k, logistic regression for every C.
 
     bank = fit(cfg, train, num_classes)    # like heads.Heads: x (B, C) -> (G, B, num_classes)
+    state = refit(cfg, settings, train, val, 4)    # one head of these settings, also on validation
     bank = load(state, cfg)                # one head, of any kind, from a checkpoint
 
 Needs torch and scikit-learn.
@@ -53,24 +54,31 @@ class KNN(nn.Module):
         return self.state_dict() | {"k": self.k[g : g + 1].clone()}
 
 
-def fit(cfg, train, num_classes):
-    """A bank of the references that the config names, on training's Features; views are rows."""
+def fit(cfg, train, num_classes, settings=None):
+    """A bank of the references that the config names, on training's Features; views are rows.
+    settings: the head's k or C alone; None: all that are tried."""
     rows = train.views.flatten(0, 1)  # (volumes * views, C)
     labels = train.labels.repeat_interleave(train.views.shape[1])
     mean, std = heads.statistics(rows)
     x, of_units = (rows - mean) / std, list(train.units.values())
     weights = losses.class_weights(of_units, num_classes, cfg.train.class_weights)
     if cfg.model.head.kind == "knn":
-        k = [k for k in NEIGHBOURS if k <= len(x)]
+        k = [settings["k"]] if settings else [k for k in NEIGHBOURS if k <= len(x)]
         bank = KNN(x.shape[1], num_classes, len(x), len(k))
         bank.settings = [{"k": k} for k in k]
         bank.features, bank.k = F.normalize(x), torch.tensor(k)
         bank.votes = F.one_hot(labels, num_classes) * weights
     else:
-        bank = heads.new_heads(cfg, num_classes, [{"C": float(C)} for C in STRENGTHS])
+        strengths = [settings["C"]] if settings else STRENGTHS
+        bank = heads.new_heads(cfg, num_classes, [{"C": float(C)} for C in strengths])
         fit_logistic_regressions(bank, x, labels, weights)
     bank.mean, bank.std = mean, std
     return bank
+
+
+def refit(cfg, settings, train, val, num_classes):
+    """State of one head with this k or C, on the Features of train and val."""
+    return fit(cfg, train.with_others(val), num_classes, settings).one(0)
 
 
 @torch.no_grad()

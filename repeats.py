@@ -14,13 +14,14 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 import config
+import curve
 import files
 import heads
 import losses
 import metrics
 import references
 import runs
-from progress import Epoch, Progress, epoch_lines, epoch_record
+from progress import Epoch, Progress, epoch_lines, epoch_record, training_tables
 
 CPU = torch.device("cpu")
 HELD_OUT = "held_out_balanced_accuracy"  # column of cv.csv
@@ -29,13 +30,16 @@ HELD_OUT = "held_out_balanced_accuracy"  # column of cv.csv
 @dataclasses.dataclass
 class Fitted:
     """What fitting a bank of heads came to: the chosen head, as a bank of one; the records of its
-    epochs; its Predictions of validation at its best epoch; and the rows of sweep.csv, best
-    first."""
+    epochs; its Predictions of validation at its best epoch; the rows of sweep.csv, best first; what
+    progress.training_tables counts; and the state of the head fitted on validation too, None where
+    that is not done."""
 
     head: object
     history: list
     predictions: heads.Predictions
     rows: list
+    training: dict
+    refit: dict = None
 
     @property
     def best(self):
@@ -44,26 +48,48 @@ class Fitted:
 
     @property
     def best_record(self):
-        return self.history[self.best["best_epoch"] - 1]
+        return next(r for r in self.history if r["epoch"] == self.best["best_epoch"])
+
+    @property
+    def states(self):
+        """Of the head, as a checkpoint holds it: see runs.head_of."""
+        refit = {"refit": self.refit} if self.refit else {}
+        return {"head": self.head.state_dict()} | refit
 
 
 def fit_all(fit, cfg, run, train, val, floor):
     """Fit all that the config asks for and save the head that validation chooses. Every replica
     does the same. train, val: Features; floor: theirs by a random encoder, for eval.floors."""
     seeds, threads = cfg.train.seeds or [cfg.seed], torch.get_num_threads()
-    fit = functools.partial(fit if cfg.model.head.kind == "network" else fit_references, dev=CPU)
     # many small operations: on a busy machine, more threads mostly wait for each other
     torch.set_num_threads(1)
+    fit_once = functools.partial(
+        fit if cfg.model.head.kind == "network" else fit_references, dev=CPU
+    )
+    fit = functools.partial(fit_and_refit, fit_once)
     fits = {seed: fit(cfg, seed, train, val) for seed in seeds}
+    sizes = curve.fit(fit_once, cfg, fits, train, val) if cfg.train.fractions else []
     folds = cross_validate(fit, cfg, seeds, train, val) if cfg.data.cv else []
     floors = {}
     if cfg.eval.floors:
         shuffled = [part.labelled(shuffle_labels(part.samples, cfg.seed)) for part in (train, val)]
         for name, parts in (("random encoder", floor), ("shuffled labels", shuffled)):
-            floors[name] = fit(cfg, seeds[0], *parts).head.state_dict()
+            floors[name] = fit(cfg, seeds[0], *parts).states
     torch.set_num_threads(threads)
-    save(cfg, run, fits, folds, floors)
-    describe(cfg, run, fits, folds, len(train.samples))
+    save(cfg, run, fits, folds, floors, sizes)
+    describe(cfg, run, fits, folds, sizes, len(train.samples))
+
+
+def fit_and_refit(fit, cfg, seed, train, val):
+    """The Fitted of fit, with the chosen head fitted again on train and val, where that is asked
+    for and takes no steps."""
+    fitted, num_classes = fit(cfg, seed, train, val), len(config.class_names(cfg))
+    if config.refits(cfg):
+        if cfg.model.head.kind != "network":
+            fitted.refit = references.refit(cfg, fitted.best, train, val, num_classes)
+        elif fitted.best["best_epoch"] == 0:
+            fitted.refit = heads.refit(cfg, seed, fitted.best, train, val, num_classes)
+    return fitted
 
 
 def fit_references(cfg, seed, train, val, dev):
@@ -89,22 +115,25 @@ def best_head(cfg, bank, progress, epochs, train):
     """The Fitted of the head that validation chooses, of a bank that holds every head's best
     parameters. epochs: all Epochs."""
     g = progress.chosen()
-    own = epochs[: int(min(progress.last_epoch[g], len(epochs)))]  # until its patience ended
+    own = [e for e in epochs if e.number <= progress.last_epoch[g]]  # until its patience ended
     history = [epoch_record(train, epoch, g, bank.settings[g]) for epoch in own]
-    predictions = epochs[progress.best_epoch[g] - 1].predictions.of_head(g)
+    best = next(epoch for epoch in own if epoch.number == progress.best_epoch[g])
     head, rows = references.load(bank.one(g), cfg), progress.rows(bank.settings)
-    return Fitted(head, history, predictions, rows)
+    # in training, everybody is their own nearest neighbour
+    training = {} if cfg.model.head.kind == "knn" else training_tables(train, best, bank, g)
+    return Fitted(head, history, best.predictions.of_head(g), rows, training)
 
 
-def save(cfg, run, fits, folds, floors):
-    """fits: {seed: Fitted}; the first is the run's."""
+def save(cfg, run, fits, folds, floors, sizes):
+    """fits: {seed: Fitted}; the first is the run's. sizes: of curve.fit."""
     run.prepare()
     (seed, first), record = next(iter(fits.items())), next(iter(fits.values())).best_record
     if cfg.model.head.kind == "knn":  # everybody is their own nearest neighbour in training
         record = record | {"train/balanced_accuracy": None}
-    repeated = [{"seed": seed, "head": fitted.head.state_dict()} for seed, fitted in fits.items()]
-    content = {"head": first.head.state_dict(), "sweep": first.best, "repeats": repeated}
+    repeated = [{"seed": seed, **fitted.states} for seed, fitted in fits.items()]
+    content = {**first.states, "sweep": first.best, "repeats": repeated, "training": first.training}
     content |= {"floors": floors} if floors else {}
+    content |= {"curve": sizes} if sizes else {}
     run.save_best(record, first.predictions, content)
     run.write_history(first.history)
     rows = [{"seed": seed, **row} for seed, fitted in fits.items() for row in fitted.rows]
@@ -124,8 +153,8 @@ def table(rows):
     return files.csv_text([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
-def describe(cfg, run, fits, folds, number):
-    """Tell what was found: the best heads, the chosen one's epoch, seeds, folds."""
+def describe(cfg, run, fits, folds, sizes, number):
+    """Tell what was found: the best heads, the chosen one's epoch, seeds, fractions, folds."""
     first, is_network = next(iter(fits.values())), cfg.model.head.kind == "network"
     seeds = f", {len(fits)} seeds" if len(fits) > 1 else ""
     print(f"{len(first.rows)} heads ({cfg.model.head.kind}) on {number} volumes{seeds}")
@@ -149,9 +178,13 @@ def describe(cfg, run, fits, folds, number):
         print(epoch_lines(first.best_record, cfg.train.epochs))
     print(
         f"best of {len(first.rows)}: {described(first.best)}; val balanced accuracy "
-        f"{first.best['val_balanced_accuracy']:.3f}; "
+        f"{first.best['val_balanced_accuracy']:.3f}, log-loss {first.best['val_loss']:.3f}; "
         f"saved as {os.path.join(run.folder, runs.BEST)}"
     )
+    for line in runs.refit_lines(cfg, first.refit is not None):
+        print(line)
+    for line in curve.lines(sizes):
+        print(line)
     if seeds:
         spread = mean_and_sd([fitted.best["val_balanced_accuracy"] for fitted in fits.values()])
         print(f"over {len(fits)} seeds: val balanced accuracy {spread}")
@@ -227,7 +260,9 @@ def cross_validate(fit, cfg, seeds, train, val):
                 part[{0: "hold", 1: "choose"}.get(away, "train")].append(i)
             hold = everybody.rows(part["hold"])
             fitted = fit(cfg, seed, everybody.rows(part["train"]), everybody.rows(part["choose"]))
-            held = heads.by_unit(hold.samples, heads.predict(fitted.head, hold.x)[0])
+            # who is held out is to these folds what test is to a run
+            head = references.load(runs.head_of(fitted.states, "test"), cfg)
+            held = heads.by_unit(hold.samples, heads.predict(head, hold.x)[0])
             score = metrics.score(held.y_true, held.p, num_classes)
             row = {
                 "seed": seed,

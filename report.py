@@ -133,8 +133,15 @@ def sentence(result):
         f"balanced accuracy {result['balanced_accuracy']:.3f} "
         f"({how}; {chance}), "
         f"{counted(result)}, "
-        f"checkpoint of epoch {result['epoch']}, {result['data']}."
+        f"checkpoint of epoch {result['epoch']}{how_fitted(result)}, {result['data']}."
     )
+
+
+def how_fitted(result):
+    """What an epoch's number does not say of the head."""
+    words = ["the start, before training"] if result["epoch"] == 0 else []
+    words += ["refitted on train and val"] if result["refit"] else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def seeds_line(result):

@@ -62,7 +62,7 @@ def model_of(num_classes):
         **dict.fromkeys(("encoder_sha256", "checkpoint_sha256", "labels_sha256"), Text),
         "predictions_sha256": Text,
         "classes": exactly(num_classes, Text),
-        "ordered": boolean,
+        **dict.fromkeys(("ordered", "refit"), boolean),
         "unit": Literal["participant", "eye", "volume"],
         **dict.fromkeys(("n", "participants", "volumes", "epoch"), Count),
         **each(everything, Score),
@@ -90,6 +90,7 @@ def model_of(num_classes):
         **WHAT_ELSE,
         prevalence=dict[Text, shape("AtShares", at_shares(num_classes))],
         label_shift=shape("LabelShift", label_shift(num_classes)),
+        learning_curve=shape("LearningCurve", LEARNING_CURVE),
     )
 
 
@@ -133,6 +134,17 @@ WHAT_ELSE = {
 }
 SPREAD = shape("Spread", {"mean": Number, "sd": Number, "each": list[Number]})
 CALIBRATED = dict.fromkeys(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}
+MEASURED = {"mean": Number, "sd": Score, "ci95": exactly(2, Number)}
+SIZE = {"participants": Number, "fraction": Number, "subsets": Count}
+SIZE |= dict.fromkeys(("balanced_accuracy", "log_loss"), shape("Measured", MEASURED))
+FORMULA = {
+    "a": Number,
+    "b": Number,
+    "c": Number,
+    "extrapolated": list[dict[Text, Score | Interval]],
+}
+FIT = shape("Fit", {"formula": shape("Formula", FORMULA) | None, "reason": Text | None})
+LEARNING_CURVE = {"sizes": list[shape("Size", SIZE)], "balanced_accuracy": FIT, "log_loss": FIT}
 OF_VOLUMES = shape("VolumeIntervals", dict.fromkeys(ALL_SCORES, Interval))
 PER_VOLUME = {"n": Count, "ci95": OF_VOLUMES}
 UNREADABLE = {"participant_id": Text, "path": Text, "reason": Text}

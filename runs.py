@@ -36,7 +36,7 @@ import files
 import ledger
 import loader
 import tracking
-from progress import epoch_lines, epoch_record
+from progress import epoch_lines, epoch_record, training_tables
 
 BEST, LAST = "best_checkpoint_during_training.pt", "last.pt"
 # what else to do where a run cannot be resumed
@@ -46,7 +46,9 @@ IDENTITY = "config", "encoder_sha256", "labels_sha256", "manifest_sha256", "trai
 # what a checkpoint holds of each key
 KINDS = {"config": dict, "scans": dict, "head": dict, "encoder": dict, "optimizer": dict}
 KINDS |= {"progress": dict, "val_predictions": dict, "floors": dict, "repeats": list}
-KINDS |= {"train_participants": list, "epoch": int, "step": int}
+KINDS |= {"train_participants": list, "epoch": int, "step": int, "refit": dict, "training": dict}
+KINDS |= {"curve": list}
+PLOTS = "confusion", "roc", "reliability", "learning_curve"  # of a split
 KINDS |= dict.fromkeys(("encoder_sha256", "labels_sha256", "manifest_sha256"), str)
 # the beginnings of keys that do not change what a run computes: they may differ when it is resumed
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
@@ -221,19 +223,21 @@ class Run:
         self.check_finite(torch.isfinite(so_far["losses"] + so_far["norms"]).all())
         self.save_last({"so_far": so_far})
 
-    def save_epoch(self, epoch, train):
+    def save_epoch(self, epoch, train, refit=None):
         """Save, log and print an Epoch; best first, so that last.pt knows of no best that is not
-        on the disk. train: its Features."""
+        on the disk. train: its Features. refit: state of the head fitted on validation too."""
         self.check_finite(epoch.is_finite().all())
         record = epoch_record(train, epoch, 0, self.bank.settings[0])
         self.progress.history.append(record)
         predictions = epoch.predictions.of_head(0)
+        content = {"training": training_tables(train, epoch, self.bank, 0)}
         if record["best"]:
-            self.save_best(record, predictions, self.weights())
+            again = {"refit": refit} if refit else {}
+            self.save_best(record, predictions, self.weights() | content | again)
         self.write_history(self.progress.history)
         self.wandb.log(record)
         print(epoch_lines(record, self.cfg.train.epochs))
-        self.save_last(scores_of(record, predictions))
+        self.save_last(content | scores_of(record, predictions))
 
     def check_finite(self, is_finite):
         """ValueError before weights that are no numbers any more are saved."""
@@ -270,9 +274,11 @@ class Run:
             print(f"stopped early: {progress.epochs_without[0]} epochs without improvement on val")
         print(
             f"best: epoch {progress.best_epoch[0]}, val balanced accuracy "
-            f"{progress.best[0][0]:.3f}; "
+            f"{progress.best[0][0]:.3f}, log-loss {progress.best[0][1]:.3f}; "
             f"saved as {os.path.join(self.folder, BEST)}"
         )
+        for line in refit_lines(self.cfg, progress.best_epoch[0] == 0):
+            print(line)
 
     def finish(self):
         """What ends every run: what was left out, and W&B's summary."""
@@ -333,6 +339,23 @@ def changed_settings(old, new):
     return [
         f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)
     ]
+
+
+def refit_lines(cfg, is_refit):
+    """What training says of train.refit, where that is on and the encoder stays frozen."""
+    if cfg.train.refit and config.first_epoch_of_encoder(cfg) > cfg.train.epochs:
+        yield (
+            "refit: test is scored by this head fitted again on train and val, and val by the head "
+            "that never saw it"
+            if is_refit and config.refits(cfg)
+            else "no refit: this head takes steps to train, so it scores val and test alike"
+        )
+
+
+def head_of(entry, split):
+    """State of the head that scores a split, of a part of a checkpoint that holds "head", and
+    perhaps the same fitted again on train and val: "refit"."""
+    return entry["refit"] if split == "test" and "refit" in entry else entry["head"]
 
 
 def predictions_csv(predictions):
@@ -410,8 +433,8 @@ def remove_evaluations(folder):
     """Remove what eval.py wrote of a checkpoint that is there no longer."""
     names = ["report.html", "plots/training.png", "plots/shares.png", "predictions_test.csv"]
     for split in ("val", "test"):
-        plots = (f"plots/{plot}_{split}.png" for plot in ("confusion", "roc", "reliability"))
-        names += [f"eval_{split}.json", *plots]
+        plots = (f"plots/{plot}_{split}.png" for plot in PLOTS)
+        names += [f"eval_{split}.json", f"learning_curve_{split}.csv", *plots]
     remove(folder, names)  # of the best; of last.pt, also what training writes of the best itself
     remove(os.path.join(folder, "last"), [*names, "predictions_val.csv", "ledger.csv"])
 

@@ -256,10 +256,9 @@ def finish(tracker, saved, names, ledger_rows=None):
     y, p = saved["val_predictions"]["y_true"], saved["val_predictions"]["p"].numpy()
     people = saved["val_predictions"]["participant_id"]
     result = metrics.evaluate(y, p, len(names), people, names=names)
-    if saved["train_balanced_accuracy"] is not None:
-        result["alarms"] += metrics.gap_alarm(
-            saved["train_balanced_accuracy"], saved["val_balanced_accuracy"]
-        )
+    if "left_out" in saved["training"]:
+        left_out = saved["training"]["left_out"]
+        result["alarms"] += metrics.gap_alarm(left_out, result["confusion_matrix"])
     curves = {}
     for k, name in enumerate(names):
         if 0 < y.count(k) < len(y):

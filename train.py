@@ -17,7 +17,7 @@ the head                      heads.Heads: its parameters have a leading axis of
 the label                     configs/tasks/, docs/your-own.md
 the learning rate's schedule  lr_factor below
 the augmentation              data.augment
-which head and epoch is best  progress.better
+which head and epoch is best  progress.merits
 """
 
 if __name__ in ("__main__", "__mp_main__"):
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
+import curve
 import data
 import device
 import features
@@ -111,8 +112,9 @@ def main(rank, cfg):
 def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
     """Train G heads in parallel on Features, or one head together with the encoder.
 
-    Each head becomes what it would be alone; validation chooses the best head and epoch. Returns
-    repeats.Fitted, but with a run (a single head), which is saved and printed as it goes, None.
+    Each head becomes what it would be alone; validation chooses the best head and epoch, among them
+    epoch 0: what the head starts from. Returns repeats.Fitted, but with a run (a single head),
+    which is saved and printed as it goes, None.
 
     Shapes: G heads, b volumes of a micro-batch, C channels, N tokens of the encoder, T tokens that
     an attentive head takes. A plain probe and fine-tuning are G = 1.
@@ -133,7 +135,7 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
     best_parameters = {name: p.detach().clone() for name, p in bank.named_parameters()}
     finished = []  # Epochs
 
-    # until the last epoch, or until patience ends (train.early_stopping)
+    # until the last epoch, or until patience ends (train.early_stopping); epoch 0 takes no step
     for epoch in progress.epochs(f"{len(bank.settings)} heads", show_bar=run is None):
         # Every random number depends on seed, epoch, step and volume alone: neither the number of
         # replicas nor an interruption changes the result.
@@ -175,8 +177,13 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
                     # (G,): this micro-batch's share of the batch's weighted mean loss. The shares
                     # add up over micro-batches and replicas, and the heads do not touch each other.
                     loss = (losses * weights.to(dev)).sum(dim=1)
-                    loss.sum().backward()
+                    if epoch:
+                        loss.sum().backward()
                     summary.add(indices.to(dev), losses, logits, loss * len(batch_labels))
+                if epoch == 0:
+                    head_factor = encoder_factor = 0.0
+                    progress.step = step + 1
+                    continue
                 device.all_sum_gradients(optimizer.trained())
                 summary.norms += optimizer.clip(cfg.train.grad_clip) / device.world()
                 head_factor, encoder_factor = (
@@ -204,7 +211,10 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
                 best_parameters[name][improved] = p.detach()[improved]
         finished.append(summary)
         if run:
-            run.save_epoch(summary, train_set)
+            again = None
+            if epoch == 0 and improved and config.refits(cfg):
+                again = heads.refit(cfg, seed, bank.settings[0], train_set, val_set, num_classes)
+            run.save_epoch(summary, train_set, again)
 
     if run:
         run.end()
@@ -283,8 +293,9 @@ def volumes_of(cfg, samples, steps, encoder, epoch):
 
 def check_classes(cfg, book):
     """ValueError, before anything is encoded, where a class is not there in training, or has too
-    few people for data.cv."""
+    few people for data.cv or train.fractions."""
     ledger.check_classes(book)
+    curve.check(cfg, book.of("train"))
     repeats.check_folds(cfg, book.of("train") + book.of("val"))
 
 

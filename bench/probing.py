@@ -2,14 +2,17 @@
 
     .venv/bin/python bench/probing.py learn                  # ten minutes on two cores
     .venv/bin/python bench/probing.py learn --rows 20000     # hours
+    .venv/bin/python bench/probing.py alarms                 # half an hour
     .venv/bin/python bench/probing.py sweep                  # two minutes
     .venv/bin/python bench/probing.py finetune               # 15 minutes; --seeds 1 2 3 4 5
 
 learn: how far from chance to the best possible balanced accuracy the head that configs/probe.yaml's
-sweep chooses comes, beside scikit-learn's class-balanced LogisticRegression, whose C the same
-validation chooses. Gaussian features of unit variance; the class means lie along one hidden
-direction, spread evenly over all features. Training (743) has AI-READI's classes, validation (159)
-and test (20,000) have them evenly.
+sweep chooses comes (by log-loss, the same refitted on validation too, and by balanced accuracy),
+beside scikit-learn's class-balanced LogisticRegression, whose C the same validation chooses by
+log-loss; and the log-loss of each, beside ln 4 = 1.386 of equal chances. Gaussian features of unit
+variance; the class means lie along one hidden direction, spread evenly over all features. Training
+(743) has AI-READI's classes, validation (159) and test (20,000) have them evenly.
+alarms: how often the alarms about training are raised, of heads that are what they should be.
 sweep: 64 heads x 50 epochs on 743 x 768 features at once, against plain torch, one after the other;
 and the demo's probe, encoding and 50 epochs of 24 heads, against its encoding alone.
 finetune: probe or fine-tune, and which correction of the imbalance? On the boosted phantom's test
@@ -17,6 +20,7 @@ split, mean ± SD over seeds.
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -32,11 +36,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 import config
+import eval as evaluation
 import features
 import heads
 import ledger
+import metrics
 import phantom
+import references
+import repeats
+import runs
 import train
+from progress import confusion
 
 SHARES = np.array([290, 162, 233, 58])
 
@@ -51,10 +61,12 @@ def draw(means, dim, rows, seed):
     return [((noise(y) + means[y][:, None] * direction).astype(np.float32), y) for y in labels]
 
 
-def features_of(x, y):
-    """x (n, dim), y (n,) -> features.Features of as many participants with one volume each."""
+def features_of(x, y, split="train"):
+    """x (n, dim), y (n,) -> features.Features of as many participants of the split, with one volume
+    each."""
+    ids = [f"{split} {i}" for i in range(len(y))]
     samples = [
-        SimpleNamespace(participant_id=str(i), unit=str(i), label=int(k)) for i, k in enumerate(y)
+        SimpleNamespace(participant_id=name, unit=name, label=int(k)) for name, k in zip(ids, y)
     ]
     return features.Features(samples, torch.as_tensor(x))
 
@@ -67,24 +79,36 @@ def best_possible(means):
     return balanced_accuracy_score(y, np.abs(x[:, None] - means).argmin(axis=1))
 
 
+def both_scores(y, p):
+    """Balanced accuracy and log-loss of probabilities p (n, 4)."""
+    return balanced_accuracy_score(y, p.argmax(axis=1)), log_loss(y, p, labels=range(4))
+
+
 def logistic(train_xy, val, test, seed):
-    """Test balanced accuracy of the C that validation chooses."""
+    """Test scores of the C that validation chooses, by log-loss."""
     tried = []
     for C in np.logspace(-6, 5, 23):
         fitted = LogisticRegression(C=C, class_weight="balanced", max_iter=300).fit(*train_xy)
         p = fitted.predict_proba(val[0])
         accuracy = balanced_accuracy_score(val[1], p.argmax(axis=1))
-        tried.append((accuracy, -log_loss(val[1], p, labels=range(4)), C, fitted))
-    return balanced_accuracy_score(test[1], max(tried)[3].predict(test[0]))
+        tried.append((-log_loss(val[1], p, labels=range(4)), accuracy, C, fitted))
+    return both_scores(test[1], max(tried)[3].predict_proba(test[0]))
 
 
-def swept(train_xy, val, test, seed):
-    """Test balanced accuracy of the head that configs/probe.yaml's sweep chooses."""
-    cfg = config.load("configs/probe.yaml", [f"seed={seed}", f"model.emb_dim={test[0].shape[1]}"])
-    parts = features_of(*train_xy), features_of(*val)
-    _, fitted = timed(train.fit, cfg, seed, *parts, torch.device("cpu"))
-    p = heads.predict(fitted.head, torch.from_numpy(test[0]))[0]
-    return balanced_accuracy_score(test[1], p.argmax(axis=1))
+def swept(choose_by, train_xy, val, test, seed):
+    """Test scores of the head that configs/probe.yaml's sweep chooses, and of the same refitted on
+    validation too where it takes no steps."""
+    width = test[0].shape[1]
+    rule = f"train.choose_by={choose_by}"
+    cfg = config.load("configs/probe.yaml", [f"seed={seed}", f"model.emb_dim={width}", rule])
+    parts = features_of(*train_xy), features_of(*val, "val")
+    fit = functools.partial(train.fit, dev=torch.device("cpu"))
+    _, fitted = timed(repeats.fit_and_refit, fit, cfg, seed, *parts)
+    states = fitted.head.state_dict(), runs.head_of(fitted.states, "test")
+    banks = [references.load(state, cfg) for state in states]
+    return [
+        both_scores(test[1], heads.predict(bank, torch.from_numpy(test[0]))[0]) for bank in banks
+    ]
 
 
 def learn(rows=(743,), features=(64, 768), seeds=10):
@@ -93,14 +117,59 @@ def learn(rows=(743,), features=(64, 768), seeds=10):
     for means, number, dim in itertools.product(
         ((0, 0.4, 1, 1.6), (0, 0.2, 0.5, 0.8)), rows, features
     ):
-        bayes, ways = best_possible(means), (logistic, swept)
-        scores = [[way(*draw(means, dim, number, s), s) for way in ways] for s in range(seeds)]
-        reference, ours = (np.mean(scores, axis=0) - 0.25) / (bayes - 0.25)
+        bayes, scores = best_possible(means), []
+        for seed in range(seeds):
+            parts = *draw(means, dim, number, seed), seed
+            chosen, refitted = swept("log_loss", *parts)
+            old, _ = swept("balanced_accuracy", *parts)
+            scores.append([logistic(*parts), old, chosen, refitted])
+        accuracies, losses = np.mean(scores, axis=0).T
+        shares = (accuracies - 0.25) / (bayes - 0.25)
         name = (
             f"means {'/'.join(map(str, means))} (Bayes {bayes:.3f}), {dim} features, {number} rows"
         )
-        figure(f"{name}: LogisticRegression", reference)
-        figure(f"{name}: the sweep", ours, at_least=reference)
+        ways = "LogisticRegression", "the sweep by balanced accuracy", "the sweep", "refitted"
+        for way, share, loss in zip(ways, shares, losses):
+            at_least = shares[0] if way in ("the sweep", "refitted") else None
+            figure(f"{name}: {way}", share, at_least=at_least)
+            figure(f"{name}: {way}, log-loss below ln 4 by", math.log(4) - loss)
+
+
+def alarms(people=(743, 139), features=(64, 768), times=40):
+    """At most 5 % of healthy heads raise an alarm of training; the old rule (training more than 0.2
+    above validation) stands beside. The last figure is of validation without any effect."""
+    torch.set_num_threads(1)
+    names = "gap", "below chance", "0.2 above"
+    truths = {"no effect": (0, 0, 0, 0), "weak": (0, 0.2, 0.5, 0.8), "strong": (0, 0.4, 1, 1.6)}
+    truths["very strong"] = (0, 1.5, 3, 4.5)
+    for number, dim, (truth, means) in itertools.product(people, features, truths.items()):
+        found = [raised(means, dim, number, seed) for seed in range(times)]
+        case = f"{truth}, {dim} features, {number} participants"
+        for name, share in zip(names, np.mean(found, axis=0)):
+            at_most = 0.05 + 1.65 * math.sqrt(0.05 * 0.95 / times)  # by chance, one time in 20
+            figure(f"{case}: {name}", share, at_most=None if name == "0.2 above" else at_most)
+    sick = [raised((0, 1.5, 3, 4.5), 64, 743, seed, unlike=True)[0] for seed in range(times)]
+    figure("very strong, validation without effect: gap", np.mean(sick), at_least=0.95)
+
+
+def raised(means, dim, number, seed, unlike=False):
+    """Does the head of two, an ordinal and a free one, that validation chooses raise each alarm?
+    unlike: validation's features tell nothing."""
+    train_xy, (x_val, y_val), _ = draw(means, dim, number, seed)
+    few = round(159 * number / 743)
+    if unlike:
+        x_val = np.random.default_rng(seed).standard_normal(x_val.shape).astype(np.float32)
+    few_heads = "train.sweep.lr_head=[0.0001]", "train.sweep.weight_decay=[1]", "train.epochs=5"
+    cfg = config.load("configs/probe.yaml", [f"model.emb_dim={dim}", *few_heads])
+    parts = features_of(*train_xy), features_of(x_val[:few], y_val[:few], "val")
+    _, fitted = timed(train.fit, cfg, seed, *parts, torch.device("cpu"))
+    tables, validation = fitted.training, confusion(fitted.predictions)
+    trained = fitted.best_record["train/balanced_accuracy"]
+    return (
+        bool(metrics.gap_alarm(tables["left_out"], validation)),
+        bool(evaluation.below_chance(np.array(tables["trained"]))),
+        trained - fitted.best["val_balanced_accuracy"] > 0.2,
+    )
 
 
 def one_after_the_other(settings, x, y, x_val, y_val):
@@ -141,7 +210,7 @@ def sweep():
     rest = "train.sweep.ordinal=null", "train.early_stopping.enabled=false"
     cfg = config.load("configs/probe.yaml", [rates, decays, *rest])
     torch.set_num_threads(1)  # the fastest for both
-    parts, dev = (features_of(*xy), features_of(*val)), torch.device("cpu")
+    parts, dev = (features_of(*xy), features_of(*val, "val")), torch.device("cpu")
     at_once = timed(train.fit, cfg, 0, *parts, dev)[0]
     tensors = [torch.from_numpy(values) for values in (*xy, *val)]
     in_turn = timed(one_after_the_other, heads.settings_of(cfg), *tensors)[0]
@@ -199,4 +268,4 @@ def finetune(seeds=(1, 2, 3)):
 
 
 if __name__ == "__main__":
-    bench(__doc__, learn=learn, sweep=sweep, finetune=finetune)
+    bench(__doc__, learn=learn, alarms=alarms, sweep=sweep, finetune=finetune)

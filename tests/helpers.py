@@ -434,6 +434,7 @@ def write_results(folder, p, y=LABELS_159, ids=None, **changes):
         "split": "test",
         "run": "a run",
         "epoch": 1,
+        "refit": False,
         "volumes": len(y),
         "data": "SYNTHETIC data",
         "task": "study_group",

@@ -278,8 +278,8 @@ def test_the_best_of_a_fine_tuning_run_is_scored_with_its_encoder(written, tuned
     result, _ = evaluate(tuned, "val")
     assert np.array_equal(before, read_predictions(f"{tuned}/predictions_val.csv")[2])
     assert result["epoch"] == best["epoch"] > 1
-    highest = max(record["val/balanced_accuracy"] for record in history)
-    assert result["balanced_accuracy"] == pytest.approx(highest)
+    lowest = min(record["val/loss"] for record in history)
+    assert result["log_loss"] == pytest.approx(lowest)
 
 
 def test_predictions_of_a_fine_tuned_encoder_computed_by_hand(written, tuned, tmp_path):
@@ -315,20 +315,47 @@ def test_a_fine_tuned_encoder_that_lacks_a_weight_is_refused(tuned, tmp_path):
 # ----------------------------------------------------------------------------------------- alarms
 
 
-def test_overfitting_raises_an_alarm(written, tmp_path):
-    more = [
-        "train.epochs=40",
-        "train.lr_head=0.05",
-        "train.class_weights=none",
-        "train.early_stopping.enabled=false",
-        "data.batch_size=8",
-    ]
-    cfg = quick(written, tmp_path, *more)
-    train.main(0, cfg)
-    last = read_run(cfg)[2]
-    assert last["train_balanced_accuracy"] - last["val_balanced_accuracy"] > 0.2
-    result, _ = evaluate(f"{cfg.paths.run_dir}/last.pt", "test")
-    assert any("more than 0.2 below: overfitting" in alarm for alarm in result["alarms"])
+def with_training(written, tmp_path, **changes):
+    """A run whose checkpoint says something else of training, and of 40 validation participants,
+    of whom a quarter is right."""
+    run = copy_of(trained(written), tmp_path)
+    saved = torch.load(f"{run}/{runs.BEST}", weights_only=True)
+    saved["training"] |= changes
+    p, ids = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 40).double(), [f"val {i}" for i in range(40)]
+    saved["val_predictions"] = {"participant_id": ids, "y_true": [0, 1, 2, 3] * 10, "p": p}
+    torch.save(saved, f"{run}/{runs.BEST}")
+    return run
+
+
+def test_validation_far_below_left_out_training_raises_an_alarm(written, tmp_path):
+    run = with_training(written, tmp_path, left_out=(100 * np.eye(4, dtype=int)).tolist())
+    alarms = evaluate(run, "test")[0]["alarms"]
+    assert any("each left out of the fit, and " in alarm for alarm in alarms)
+
+
+def test_a_head_that_answers_the_opposite_of_training_raises_an_alarm(written, tmp_path):
+    run = with_training(written, tmp_path, trained=(20 * np.eye(4, dtype=int)[::-1]).tolist())
+    alarms = evaluate(run, "test")[0]["alarms"]
+    assert any("balanced accuracy on training is 0.000, below chance" in alarm for alarm in alarms)
+
+
+def test_below_chance_is_a_permutation_test():
+    """Against permutations; and answers that know nothing raise it in 1 % of cases."""
+    rng = np.random.default_rng(0)
+    y, said = np.repeat(range(4), (60, 30, 45, 12)), rng.choice(4, 147, p=[0.5, 0.1, 0.3, 0.1])
+    permuted = np.array([rng.permutation(y) for _ in range(20_000)])
+    right = permuted == said
+    scores = np.mean([(right & (permuted == k)).sum(axis=1) / (y == k).sum() for k in range(4)], 0)
+
+    def alarm(labels):
+        counts = np.zeros((4, 4), dtype=int)
+        np.add.at(counts, (labels, said), 1)
+        return evaluation.below_chance(counts)
+
+    raised = np.array([bool(alarm(labels)) for labels in permuted[:4000]])
+    assert 0.002 < raised.mean() < 0.02
+    assert scores[:4000][raised].max() <= np.percentile(scores, 2)
+    assert evaluation.below_chance(np.array([[9, 0], [5, 0]])) == []  # constant answers
 
 
 @pytest.fixture()

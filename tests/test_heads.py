@@ -22,6 +22,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 import config
+import discriminant
 import features
 import heads
 import ledger
@@ -152,19 +153,20 @@ def test_a_head_starts_from_ridge_regression_judged_on_the_participants_left_out
     y = rng.integers(0, 4, 30)[people]
     x = rng.standard_normal((len(y), 12)) @ rng.standard_normal((12, 12)) + 5
     x[:, :2] += y[:, None]
+    x[:, 2:5] += 4 * np.eye(4)[y][:, 1:]  # so that every contrast of the classes is foretold
     x_, t = x - x.mean(axis=0), (y[:, None] if is_ordinal else np.eye(4)[y][:, 1:]).astype(float)
-    t -= t.mean(axis=0)
 
     def ridge(alpha, rows):
-        fitted = Ridge(alpha=alpha, fit_intercept=False).fit(x_[rows], t[rows])
-        return fitted.coef_.reshape(t.shape[1], -1).T  # (12, d)
+        return Ridge(alpha=alpha).fit(x_[rows], t[rows])
 
     best = None
     for alpha in np.trace(x_.T @ x_) / 12 * np.logspace(-4, 4, 17):
-        scores = np.zeros_like(t)
+        scores, error = np.zeros_like(t), 0
         for person in range(30):
-            scores[people == person] = x_[people == person] @ ridge(alpha, people != person)
-        error = ((t - scores) ** 2).sum()
+            own, others = people == person, people != person
+            foretold = ridge(alpha, others).predict(x_[own]).reshape(-1, t.shape[1])
+            error += ((t[own] - foretold) ** 2).sum()
+            scores[own] = foretold - t[others].mean(axis=0)
         if best is None or error < best[0]:
             best = error, alpha, scores
     _, alpha, scores = best
@@ -172,17 +174,24 @@ def test_a_head_starts_from_ridge_regression_judged_on_the_participants_left_out
     deviations = scores - means[y]
     scatter = 5 * sum(np.outer(s, s) for s in scores) / len(y)
     covariance = (sum(np.outer(d, d) for d in deviations) + scatter) / (len(y) + 5)
-    along = x_ @ ridge(alpha, slice(None))  # (n, d)
-    weight, bias = heads.discriminant(*map(torch.from_numpy, (x, y, people)), 4, is_ordinal)
-    logits = x @ weight.numpy().T + bias.numpy()
-    if is_ordinal:  # one slope, borders between neighbours in the middle
-        middle = (means[1:] + means[:-1])[:, 0] / 2
-        slope = np.polyfit(np.arange(4), means[:, 0] / covariance[0, 0], 1)[0]
-        expected = slope * (along - middle)
-    else:
+    # (n, d), of the fit to all
+    along = ridge(alpha, slice(None)).predict(x_).reshape(t.shape) - t.mean(axis=0)
+    weight, bias, left_out = discriminant.discriminant(
+        *map(torch.from_numpy, (x, y, people)), 4, is_ordinal
+    )
+
+    def expected(scores):  # steps of the logits from class to class
+        if is_ordinal:  # one slope, borders between neighbours in the middle
+            middle = (means[1:] + means[:-1])[:, 0] / 2
+            slope = np.polyfit(np.arange(4), means[:, 0] / covariance[0, 0], 1)[0]
+            return slope * (scores - middle)
         distance = lambda d: d @ np.linalg.solve(covariance, d)
-        expected = np.diff([[-0.5 * distance(s - m) for m in means] for s in along], axis=1)
-    assert np.abs(np.diff(logits, axis=1) - expected).max() < 1e-4 * np.abs(expected).max()
+        return np.diff([[-0.5 * distance(s - m) for m in means] for s in scores], axis=1)
+
+    for logits, of in ((x @ weight.numpy().T + bias.numpy(), along), (left_out.numpy(), scores)):
+        assert (
+            np.abs(np.diff(logits, axis=1) - expected(of)).max() < 1e-4 * np.abs(expected(of)).max()
+        )
 
 
 @pytest.mark.parametrize("is_ordinal", [False, True])
@@ -193,9 +202,58 @@ def test_a_head_starts_from_ridge_regression_judged_on_the_participants_left_out
 )
 def test_a_start_from_little_is_finite(y, x, is_ordinal):
     rows = torch.full((6, 3), x) if x else torch.randn(6, 3)
-    weight, bias = heads.discriminant(rows, torch.tensor(y), torch.arange(6), 4, is_ordinal)
-    assert torch.isfinite(weight).all() and torch.isfinite(bias).all()
-    assert x is None or weight.abs().max() < 1e-6
+    found = discriminant.discriminant(rows, torch.tensor(y), torch.arange(6), 4, is_ordinal)
+    assert all(torch.isfinite(values).all() for values in found)
+    assert x is None or found[0].abs().max() < 1e-6
+
+
+def balanced(logits, y):
+    return balanced_accuracy_score(y, logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("is_ordinal", [False, True], ids=["free", "ordinal"])
+@pytest.mark.parametrize("means", [(0, 0, 0, 0), (0, 0.2, 0.5, 0.8)], ids=["noise", "weak"])
+def test_a_start_never_answers_the_opposite_of_what_training_shows(means, is_ordinal):
+    """Where left-out scores say nothing of the classes, the answer is constant."""
+    constant = 0
+    for seed in range(12):
+        (x, y), _, _ = gaussians(means, 192, 186, seed)
+        parts = torch.from_numpy(x), torch.from_numpy(y), torch.arange(len(y))
+        weight, bias, _ = discriminant.discriminant(*parts, 4, is_ordinal)
+        assert balanced(x @ weight.numpy().T + bias.numpy(), y) >= 0.25 - 1e-9, seed
+        constant += not weight.any()
+        assert weight.any() or not bias.any()
+    assert constant > 0 or not is_ordinal or means[-1]
+
+
+def test_left_out_answers_know_nothing_of_their_participant():
+    """More features than participants: the mean of the targets, which all share, tells of whom is
+    left out, and a regression that keeps it foretells noise without an error."""
+    scores, losses_of = [], []
+    for seed in range(6):
+        (x, y), _, (x_test, y_test) = gaussians((0, 0, 0, 0), 384, 186, seed)
+        parts = torch.from_numpy(x), torch.from_numpy(y), torch.arange(len(y))
+        weight, bias, left_out = discriminant.discriminant(*parts, 4, False)
+        scores.append(balanced(left_out.numpy(), y))
+        p = torch.from_numpy(x_test) @ weight.T + bias
+        losses_of.append(log_loss(y_test, p.double().softmax(dim=1).numpy(), labels=range(4)))
+    assert np.mean(scores) < 0.4 and np.mean(losses_of) < np.log(4) + 0.1, (scores, losses_of)
+
+
+def test_contrasts_that_are_foretold_do_not_hang_on_which_class_is_left_out():
+    """Of a head without an order, the target of one class follows from the others'."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        means = rng.standard_normal((4, 4))
+        means -= means.mean(axis=1, keepdims=True)  # scores of all classes add up to zero
+        kept = []
+        for out in range(4):
+            classes = [k for k in range(4) if k != out]
+            found = discriminant.foretold(
+                torch.from_numpy(means[:, classes]), torch.eye(4).double()[:, classes]
+            )
+            kept.append(found.shape[1])
+        assert len(set(kept)) == 1
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -314,7 +372,7 @@ def test_every_head_is_what_it_would_be_alone(written, tmp_path, grid, more):
     rows, history, best = heads_of(tmp_path), *read_run(cfg)[:2]
     assert len(rows) == np.prod([len(values) for values in grid.values()])
     assert sum(row["chosen"] == "True" for row in rows) == 1
-    key = lambda row: (-float(row["val_balanced_accuracy"]), float(row["val_loss"]))
+    key = lambda row: (float(row["val_loss"]), -float(row["val_balanced_accuracy"]))
     assert rows == sorted(rows, key=key)
     key_of = {name: f"train.{name}" for name in grid} | {"ordinal": "model.head.ordinal"}
     for i, row in enumerate(rows):
@@ -353,7 +411,8 @@ def same_predictions(*cfgs):
 
 def test_a_head_that_diverges_disturbs_nobody(written, tmp_path):
     def run(folder, rates):
-        cfg = swept(written, folder, {"lr_head": rates}, "train.warmup_epochs=0")
+        more = "train.warmup_epochs=0", "train.choose_by=balanced_accuracy"
+        cfg = swept(written, folder, {"lr_head": rates}, *more)
         train.main(0, cfg)
         return heads_of(folder), read_run(cfg)[1]["head"]
 
@@ -368,8 +427,15 @@ def test_a_head_that_diverges_disturbs_nobody(written, tmp_path):
 
 def test_heads_that_all_diverge_stop_the_run(written, tmp_path):
     message = "every head of train.sweep diverged in the first epoch; lower train.sweep.lr_head"
+    more = "train.warmup_epochs=0", "train.choose_by=balanced_accuracy"
     with pytest.raises(ValueError, match=message):
-        train.main(0, swept(written, tmp_path, {"lr_head": [1e38]}, "train.warmup_epochs=0"))
+        train.main(0, swept(written, tmp_path, {"lr_head": [1e38]}, *more))
+
+
+def test_a_head_that_diverges_at_once_is_what_it_started_from(written, tmp_path):
+    cfg = swept(written, tmp_path, {"lr_head": [1e38]}, "train.warmup_epochs=0")
+    train.main(0, cfg)
+    assert heads_of(tmp_path)[0]["best_epoch"] == "0" and read_run(cfg)[1]["epoch"] == 0
 
 
 # ------------------------------------------------------------------------ what a head has learned

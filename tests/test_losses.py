@@ -160,3 +160,20 @@ def test_effective_numbers_correct_less_than_auto():
 def test_effective_numbers_need_every_class():
     with pytest.raises(ValueError, match="class_weights 'effective' needs every one of 4 classes"):
         losses.class_weights([0, 1, 2], 4, "effective")
+
+
+@pytest.mark.parametrize(
+    "scheme, loss, sampler, expected",
+    [
+        ("auto", "ce", "shuffle", [1, 1, 1]),
+        ("none", "ce", "shuffle", [60, 30, 10]),
+        ("none", "ce", "stratified", [1, 1, 1]),
+        ("none", "balanced_softmax", "shuffle", [1, 1, 1]),
+        ([1.0, 2.0, 3.0], "focal", "shuffle", [60, 60, 30]),
+        ([1.0, 2.0, 3.0], "logit_adjustment", "shuffle", [1, 2, 3]),
+    ],
+)
+def test_asked_shares(scheme, loss, sampler, expected):
+    labels = np.repeat([0, 1, 2], [60, 30, 10])
+    found = losses.asked_shares(labels, 3, scheme, loss, sampler)
+    assert found == pytest.approx(np.array(expected) / sum(expected))

@@ -456,11 +456,30 @@ def test_accuracy_is_held_against_the_majority_at_the_shares_that_training_asked
 
 
 def test_gap_alarm():
-    assert metrics.gap_alarm(0.6, 0.4) == metrics.gap_alarm(0.3, 0.5) == []
-    assert metrics.gap_alarm(0.61, 0.4) == [
-        "balanced accuracy is 0.610 on training and 0.400 on validation, more than 0.2 below: "
-        "overfitting"
-    ]
+    def table(n, share):  # (4, 4): of n of each class, so many are right
+        right = round(n * share)
+        return np.eye(4, dtype=int) * right + np.eye(4, dtype=int)[[1, 2, 3, 0]] * (n - right)
+
+    assert metrics.gap_alarm(table(100, 0.6), table(40, 0.5)) == []  # 40 of a class say little
+    assert metrics.gap_alarm(table(100, 0.3), table(40, 0.5)) == []
+    (alarm,) = metrics.gap_alarm(table(100, 0.6), table(40, 0.4))
+    assert "0.600 on training's participants" in alarm and "0.400 on validation" in alarm
+    absent = table(40, 0.4)
+    absent[0] = 0  # a class that validation lacks does not count
+    assert len(metrics.gap_alarm(table(100, 0.6), absent)) == 1
+
+
+def test_the_gap_alarm_is_a_test_at_one_percent():
+    """Of two samples with the same recalls, by simulation."""
+    rng, alarms, times = np.random.default_rng(0), 0, 2000
+    for _ in range(times):
+        recall = rng.uniform(0.1, 0.9, 4)
+        tables = []
+        for n in ([290, 162, 233, 58], [40, 40, 40, 39]):
+            right = rng.binomial(n, recall)
+            tables.append(np.diag(right) + np.diag(n - right)[:, [1, 2, 3, 0]])
+        alarms += bool(metrics.gap_alarm(*tables))
+    assert alarms / times < 0.02
 
 
 # ------------------------------------------------------------------------- degenerate and bad input

@@ -12,6 +12,24 @@ import metrics
 import progress
 import train
 
+BY_LOSS, BY_ACCURACY = "log_loss", "balanced_accuracy"
+
+
+@pytest.mark.parametrize(
+    "new, old, min_delta, is_better",
+    [
+        ((0.4, 1.0), (0.5, 1.1), 0.0, True),
+        ((0.5, 1.1), (0.4, 1.0), 0.0, False),
+        ((0.5, 1.0), (0.4, 1.0), 0.0, True),  # the same loss: by balanced accuracy
+        ((0.5, 1.0), (0.5, 1.0), 0.0, False),
+        ((0.5, 1.0 - 1e-12), (0.6, 1.0), 0.0, False),  # the same up to rounding
+        ((0.5, 0.995), (0.5, 1.0), 0.01, False),
+        ((0.52, 0.995), (0.5, 1.0), 0.01, True),
+    ],
+)
+def test_better_goes_by_loss_then_by_balanced_accuracy(new, old, min_delta, is_better):
+    assert progress.better(new, old, BY_LOSS, min_delta) == is_better
+
 
 @pytest.mark.parametrize(
     "new, old, min_delta, is_better",
@@ -25,8 +43,8 @@ import train
         ((0.505, 0.9), (0.5, 1.0), 0.01, True),
     ],
 )
-def test_better_goes_by_balanced_accuracy_then_by_loss(new, old, min_delta, is_better):
-    assert progress.better(new, old, min_delta) == is_better
+def test_the_old_rule_goes_by_balanced_accuracy_then_by_loss(new, old, min_delta, is_better):
+    assert progress.better(new, old, BY_ACCURACY, min_delta) == is_better
 
 
 def test_quick_scores_are_the_scores():
@@ -47,8 +65,9 @@ def test_early_stopping(written, tmp_path, capsys):
     cfg = quick(written, tmp_path, "train.epochs=40", *early)
     train.main(0, cfg)
     history, _, last = read_run(cfg)
-    # no later epoch is 50 points better than the first
-    assert len(history) == 4 and last["progress"]["epochs_without"] == [3]
+    # no later epoch is better by 0.5 than the start
+    assert [r["epoch"] for r in history] == [0, 1, 2, 3]
+    assert last["progress"]["epochs_without"] == [3]
     assert "stopped early: 3 epochs without improvement" in capsys.readouterr().out
 
 
@@ -62,17 +81,18 @@ def test_early_stopping_waits_for_the_encoder(written):
     ]
     history = read_run(quick(written, trained(written, *TUNE, *more)))[0]
     # 6 and 7 bring nothing; before 5 nothing counts
-    assert [r["epoch"] for r in history] == [1, 2, 3, 4, 5, 6, 7]
+    assert [r["epoch"] for r in history] == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 # ------------------------------------------------------------------------ patience, of many heads
 
 
-def walk(scores, patience=2, epochs=10):
+def walk(scores, patience=2, epochs=10, choose_by=BY_ACCURACY):
     """Progress of heads with these (balanced accuracy, loss) {epoch: [of head 0, of head 1, ...]}
     -> the Progress, and [(epoch, heads that are better than ever)]."""
     early_stopping = SimpleNamespace(enabled=True, patience=patience, min_delta=0.0)
-    cfg = SimpleNamespace(train=SimpleNamespace(epochs=epochs, early_stopping=early_stopping))
+    given = SimpleNamespace(epochs=epochs, early_stopping=early_stopping, choose_by=choose_by)
+    cfg = SimpleNamespace(train=given)
     found, num_heads = [], len(scores[1])
     state = progress.Progress(cfg, num_heads, steps_per_epoch=1)
     bank, y, p = heads.Heads(8, 4, [{}] * num_heads), np.arange(4), np.full((num_heads, 4, 4), 0.25)
@@ -120,6 +140,27 @@ def test_rows_are_ranked_and_name_the_chosen_head():
     assert rows[0]["best_epoch"] == 1 and np.isnan(rows[2]["val_loss"])
 
 
+def test_the_start_may_be_best_where_loss_chooses():
+    scores = {
+        0: [(0.3, 1.2), (0.5, 1.3)],
+        1: [(0.9, 1.25), (0.5, 1.1)],
+        2: [(0.9, 1.3), (0.2, 1.1)],
+    }
+    state, found = walk(scores, epochs=2, choose_by=BY_LOSS)
+    assert found == [(0, [0, 1]), (1, [1]), (2, [])]
+    assert state.best == [(0.3, 1.2), (0.5, 1.1)] and state.best_epoch == [0, 1]
+    assert state.chosen() == 1 and state.last_epoch[0] == 2
+    rows = state.rows([{"lr_head": 1.0}, {"lr_head": 2.0}])
+    assert [(row["lr_head"], row["best_epoch"], row["chosen"]) for row in rows] == [
+        (2.0, 1, True),
+        (1.0, 0, False),
+    ]
+
+
+def test_where_balanced_accuracy_chooses_training_begins_with_epoch_1():
+    assert [number for number, _ in walk({1: [(0.5, 1)], 2: [(0.4, 1)]}, epochs=2)[1]] == [1, 2]
+
+
 # ------------------------------------------------------------------------- the record of an epoch
 
 
@@ -159,7 +200,7 @@ def test_the_epoch_log_shows_loss_by_class_and_the_gradient(logged):
     shares = [w * v for w, v in zip(weights, volumes)]
     for r in history:
         losses = [r[f"train/loss_{k}"] for k in range(4)]
-        assert min(losses) > 0 and r["train/grad_norm"] > 0
+        assert min(losses) > 0 and (r["train/grad_norm"] > 0) == (r["epoch"] > 0)
         by_class = np.average(losses, weights=shares)
         # a mean of batches, weights by participants: alike, not equal
         assert r["train/loss"] == pytest.approx(by_class, rel=0.1)

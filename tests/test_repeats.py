@@ -9,13 +9,28 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import DEMO, copy_of, evaluate, features_of, quick, read_predictions, read_run, trained
+from helpers import (
+    DEMO,
+    copy_of,
+    edit,
+    evaluate,
+    features_of,
+    quick,
+    read_predictions,
+    read_run,
+    trained,
+)
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
 
 import config
 import features
+import heads
 import ledger
 import repeats
+import report
+import runs
 import train
 
 GRID = {"lr_head": [0.003, 0.03], "weight_decay": [0.01, 3.0], "ordinal": [False, True]}
@@ -161,6 +176,145 @@ def test_seeds_are_the_runs_that_they_would_be_alone(written, tmp_path, alone, s
         assert spread["each"] == pytest.approx(values)
         assert spread["mean"] == pytest.approx(np.mean(values))
         assert spread["sd"] == pytest.approx(np.std(values, ddof=1))
+
+
+# ---------------------------------------------------------- the chosen head, on train and val
+
+# every epoch is the start, which is chosen
+STAYS = ["train.lr_head=0"], ["train.sweep.lr_head=[0]"]
+
+
+def sets_of(cfg):
+    """Features x (volumes, C) and samples of train and val, and those of test."""
+    book, dev = ledger.read(cfg), torch.device("cpu")
+    encoder = features.open_encoder(cfg)
+    both = features.encode(cfg, book, book.of("train") + book.of("val"), encoder, dev)
+    return both, features.encode(cfg, book, book.of("test"), encoder, dev)
+
+
+@pytest.mark.parametrize("sweep", STAYS, ids=["one head", "a sweep"])
+def test_a_chosen_start_is_refitted_on_both_and_scores_test_alone(written, tmp_path, sweep):
+    folder = trained(written, *sweep, "train.epochs=2")
+    cfg, run = quick(written, folder, *sweep), copy_of(folder, tmp_path)
+    saved, (both, test) = read_run(cfg)[1], sets_of(cfg)
+    assert saved["epoch"] == 0
+    # the standardisation is of all volumes, and the head that of a run that trains on both
+    assert torch.allclose(saved["refit"]["mean"], both.x.mean(dim=0), atol=1e-5)
+    alone = heads.start(cfg, cfg.seed, both, 4)
+    expected = heads.by_unit(test.samples, heads.predict(alone, test.x)[0])
+    results = {split: evaluate(run, split)[0] for split in ("val", "test")}
+    p = read_predictions(f"{run}/predictions_test.csv")[2]
+    assert np.allclose(p, expected.p, atol=1e-5)
+    assert [results[split]["refit"] for split in ("val", "test")] == [False, True]
+    assert "(the start, before training, refitted on train and val)" in report.sentence(
+        results["test"]
+    )
+    assert "refitted" not in report.sentence(results["val"])
+    # validation is scored by the head that never saw it, and so the temperature is that one's
+    before = read_predictions(f"{folder}/run/predictions_val.csv")[2]
+    assert np.allclose(before, read_predictions(f"{run}/predictions_val.csv")[2], atol=1e-6)
+    assert results["val"]["temperature"] == results["test"]["temperature"]
+
+
+@pytest.mark.parametrize("kind", ["knn", "logistic_regression"])
+def test_a_reference_is_refitted_with_the_k_or_c_that_validation_chose(written, tmp_path, kind):
+    """Against scikit-learn, on train and val."""
+    cfg = quick(written, tmp_path, f"model.head.kind={kind}", "train.class_weights=none")
+    train.main(0, cfg)
+    best, (both, test) = rows_of(f"{tmp_path}/run/sweep.csv")[0], sets_of(cfg)
+    mean, std = both.x.mean(dim=0), (both.x.var(dim=0, unbiased=False) + 1e-6).sqrt()
+    x, new = (((part.x - mean) / std).double().numpy() for part in (both, test))
+    if kind == "knn":
+        x, new = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, new))
+        votes = lambda distance: np.exp((1 - distance**2 / 2) / 0.07)
+        reference = KNeighborsClassifier(int(best["k"]), weights=votes)
+    else:
+        reference = LogisticRegression(C=float(best["C"]), max_iter=1000, tol=1e-6)
+    p = reference.fit(x, both.labels.numpy()).predict_proba(new)
+    result, _ = evaluate(cfg.paths.run_dir, "test")
+    found = read_predictions(f"{cfg.paths.run_dir}/predictions_test.csv")[2]
+    assert result["refit"] and np.allclose(found, heads.by_unit(test.samples, p).p, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more, what",
+    [
+        (["train.refit=false"], "switched off"),
+        (["train.choose_by=balanced_accuracy"], "takes steps"),
+        (["model.head.hidden=8"], "takes steps"),
+        (["model.unfreeze_at_epoch=1", "train.lr_encoder=0"], "fine-tuning"),
+    ],
+)
+def test_a_head_that_takes_steps_or_is_not_asked_for_is_not_refitted(
+    written, tmp_path, capsys, more, what
+):
+    cfg = quick(written, tmp_path, *STAYS[0], "train.epochs=2", *more)
+    train.main(0, cfg)
+    assert "refit" not in read_run(cfg)[1]
+    said = "no refit: this head takes steps to train" in capsys.readouterr().out
+    assert said == (what == "takes steps")
+    assert evaluate(cfg.paths.run_dir, "test")[0]["refit"] is False
+
+
+def test_seeds_floors_and_folds_are_refitted_as_the_run_is(written, tmp_path):
+    more = [*STAYS[1], "train.epochs=2", "train.seeds=[1,2]", "eval.floors=true", "data.cv=3"]
+    cfg = quick(written, tmp_path, *more)
+    train.main(0, cfg)
+    saved = read_run(cfg)[1]
+    for entry in [*saved["repeats"], *saved["floors"].values()]:
+        assert not torch.equal(entry["refit"]["mean"], entry["head"]["mean"])
+    result, _ = evaluate(cfg.paths.run_dir, "test")
+    assert result["refit"] and len(set(result["seeds"]["balanced_accuracy"]["each"])) == 1
+    # a fold is held out by a head that the other two fit
+    ids, _, p = read_predictions(f"{cfg.paths.run_dir}/predictions_cv.csv")
+    both, _ = sets_of(cfg)
+    folds = rows_of(f"{cfg.paths.run_dir}/cv.csv")
+    held = set(ids[: int(folds[0]["participants"])])
+    others = [i for i, s in enumerate(both.samples) if s.participant_id not in held]
+    own = [i for i, s in enumerate(both.samples) if s.participant_id in held]
+    bank = heads.start(cfg, 1, both.rows(others), 4, [settings_of(folds[0])])
+    found = heads.by_unit([both.samples[i] for i in own], heads.predict(bank, both.x[own])[0])
+    mine = [p[ids.index(i)] for i in found.ids]
+    assert np.allclose(found.p, mine, atol=1e-4)
+
+
+def settings_of(row):
+    """The settings in a row of sweep.csv or cv.csv."""
+    numbers = {name: float(row[name]) for name in ("lr_head", "weight_decay")}
+    texts = {name: row[name] for name in ("loss", "class_weights")}
+    return numbers | texts | {"ordinal": row["ordinal"] == "True"}
+
+
+def test_augmented_views_of_validation_are_there_for_the_refit(written, tmp_path, fits):
+    more = ["data.augment.flip=true", "data.augment_views=2", "train.epochs=1", *STAYS[1]]
+    cfg = quick(written, tmp_path, *more)
+    train.main(0, cfg)
+    assert [(a.views.shape[1], b.views.shape[1]) for a, b in fits] == [(3, 3)]
+    assert "refit" in read_run(cfg)[1]
+
+
+@pytest.mark.parametrize("refit, split, is_alarm", [(True, "test", True), (False, "test", False)])
+def test_who_was_validated_and_refitted_on_counts_as_trained_on(
+    written, dataset, tmp_path, refit, split, is_alarm
+):
+    """A validation participant whom the tables now have in test."""
+    run = copy_of(
+        trained(written, *STAYS[0], "train.epochs=2", f"train.refit={str(refit).lower()}"), tmp_path
+    )
+    saved = torch.load(f"{run}/{runs.BEST}", weights_only=True)
+    saved["config"]["paths"]["data"] = str(dataset)
+    torch.save(saved, f"{run}/{runs.BEST}")
+    person = saved["val_predictions"]["participant_id"][0]
+    move = lambda line: line.replace("\tval\t", "\ttest\t") if line.startswith(person) else line
+    edit(dataset / "participants.tsv", lambda text: "".join(map(move, text.splitlines(True))))
+    alarms = evaluate(run, split, [f"paths.data={dataset}"])[0]["alarms"]
+    assert (f"1 participants of test were trained on: {person}" in alarms) == is_alarm
+
+
+def test_validation_itself_raises_no_alarm_of_training(written, tmp_path):
+    run = copy_of(trained(written, *STAYS[0], "train.epochs=2"), tmp_path)
+    alarms = evaluate(run, "val")[0]["alarms"]
+    assert not any("were trained on" in alarm for alarm in alarms)
 
 
 # ------------------------------------------------------------------------------- cross-validation

@@ -387,7 +387,7 @@ def test_an_error_at_the_end_is_a_line_and_the_summary_is_told_before(wandb, beg
     wandb.plot, wandb.Table = SimpleNamespace(**plots), lambda **table: None
     y = [0, 1, 2, 3] * 4
     predictions = {"y_true": y, "p": torch.eye(4)[y], "participant_id": [str(i) for i in range(16)]}
-    saved = {"val_predictions": predictions, "train_balanced_accuracy": None, "epoch": 3}
+    saved = {"val_predictions": predictions, "training": {}, "epoch": 3}
     tracking.finish(tracker, saved, CLASS_NAMES, [["participant_id"], ["1"]])
     assert summary["best/val/balanced_accuracy"] == 1 and wandb.torn_down == 1
     said = capsys.readouterr().out

@@ -97,7 +97,7 @@ def test_variants_train_and_evaluate(written, tmp_path, overrides):
 
 def test_a_loss_that_is_not_finite_stops_the_run(written, tmp_path):
     # class 0 alone counts, one volume a step: most steps have a weight of 0 in all
-    message = "train loss, gradient or prediction is not finite in epoch 1; lower train.lr_head"
+    message = "train loss, gradient or prediction is not finite in epoch 0; lower train.lr_head"
     with pytest.raises(ValueError, match=message):
         more = ["train.class_weights=[1,0,0,0]", "data.batch_size=1"]
         train.main(0, quick(written, tmp_path, *more))
@@ -122,7 +122,7 @@ def test_a_run_shorter_than_the_warm_up_runs(written, tmp_path, capsys):
     cfg = quick(written, tmp_path, "train.epochs=2", "train.warmup_epochs=5")
     train.main(0, cfg)
     history, _, _ = read_run(cfg)
-    assert len(history) == 2 and history[-1]["train/lr_head"] == pytest.approx(0.4 * 0.003)
+    assert len(history) == 3 and history[-1]["train/lr_head"] == pytest.approx(0.4 * 0.003)
     printed = capsys.readouterr().out
     assert "train.warmup_epochs=5 lasts all 2 epochs of the head" in printed
 
@@ -188,7 +188,7 @@ def test_a_warm_up_that_lasts_all_of_the_encoders_epochs_is_said(written, tmp_pa
 )
 def unfrozen(request, written, tmp_path_factory):
     """A run of four epochs: its configuration, the first epoch in which the encoder trains, and the
-    hash of the encoder's weights after each."""
+    hash of the encoder's weights after each, the start (epoch 0) first."""
     first, overrides = request.param
     more = [*TUNE, "train.epochs=4", "train.early_stopping.enabled=false", *overrides]
     cfg = quick(written, tmp_path_factory.mktemp("unfrozen"), *more)
@@ -212,8 +212,8 @@ def unfrozen(request, written, tmp_path_factory):
 def test_the_encoder_changes_from_its_epoch_on_and_not_before(unfrozen):
     first, pretrained = unfrozen.first, model.weights_hash(model.load_encoder(TINY))
     changed = [found != pretrained for found in unfrozen.hashes]
-    assert changed == [first is not None and epoch >= first for epoch in range(1, 5)]
-    after = unfrozen.hashes[first - 1 :] if first else []
+    assert changed == [first is not None and epoch >= first for epoch in range(5)]
+    after = unfrozen.hashes[first:] if first else []
     assert len(set(after)) == len(after)  # and in every epoch anew
 
 
@@ -230,8 +230,9 @@ def test_the_schedule_of_each_part_begins_with_the_part(unfrozen):
     """The record holds the learning rates of the epoch's last step."""
     history, _, last = read_run(unfrozen.cfg)
     steps, begun = -(-last["volumes"][0] // 10), (unfrozen.first or 9) - 1
-    assert len(history) == 4
-    for r in history:
+    assert [r["epoch"] for r in history] == [0, 1, 2, 3, 4]
+    assert history[0]["train/lr_encoder"] == history[0]["train/lr_head"] == 0
+    for r in history[1:]:
         done = (r["epoch"] - begun) * steps - 1
         expected = (
             1e-3 * train.lr_factor(done, (4 - begun) * steps, steps) if r["epoch"] > begun else 0
@@ -376,7 +377,7 @@ def test_bf16_trains_the_encoder(written, tuned, tmp_path):
     history, best, last = read_run(cfg)
     # bf16 is how it computes, not what it is
     assert {v.dtype for v in last["encoder"].values()} == {torch.float32}
-    assert len(history) == 3 and 1e-4 < largest_change(tmp_path, tuned) <= 1e-2
+    assert len(history) == 4 and 1e-4 < largest_change(tmp_path, tuned) <= 1e-2
     result, _ = evaluate(cfg.paths.run_dir, "val")
     assert result["log_loss"] == best["val_loss"]
 
@@ -536,7 +537,7 @@ def test_a_volume_that_vanishes_while_training_stops_the_run(dataset, tmp_path, 
     message = f"participant {victim.participant_id}: .*{os.path.basename(victim.path)}"
     with pytest.raises((ValueError, OSError), match=message):
         train.main(0, cfg)
-    assert len(read_run(cfg)[0]) == 1
+    assert [r["epoch"] for r in read_run(cfg)[0]] == [0, 1]
 
 
 @pytest.mark.parametrize("overrides", [[], ["train.class_weights=none"]])
