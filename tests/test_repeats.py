@@ -193,9 +193,7 @@ def sets_of(cfg):
 
 
 @pytest.mark.parametrize("sweep", STAYS, ids=["one head", "a sweep"])
-def test_a_chosen_start_is_refitted_on_both_and_scores_test_alone(
-    written, tmp_path, sweep
-):
+def test_a_chosen_start_is_refitted_on_both_and_scores_test_alone(written, tmp_path, sweep):
     folder = trained(written, *sweep, "train.epochs=2")
     cfg, run = quick(written, folder, *sweep), copy_of(folder, tmp_path)
     saved, (both, test) = read_run(cfg)[1], sets_of(cfg)
