@@ -107,9 +107,7 @@ def test_its_source_and_options_are_in_every_features_key(written, tmp_path, min
 
 
 def test_the_version_of_its_library_is_in_every_features_key(written, tmp_path, mine):
-    with_version = (
-        MINE
-        + """
+    with_version = MINE + """
 import pathlib
 of_eyes = load
 def load(*args, **options):
@@ -117,7 +115,6 @@ def load(*args, **options):
     module.made_with = f"eyes {pathlib.Path(__file__).with_suffix('.version').read_text()}"
     return module
 """
-    )
     overrides, found = mine(with_version), []
     for version in ("1.0", "1.0", "1.1"):
         (tmp_path / "mine.version").write_text(version)
