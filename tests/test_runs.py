@@ -248,7 +248,7 @@ def test_killed_while_training_then_run_again(written, tmp_path, command):
         torch.load(tmp_path / "run" / name, weights_only=True)
     result = command("train.py", *args, "train.epochs=6")
     assert result.returncode == 0 and "replacing an earlier run" in result.stdout
-    assert len(content(tmp_path / "run" / "metrics.jsonl").splitlines()) == 6
+    assert len(content(tmp_path / "run" / "metrics.jsonl").splitlines()) == 7  # the start, too
 
 
 # ------------------------------------------------------------- killed between epochs, and resumed
