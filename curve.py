@@ -16,9 +16,11 @@ import numpy as np
 import config
 import files
 import heads
+import intervals
 import metrics
 import references
 import report
+import resampling
 
 SUBSETS = 5  # draws of each share, where train.seeds does not say
 FEWEST = 2  # participants of a class: of one, nothing can be left out to judge the rest by
@@ -105,11 +107,13 @@ def score(entries, cfg, found):
     """Score the heads of `fit` on the Features of a split -> {"sizes": [of every share: mean, SD
     over subsets and 95 % interval of each score], score: what `formula` says}.
 
-    An interval is of the mean over subsets: each resample draws participants of the split within
-    each class, and subsets.
+    An interval is of the mean over subsets. It spans two: that of resamples, each of which draws
+    participants of the split within each class, and subsets; and the mean of the intervals that
+    each subset's head has by itself, which also hold where nearly all are right.
     """
     resampled = {name: [] for name in SCORES}  # of every entry (R,)
     values = {name: [] for name in SCORES}
+    alone = {name: [] for name in SCORES}  # [low, high] of every entry
     for entry in entries:
         bank = references.load(entry["head"], cfg)
         own = heads.by_unit(found.samples, heads.predict(bank, found.x)[0])
@@ -119,8 +123,12 @@ def score(entries, cfg, found):
         accuracies, _ = metrics.quick_scores(own.y_true, own.p[None])
         values["balanced_accuracy"] += accuracies
         values["log_loss"].append(losses.mean())
+        given = own.y_true, own.p.argmax(axis=1), own.p.shape[1], own.participants
+        alone["balanced_accuracy"] += intervals.of_answers(*given, ["balanced_accuracy"]).values()
+        alone["log_loss"].append(intervals.of_mean(losses, own.y_true, own.participants) or [0, 0])
         resampled["balanced_accuracy"].append(metrics.balanced_accuracy(own.y_true, right, weights))
-        resampled["log_loss"].append(weights @ losses / weights.sum(axis=1))
+        sums = resampling.weighted_sums(weights, np.stack([losses, np.ones(len(losses))], axis=1))
+        resampled["log_loss"].append(sums[:, 0] / sums[:, 1])
     fractions, rng = np.array([entry["fraction"] for entry in entries]), np.random.default_rng(0)
     sizes, curves = [], {name: [] for name in SCORES}
     for fraction in np.unique(fractions):
@@ -136,7 +144,12 @@ def score(entries, cfg, found):
             size[name] = {
                 "mean": float(np.mean(each)),
                 "sd": float(np.std(each, ddof=1)) if len(own) > 1 else None,
-                "ci95": metrics.interval(mean),
+                "ci95": intervals.spanned(
+                    [
+                        intervals.percentiles(mean),
+                        np.mean([alone[name][i] for i in own], axis=0).tolist(),
+                    ]
+                ),
             }
         sizes.append(size)
     n = np.array([size["participants"] for size in sizes])
@@ -171,7 +184,7 @@ def formula(n, y, resampled, name):
         value = (a - b * times**-c)[0]
         if value < 0 or sign * value > 1:
             return no_formula(f"the formula leaves what is possible at {times} times as many")
-        interval = metrics.interval(a_ - b_ * float(times) ** -c_)
+        interval = intervals.percentiles(a_ - b_ * float(times) ** -c_)
         people = int(times * n[-1])
         extrapolated.append({"times": times, "participants": people, "value": float(value)})
         extrapolated[-1]["ci95"] = interval

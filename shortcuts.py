@@ -2,7 +2,7 @@
 
     examine(opened, book, found, encoder, dev)     # "knows" of eval_SPLIT.json, for eval.probes
 
-A probe in closed form (heads.discriminant) learns each from training's features, and is scored on
+A probe in closed form (discriminant.py) learns each from training's features, and is scored on
 those of the split. What is predicted well can carry a label that differs along with it. The eye is
 the check: left and right are mirror images, which an encoder that works tells apart.
 """
@@ -18,6 +18,7 @@ import features
 import heads
 import intervals
 import metrics
+from discriminant import discriminant
 
 
 def values_of(samples, row_of, train_ages):
@@ -48,7 +49,7 @@ def probe(train, x_train, scored, x, of_volumes):
     people = [samples_train[i].participant_id for i in rows]
     people = torch.from_numpy(np.unique(people, return_inverse=True)[1])
     mean, std = heads.statistics(x_train[rows])
-    weight, bias = heads.discriminant(
+    weight, bias, _ = discriminant(
         (x_train[rows] - mean) / std, labels, people, len(names), is_ordinal=False
     )
     logits = (x[kept] - mean) / std @ weight.T + bias  # (volumes, names)
