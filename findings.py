@@ -41,11 +41,15 @@ def covariates(result):
 # ----------------------------------------------------------------------------------------- tables
 
 
-def tables(result):
-    """All that the result has, in order."""
+def tables(result, is_brief=False):
+    """All that the result has, in order. is_brief: no wider than a terminal."""
     shown = [floor_table(result)] if "floors" in result or "covariates" in result else []
     makers = {"knows": knows_table, "prevalence": prevalence_table, "learning_curve": curve_table}
-    return shown + [make(result) for name, make in makers.items() if name in result]
+    shown += [make(result) for name, make in makers.items() if name in result]
+    if is_brief and "prevalence" in result:  # without the precision of every class
+        header, rows = prevalence_table(result)
+        shown[shown.index((header, rows))] = header[:4], [row[:4] for row in rows]
+    return shown
 
 
 def floor_table(result):

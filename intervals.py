@@ -65,11 +65,15 @@ def of_answers(y_true, answers, num_classes, ids=None, names=None):
     counts = scores.confusion(y_true, answers, num_classes)
     of_class, of_mean = design_effects(y_true, answers == y_true, ids, num_classes)
     ends = [interval_of_posterior(counts, counts / of_mean, wrong, names) for wrong in WRONG]
+    hits, true, distance = counts.diagonal(), counts.sum(axis=1), squared_distances(num_classes)
+    values = scores.of_answers(true, counts.sum(axis=0), hits, (counts * distance).sum())
+    # the score itself too, which lies outside where all answers are right
+    ends.append({name: at(values[name]) for name in ends[0]})
     found = {name: spanned([each[name] for each in ends]) for name in ends[0]}
     by_class = [name for name in found if name in scores.PER_CLASS]
     if by_class and (of_class != of_mean).any():
         worth = counts / of_class[:, None]
-        ends = [interval_of_posterior(counts, worth, wrong, by_class) for wrong in WRONG]
+        ends[:2] = [interval_of_posterior(counts, worth, wrong, by_class) for wrong in WRONG]
         found |= {name: spanned([each[name] for each in ends]) for name in by_class}
     return found
 
@@ -81,8 +85,7 @@ def interval_of_posterior(counts, worth, wrong, names):
     prior = np.full(counts.shape, wrong / max(num_classes - 1, 1))
     np.fill_diagonal(prior, 0.5)
     draws = int(np.clip(MOST_CELLS / counts.size, 1000, DRAWS))
-    rng, found, squares = np.random.default_rng(0), [], np.arange(num_classes)
-    squares = (squares[:, None] - squares) ** 2
+    rng, found, squares = np.random.default_rng(0), [], squared_distances(num_classes)
     step = max(1, int(1e6 / counts.size))
     for start in range(0, draws, step):
         size = (min(step, draws - start), *counts.shape)
@@ -98,12 +101,26 @@ def interval_of_posterior(counts, worth, wrong, names):
     return {name: percentiles(values[name]) for name in names or values}
 
 
+def squared_distances(num_classes):
+    """Of every pair of classes (K, K), by their order."""
+    classes = np.arange(num_classes)
+    return (classes[:, None] - classes) ** 2
+
+
+def at(value):
+    """The interval that is this value; None for NaN; a list over (K,)."""
+    if np.ndim(value):
+        return [at(v) for v in value]
+    return None if np.isnan(value) else [float(value)] * 2
+
+
 def spanned(intervals):
-    """The interval that spans them all; None, or a list over the classes, as they are."""
-    if intervals[0] is None or intervals[0][0] is None or isinstance(intervals[0][0], list):
-        of_classes = intervals[0] is not None
-        return [spanned(each) for each in zip(*intervals)] if of_classes else None
-    lows, highs = zip(*intervals)
+    """The interval that spans those that there are; None where the first is; a list over lists."""
+    if intervals[0] is None:
+        return None
+    if intervals[0] == [] or not isinstance(intervals[0][0], float):
+        return [spanned(each) for each in zip(*intervals)]
+    lows, highs = zip(*filter(None, intervals))
     return [min(lows), max(highs)]
 
 

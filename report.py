@@ -21,7 +21,7 @@ import numpy as np
 
 import files
 import metrics
-from findings import clean, covariates, number, sentences, span, tables, with_interval
+from findings import clean, number, sentences, span, tables, with_interval
 from labels import SPLITS
 from results import read_result
 
@@ -45,7 +45,7 @@ SCORE_NAMES = {
 def score_table(result, names=SCORE_NAMES):
     """Each score with its interval and its floors."""
     header = ["", "score", "95 % interval", "majority class", "random answers", "chance band"]
-    header += [f"{covariates(result)} alone"] if "covariates" in result else []
+    header += ["covariates"] if "covariates" in result else []
     rows = [
         [
             SCORE_NAMES[name],
@@ -155,7 +155,8 @@ def seeds_line(result):
 
 
 def print_result(result):
-    shown = [score_table(result, metrics.SCORES), *tables(result), class_table(result)]
+    shown = [score_table(result, metrics.SCORES), *tables(result, is_brief=True)]
+    shown.append(class_table(result))
     shown += [group_table(result)] if result["subgroups"] else []
     print(f"\n{sentence(result)}\n")
     for table in shown:
