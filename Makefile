@@ -16,7 +16,7 @@ CONFIGS = --config configs/$(CKPT).yaml$(TASK_CONFIG)$(if $(filter-out probe,$(M
 NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)$(if $(TASK),_$(TASK))_$(MODE))
 
 .PHONY: help doctor probe finetune sweep preview check setup setup-xla lint test test-slow test-xla \
-    bench bench-limits bench-times tpu-setup tpu-train tpu-fetch clean
+    bench bench-limits bench-times bench-truth tpu-setup tpu-train tpu-fetch clean
 
 help:
 	@echo "usage: make TARGET [VARIABLE=VALUE ...]"; echo
@@ -82,7 +82,7 @@ test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py
 
 # bench-limits: requirements that hold on a busy machine too, for CI. bench-times: ratios of times, which want a quiet one
-bench: bench-limits bench-times  ## measurements
+bench: bench-limits bench-times bench-truth  ## measurements; two hours
 
 bench-limits: setup
 	.venv/bin/python bench/reading.py decode
@@ -93,6 +93,8 @@ bench-limits: setup
 	.venv/bin/python bench/encoder.py step
 	.venv/bin/python bench/encoder.py checkpoint
 	.venv/bin/python bench/probing.py learn --seeds 2 --features 64
+	.venv/bin/python bench/scaling.py cohort
+	.venv/bin/python bench/truth.py pairs
 
 bench-times: setup
 	.venv/bin/python bench/probing.py sweep
@@ -101,6 +103,16 @@ bench-times: setup
 	.venv/bin/python bench/reading.py volumes
 	.venv/bin/python bench/scaling.py growth
 	.venv/bin/python bench/cost.py
+
+# what is said of scores, on drawn data of which all is known
+bench-truth: setup
+	.venv/bin/python bench/truth.py intervals
+	.venv/bin/python bench/truth.py alarms
+	.venv/bin/python bench/truth_confounding.py alarms
+	.venv/bin/python bench/truth_confounding.py adds
+	.venv/bin/python bench/truth_confounding.py shift
+	.venv/bin/python bench/truth_confounding.py power
+	.venv/bin/python bench/probing.py alarms
 
 # A TPU pod, from your own machine: TPU and ZONE name it, DRY=1 only prints
 tpu-setup tpu-train tpu-fetch:

@@ -268,7 +268,7 @@ def what_else(opened, book, found, encoder, dev, predictions, result):
     if opened.cfg.eval.probes:
         parts.append(shortcuts.examine(opened, book, found, encoder, dev))
     if split == "test":
-        parts.append(({"looks": looks.count(opened, result, predictions)}, []))
+        parts.append(({"looks": looks.count(opened, result)}, []))
     more = {"notes": [note for _, notes in parts for note in notes]}
     for part, _ in parts:
         more |= part

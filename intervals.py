@@ -24,6 +24,7 @@ Z = ndtri(0.975)
 # near 1, where a quarter fits. The interval spans what both give.
 WRONG = (0.5, 0.25)
 DRAWS = 10_000
+RARE = 5  # so few errors say little of what an error costs
 MOST_CELLS = 4e7  # of these draws: above 63 classes there are fewer
 
 
@@ -39,7 +40,8 @@ def of_scores(y_true, probabilities, num_classes, ids=None):
     found |= of_auroc(y_true, probabilities, ids)
     found |= of_average_precision(y_true, value, bootstrap, ids)
     found |= {"log_loss": of_mean(losses, y_true, ids), "brier": of_mean(squares, y_true, ids)}
-    return found | {"ece": of_ece(value["ece"], bootstrap["ece"])}
+    found |= {"ece": of_ece(value["ece"], bootstrap["ece"])}
+    return found | with_rare_errors(found, y_true, probabilities, losses, squares)
 
 
 def percentiles(values):
@@ -314,6 +316,35 @@ def of_mean(losses, y_true, ids=None):
     low, high = np.percentile(np.log(means / mean) / (errors / means), LEVELS)
     of_log = [float(mean * np.exp(-end * error / mean)) for end in (high, low)]
     return spanned([plain, of_log])
+
+
+def with_rare_errors(found, y_true, probabilities, losses, squares):
+    """The intervals of log-loss, Brier score and ECE, with upper ends that know of errors which did
+    not happen, where fewer than RARE answers are wrong.
+
+    As many are taken to be wrong as the interval of accuracy allows. Each then costs what the wrong
+    ones do, and what the RARE answers that were nearest to being wrong would have.
+    """
+    right = probabilities.argmax(axis=1) == y_true
+    if (~right).sum() >= RARE or probabilities.shape[1] < 2 or not right.any():
+        return {}
+    ordered = np.sort(probabilities, axis=1)  # (n, K)
+    second = ordered[:, -2]  # what the true class would have had
+    near = np.argsort(-np.where(right, second, -1))[: min(RARE, right.sum())]
+    if_wrong = {
+        "log_loss": (losses, scores.negative_log(second)),
+        "brier": (squares, (probabilities**2).sum(axis=1) - 2 * second + 1),
+    }
+    lowest = found["accuracy"][0]
+    highest = {"ece": ordered[:, -1].mean() - lowest}
+    for name, (own, other) in if_wrong.items():
+        cost = np.concatenate([own[~right], other[near]]).mean()
+        highest[name] = lowest * own[right].mean() + (1 - lowest) * cost
+    return {
+        name: [found[name][0], max(found[name][1], float(high))]
+        for name, high in highest.items()
+        if found[name] is not None
+    }
 
 
 def of_ece(value, values):

@@ -136,7 +136,7 @@ def section(task, split, floors, is_one_of_several):
         "about": [
             verdict(best, split, p_holm, tied, len(task.pairs)),
             f"{data}. Tied: the difference from the best is not significant at 5 % (paired "
-            "bootstrap over the same participants, Holm-corrected over all pairs)."
+            "test over the same participants, Holm-corrected over all pairs)."
             + (chosen if split == "val" else ""),
         ],
         "runs": task_table(task, p_holm, floors, "tied for best" if tied else "best"),

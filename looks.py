@@ -1,6 +1,6 @@
 """How often was this test set looked at? The best of many runs is better on it than it is.
 
-    count(opened, result, predictions)     # "looks" of eval_test.json
+    count(opened, result)     # "looks" of eval_test.json
 
 eval.py never chooses anything by test. Whoever runs it for many runs, and takes the best, does.
 """
@@ -8,12 +8,10 @@ eval.py never chooses anything by test. Whoever runs it for many runs, and takes
 import itertools
 import pathlib
 
-import numpy as np
 from scipy.integrate import quad
 from scipy.stats import norm
 
 import results
-from resampling import means_of_classes
 
 SAME = ("task", "unit", "labels_sha256", "classes")  # what makes it the same question
 
@@ -24,17 +22,17 @@ def expected_maximum(count):
     return quad(density, -10, 10, limit=200)[0] if count > 1 else 0.0
 
 
-def optimism(predictions, count):
+def optimism(ci95, count):
     """How far the best of so many equally good models is above what it is worth, in balanced
-    accuracy: the bootstrap's SD times `expected_maximum`. An upper bound, for it takes the models'
-    errors to be independent, and they see the same participants: -> SD, optimism."""
-    y, people = predictions.y_true, predictions.participants
-    right = predictions.p.argmax(axis=1) == y
-    sd = np.nanmean(means_of_classes(y, right[:, None], people)[1:, 0], axis=1).std()
-    return float(sd), float(sd * expected_maximum(count))
+    accuracy, whose 95 % interval is ci95: the SD that this tells times `expected_maximum`. An upper
+    bound, for it takes the models' errors to be independent, and they see the same participants:
+    -> SD, optimism."""
+    low, high = ci95
+    sd = (high - low) / (2 * norm.ppf(0.975))
+    return sd, sd * expected_maximum(count)
 
 
-def count(opened, result, predictions):
+def count(opened, result):
     """-> {"runs", "unreadable", "sd", "optimism"}: how many runs beside this one, in the folder of
     its folder, were scored on the same split with the same labels, this one included."""
     own = pathlib.Path(opened.path).absolute().parent
@@ -50,5 +48,5 @@ def count(opened, result, predictions):
             unreadable += 1
             continue
         runs += all(other[name] == result[name] for name in SAME)
-    sd, above = optimism(predictions, runs)
+    sd, above = optimism(result["ci95"]["balanced_accuracy"], runs)
     return {"runs": runs, "unreadable": unreadable, "sd": sd, "optimism": above}

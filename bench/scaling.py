@@ -3,6 +3,7 @@
     .venv/bin/python bench/scaling.py processes     # 1, 2, 4 and 16 on the demo data
     .venv/bin/python bench/scaling.py growth        # two minutes on two cores; --processes 1 2 4 8
     .venv/bin/python bench/scaling.py evaluate      # four minutes, most of them for the data
+    .venv/bin/python bench/scaling.py cohort        # a minute
 
 processes: feature pass, 50 epochs and predictions of several processes, against one; the machine
 may have fewer cores.
@@ -11,6 +12,7 @@ process; each row is a run of its own) by volumes and by processes; training hea
 features, one thread) by heads, participants and classes. Each table is fitted by a line.
 evaluate: eval.evaluate_run of a probe with eval.floors on as many participants as AI-READI has, the
 features at hand: all intervals, floors, plots, report. Then compare.compare of 20 runs.
+cohort: metrics.evaluate of many participants, with nine groups.
 """
 
 import json
@@ -163,9 +165,25 @@ def evaluate(participants=1067):
         others = [another_run(f"{folder}/runs/{n}", run, n) for n in range(20)]
         twenty, text = timed(compare.compare, others, "test")
     what = f"evaluating {result['n']} participants, {result['volumes']} volumes: seconds"
-    figure(what, one, at_most=10)
-    figure(f"comparing 20 runs, {text.count('McNemar')} pairs: seconds", twenty, at_most=30)
+    figure(what, one, at_most=5)
+    figure(f"comparing 20 runs, {text.count('McNemar')} pairs: seconds", twenty, at_most=10)
+
+
+def evaluate_many(n):
+    """-> seconds, peak GB of the scores of n participants of random answers."""
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 4, n), rng.dirichlet(np.ones(4), n)
+    members = {"site": rng.choice(list("abc"), n), "age": rng.choice(list("345678"), n)}
+    ids = [str(i) for i in range(n)]
+    return timed(lambda: metrics.evaluate(y, p, 4, ids, groups=members))[0], peak_gb()
+
+
+def cohort(participants=(1000, 5000, 20000)):
+    for n in participants:
+        ((took, memory),) = apart(evaluate_many, n)
+        figure(f"scoring {n} participants: seconds", took, at_most=120)
+        figure(f"scoring {n} participants: GB", memory, at_most=2)
 
 
 if __name__ == "__main__":
-    bench(__doc__, processes=by_processes, growth=growth, evaluate=evaluate)
+    bench(__doc__, processes=by_processes, growth=growth, evaluate=evaluate, cohort=cohort)
