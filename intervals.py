@@ -19,10 +19,6 @@ from resampling import drawn, participants, resample, strata, weighted_sums
 
 LEVELS = (2.5, 97.5)  # percentiles
 Z = ndtri(0.975)
-# Pseudo-answers of each class that are wrong, beside half a one that is right. Half a one gives
-# every class Jeffreys' interval, and fits scores far from 1; over K classes it adds up to too many
-# near 1, where a quarter fits. The interval spans what both give.
-WRONG = (0.5, 0.25)
 DRAWS = 10_000
 RARE = 5  # so few errors say little of what an error costs
 MOST_CELLS = 4e7  # of these draws: above 63 classes there are fewer
@@ -61,12 +57,12 @@ def of_answers(y_true, answers, num_classes, ids=None, names=None):
     the names; or of some of these names.
 
     Percentiles of the posterior of the confusion matrix: the answers to each true class are
-    multinomial, their probabilities have a Dirichlet prior (WRONG). Of one class's recall this is
-    Jeffreys' interval (Brown, Cai and DasGupta 2001).
+    multinomial, their probabilities have a Dirichlet prior. Of one class's recall this is Jeffreys'
+    interval (Brown, Cai and DasGupta 2001).
     """
     counts = scores.confusion(y_true, answers, num_classes)
     of_class, of_mean = design_effects(y_true, answers == y_true, ids, num_classes)
-    ends = [interval_of_posterior(counts, counts / of_mean, wrong, names) for wrong in WRONG]
+    ends = intervals_of_posteriors(counts, counts / of_mean, names)
     hits, true, distance = counts.diagonal(), counts.sum(axis=1), squared_distances(num_classes)
     values = scores.of_answers(true, counts.sum(axis=0), hits, (counts * distance).sum())
     # the score itself too, which lies outside where all answers are right
@@ -75,17 +71,26 @@ def of_answers(y_true, answers, num_classes, ids=None, names=None):
     by_class = [name for name in found if name in scores.PER_CLASS]
     if by_class and (of_class != of_mean).any():
         worth = counts / of_class[:, None]
-        ends[:2] = [interval_of_posterior(counts, worth, wrong, by_class) for wrong in WRONG]
+        ends[:-1] = intervals_of_posteriors(counts, worth, by_class)
         found |= {name: spanned([each[name] for each in ends]) for name in by_class}
     return found
 
 
-def interval_of_posterior(counts, worth, wrong, names):
-    """{name: percentiles} of the posterior, by this many wrong pseudo-answers of each class."""
+def intervals_of_posteriors(counts, worth, names):
+    """[{name: percentiles}, ...] by three priors. Half a right and half a wrong pseudo-answer of
+    each class give the class Jeffreys' interval; over K classes they add up to too many of the kind
+    that is rare, of which one in all fits."""
+    one_in_all = 1 / len(counts)
+    priors = {(0.5, 0.5), (0.5, one_in_all), (one_in_all, 0.5)}  # right, wrong
+    return [interval_of_posterior(counts, worth, *prior, names) for prior in sorted(priors)]
+
+
+def interval_of_posterior(counts, worth, right, wrong, names):
+    """{name: percentiles} of the posterior, by so many pseudo-answers of each class."""
     num_classes = len(counts)
     shares = counts.sum(axis=1) / counts.sum()
     prior = np.full(counts.shape, wrong / max(num_classes - 1, 1))
-    np.fill_diagonal(prior, 0.5)
+    np.fill_diagonal(prior, right)
     draws = int(np.clip(MOST_CELLS / counts.size, 1000, DRAWS))
     rng, found, squares = np.random.default_rng(0), [], squared_distances(num_classes)
     step = max(1, int(1e6 / counts.size))

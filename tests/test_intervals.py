@@ -20,17 +20,25 @@ def one_hot(answers, classes=4):
 # ------------------------------------------------------------------------------------ closed forms
 
 
+@pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (10, 10), (37, 40), (159, 159)])
-def test_recall_has_jeffreys_interval_at_least(hits, n):
-    """Brown, Cai and DasGupta (2001); a quarter of a pseudo-error may widen it upwards."""
+def test_recall_has_jeffreys_interval_at_least(hits, n, classes):
+    """Brown, Cai and DasGupta (2001); 1 / K pseudo-answer in place of 1/2 may widen it."""
     y = np.zeros(n, int)
-    found = intervals.of_answers(y, (np.arange(n) >= hits).astype(int), 2)
+    found = intervals.of_answers(y, (np.arange(n) >= hits).astype(int), classes)
     low, high = found["recall_per_class"][0]
-    jeffreys = beta.ppf([0.025, 0.975], hits + 0.5, n - hits + 0.5)
-    wider = beta.ppf([0.025, 0.975], hits + 0.5, n - hits + 0.25)
-    assert low == pytest.approx(jeffreys[0], abs=0.01)
-    assert high == pytest.approx(wider[1], abs=0.01)
+    few = 1 / classes
+    assert low == pytest.approx(beta.ppf(0.025, hits + few, n - hits + 0.5), abs=0.012)
+    assert high == pytest.approx(beta.ppf(0.975, hits + 0.5, n - hits + few), abs=0.012)
     assert found["recall_per_class"][1] is None  # an absent class
+
+
+def test_recalls_of_many_classes_of_which_little_is_known():
+    """Chance among 50 classes: half a right pseudo-answer of each would leave it outside."""
+    y, rng = np.repeat(range(50), 20), np.random.default_rng(0)
+    found = intervals.of_answers(y, rng.integers(0, 50, len(y)), 50, names=["balanced_accuracy"])
+    low, high = found["balanced_accuracy"]
+    assert low < 0.02 < high < 0.07
 
 
 @pytest.mark.parametrize(
