@@ -124,8 +124,11 @@ def score(entries, cfg, found):
         values["balanced_accuracy"] += accuracies
         values["log_loss"].append(losses.mean())
         given = own.y_true, own.p.argmax(axis=1), own.p.shape[1], own.participants
-        alone["balanced_accuracy"] += intervals.of_answers(*given, ["balanced_accuracy"]).values()
-        alone["log_loss"].append(intervals.of_mean(losses, own.y_true, own.participants) or [0, 0])
+        ends = intervals.of_answers(*given, ["accuracy", "balanced_accuracy"])
+        ends["log_loss"] = intervals.of_mean(losses, own.y_true, own.participants) or [0.0, 0.0]
+        ends |= intervals.with_rare_errors(ends, own.y_true, own.p)
+        for name in SCORES:
+            alone[name].append(ends[name])
         resampled["balanced_accuracy"].append(metrics.balanced_accuracy(own.y_true, right, weights))
         sums = resampling.weighted_sums(weights, np.stack([losses, np.ones(len(losses))], axis=1))
         resampled["log_loss"].append(sums[:, 0] / sums[:, 1])

@@ -30,14 +30,13 @@ def of_scores(y_true, probabilities, num_classes, ids=None):
     weights = resample(y_true, ids)
     bootstrap = scores.resampled(y_true, probabilities, weights)
     value = scores.of_data(y_true, probabilities)
-    losses = scores.negative_log(probabilities[np.arange(len(y_true)), y_true])
-    squares = ((probabilities - np.eye(num_classes)[y_true]) ** 2).sum(axis=1)
     found = of_answers(y_true, probabilities.argmax(axis=1), num_classes, ids)
     found |= of_auroc(y_true, probabilities, ids)
     found |= of_average_precision(y_true, value, bootstrap, ids)
-    found |= {"log_loss": of_mean(losses, y_true, ids), "brier": of_mean(squares, y_true, ids)}
+    losses = losses_of(y_true, probabilities)
+    found |= {name: of_mean(values, y_true, ids) for name, values in losses.items()}
     found |= {"ece": of_ece(value["ece"], bootstrap["ece"])}
-    return found | with_rare_errors(found, y_true, probabilities, losses, squares)
+    return found | with_rare_errors(found, y_true, probabilities)
 
 
 def percentiles(values):
@@ -323,9 +322,18 @@ def of_mean(losses, y_true, ids=None):
     return spanned([plain, of_log])
 
 
-def with_rare_errors(found, y_true, probabilities, losses, squares):
-    """The intervals of log-loss, Brier score and ECE, with upper ends that know of errors which did
-    not happen, where fewer than RARE answers are wrong.
+def losses_of(y_true, probabilities):
+    """{"log_loss", "brier": of every row (n,)}."""
+    true = np.eye(probabilities.shape[1])[y_true]
+    return {
+        "log_loss": scores.negative_log(probabilities[np.arange(len(y_true)), y_true]),
+        "brier": ((probabilities - true) ** 2).sum(axis=1),
+    }
+
+
+def with_rare_errors(found, y_true, probabilities):
+    """Those of found that are intervals of log-loss, Brier score and ECE, with upper ends that know
+    of errors which did not happen, where fewer than RARE answers are wrong.
 
     As many are taken to be wrong as the interval of accuracy allows. Each then costs what the wrong
     ones do, and what the RARE answers that were nearest to being wrong would have.
@@ -337,18 +345,18 @@ def with_rare_errors(found, y_true, probabilities, losses, squares):
     second = ordered[:, -2]  # what the true class would have had
     near = np.argsort(-np.where(right, second, -1))[: min(RARE, right.sum())]
     if_wrong = {
-        "log_loss": (losses, scores.negative_log(second)),
-        "brier": (squares, (probabilities**2).sum(axis=1) - 2 * second + 1),
+        "log_loss": scores.negative_log(second),
+        "brier": (probabilities**2).sum(axis=1) - 2 * second + 1,
     }
     lowest = found["accuracy"][0]
     highest = {"ece": ordered[:, -1].mean() - lowest}
-    for name, (own, other) in if_wrong.items():
-        cost = np.concatenate([own[~right], other[near]]).mean()
+    for name, own in losses_of(y_true, probabilities).items():
+        cost = np.concatenate([own[~right], if_wrong[name][near]]).mean()
         highest[name] = lowest * own[right].mean() + (1 - lowest) * cost
     return {
         name: [found[name][0], max(found[name][1], float(high))]
         for name, high in highest.items()
-        if found[name] is not None
+        if found.get(name) is not None
     }
 
 
