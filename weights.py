@@ -17,6 +17,7 @@ import re
 import resource
 import shlex
 import stat
+import struct
 import sys
 import zipfile
 import zlib
@@ -174,7 +175,7 @@ def read(path):
         raise ValueError(f"it is empty; {AGAIN}")
     if head.startswith(b"PK"):
         is_compressed = check_zip(path)
-        check_pickle(path)
+        check_directories(path)
         return read_torch(path, is_compressed=is_compressed)
     if BEFORE_TORCH_1_6 in head[:32]:
         return read_torch(path, is_old=True)
@@ -224,20 +225,30 @@ def check_zip(path):
     return any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
 
 
-def check_pickle(path):
-    """ValueError unless torch's reader of zip files finds the same pickle as Python's, which
-    verifies its checksum. A zip file can have two directories, and the two readers disagree."""
-    with zipfile.ZipFile(path) as archive:
-        (entry,) = (e for e in archive.infolist() if e.filename.endswith("data.pkl"))
-        if entry.file_size > LONGEST_PICKLE:
+def check_directories(path):
+    """ValueError unless torch's reader of zip files finds what Python's does, which verifies
+    checksums: the same pickle, and every storage at the same place. A zip file can have two
+    directories, and the two readers disagree."""
+    reader = torch._C.PyTorchFileReader(path)
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        (pickled,) = (e for e in archive.infolist() if e.filename.endswith("data.pkl"))
+        if pickled.file_size > LONGEST_PICKLE:
             raise ValueError(
-                f"its pickle takes {entry.file_size} bytes, more than the {LONGEST_PICKLE} that "
+                f"its pickle takes {pickled.file_size} bytes, more than the {LONGEST_PICKLE} that "
                 "any checkpoint needs beside its tensors"
             )
         if not any(e.CRC for e in archive.infolist()):
             return  # torch can save without checksums
-        content = archive.read(entry)
-    if torch._C.PyTorchFileReader(path).get_record("data.pkl") != content:
+        is_same = reader.get_record("data.pkl") == archive.read(pickled)
+        for entry in archive.infolist():
+            _, _, name = entry.filename.partition("/")
+            if name.startswith("data/"):
+                file.seek(entry.header_offset + 26)  # behind it: name, other fields, content
+                lengths = struct.unpack("<HH", file.read(4))
+                place = entry.header_offset + 30 + sum(lengths)
+                found = reader.get_record_offset(name), reader.get_record_size(name)
+                is_same &= found == (place, entry.file_size)
+    if not is_same:
         raise ValueError(f"its zip has two directories that disagree; {AGAIN}")
 
 

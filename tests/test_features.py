@@ -132,17 +132,18 @@ def test_views_are_encoded_once_and_all_are_trained_on(written, configure, encod
     plain = run()
     assert plain[0] == n + m and len(rows) == n
     three = run(*AUGMENT, "data.augment_views=3")
-    assert three[0] == 3 * n and not np.array_equal(three[1], plain[1])
+    # the refit trains on views of validation's volumes too
+    assert three[0] == 3 * (n + m) and not np.array_equal(three[1], plain[1])
     # each view is another
-    assert len({x.flatten()[:1000].sum().item() for x in encoded}) == 3 * n
+    assert len({x.flatten()[:1000].sum().item() for x in encoded}) == 3 * (n + m)
     assert len(rows) > 3 * n  # six epochs, each drawing from four
     again = run(*AUGMENT, "data.augment_views=3")
     assert again[0] == 0 and np.array_equal(again[1], three[1])
     again = run()
     assert again[0] == 0 and np.array_equal(again[1], plain[1])
     # another strength, another seed: other views
-    assert run(*AUGMENT, "data.augment_views=1", "data.augment.rotation=3")[0] == n
-    assert run(*AUGMENT, "data.augment_views=1", "seed=7")[0] == n
+    assert run(*AUGMENT, "data.augment_views=1", "data.augment.rotation=3")[0] == n + m
+    assert run(*AUGMENT, "data.augment_views=1", "seed=7", "train.refit=false")[0] == n
 
 
 def test_a_volume_lost_between_two_views_stops_the_run(dataset, configure, monkeypatch):
