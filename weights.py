@@ -9,6 +9,7 @@ for files of that format.
 
 import contextlib
 import errno
+import io
 import itertools
 import json
 import os
@@ -324,7 +325,7 @@ def read_torch(path, is_old=False, is_compressed=False):
             file.seek(0)
             stand_ins = [(stand_in(name), name) for name in names]
             with torch.serialization.safe_globals(stand_ins), memory_for(path):
-                source = path if is_mapped else file
+                source = path if is_mapped else inflated(path) if is_compressed else file
                 return torch.load(source, map_location="cpu", mmap=is_mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's message would advise weights_only=False, which runs the file's code
@@ -332,6 +333,21 @@ def read_torch(path, is_old=False, is_compressed=False):
             f"its pickle, of protocol {protocol_of(path)}, is none that torch.save writes for "
             f"weights by default; {conversion(path, 'torch')}"
         ) from error
+
+
+def inflated(path):
+    """The zip file again, with nothing compressed, in memory. Python verifies every checksum as it
+    inflates; where a header says another size than the content has, torch leaves the rest of a
+    tensor as it found it in memory, which may be another tensor's bytes."""
+    copy = io.BytesIO()
+    try:
+        with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w") as target:
+            for entry in source.infolist():
+                target.writestr(entry.filename, source.read(entry))
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise ValueError(f"it is a zip file, damaged or cut short; {AGAIN}") from error
+    copy.seek(0)
+    return copy
 
 
 @contextlib.contextmanager

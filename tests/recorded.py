@@ -146,6 +146,7 @@ def read_run(folder):
         with open(f"{folder}/eval_{split}.json") as f:
             result = json.load(f)
         alarms = [by_number(alarm, result["classes"]) for alarm in result["alarms"]]
+        result.pop("looks", None)  # how many cases were scored before
         found |= numbers(result, f"eval_{split}") | {f"eval_{split}/alarms": alarms}
     for name in sorted(os.listdir(folder)):
         if name.startswith("predictions_") or name in ("sweep.csv", "cv.csv"):

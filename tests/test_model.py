@@ -468,6 +468,30 @@ def test_torchscript_never_runs_whatever_its_zip_says(script, tmp_path, disguise
     assert not victim.exists()
 
 
+def test_a_compressed_tensor_that_ends_early_is_refused_whatever_lies_in_memory(tmp_path):
+    """torch leaves the rest of such a tensor as it finds it, often with what was freed last: the
+    right bytes of the same tensor, or of another."""
+    path, right = str(tmp_path / "deflated.pt"), model.weights_hash(model.load_encoder(TINY))
+    with open(TINY, "rb") as f, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, data in files_of(f.read()).items():
+            z.writestr(name, data)
+    assert model.weights_hash(model.load_encoder(path)) == right
+    with zipfile.ZipFile(path) as z:
+        entry = next(e for e in z.infolist() if "/data/" in e.filename and e.file_size == 512)
+    with open(path, "rb") as f:
+        content = bytearray(f.read())
+    # its entry in the directory, which is behind all content
+    name = content.rindex(entry.filename.encode() + b"PK")
+    directory = content.rindex(b"PK\1\2", 0, name)
+    for place in (directory + 20, entry.header_offset + 18):  # compressed sizes
+        content[place : place + 4] = struct.pack("<I", entry.compress_size // 2)
+    with open(path, "wb") as f:
+        f.write(content)
+    for _ in range(5):
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            model.load_encoder(path)
+
+
 def test_torchscript_is_refused(tmp_path):
     path = str(tmp_path / "script.pt")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
