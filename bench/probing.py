@@ -46,7 +46,6 @@ import references
 import repeats
 import runs
 import train
-from progress import confusion
 
 SHARES = np.array([290, 162, 233, 58])
 
@@ -163,7 +162,8 @@ def raised(means, dim, number, seed, unlike=False):
     cfg = config.load("configs/probe.yaml", [f"model.emb_dim={dim}", *few_heads])
     parts = features_of(*train_xy), features_of(x_val[:few], y_val[:few], "val")
     _, fitted = timed(train.fit, cfg, seed, *parts, torch.device("cpu"))
-    tables, validation = fitted.training, confusion(fitted.predictions)
+    tables, val = fitted.training, fitted.predictions
+    validation = metrics.confusion(val.y_true, val.p.argmax(axis=1), val.p.shape[1])
     trained = fitted.best_record["train/balanced_accuracy"]
     return (
         bool(metrics.gap_alarm(tables["left_out"], validation)),
