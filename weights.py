@@ -343,7 +343,8 @@ def inflated(path):
     try:
         with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w") as target:
             for entry in source.infolist():
-                target.writestr(entry.filename, source.read(entry))
+                with source.open(entry) as content:  # no more than is stated, whatever is there
+                    target.writestr(entry.filename, content.read(entry.file_size))
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"it is a zip file, damaged or cut short; {AGAIN}") from error
     copy.seek(0)
