@@ -237,13 +237,7 @@ def within(y, p, groups, people=None):
         order.append(inside)
     answers = p.argmax(axis=1)[np.concatenate(order)]
     permuted = np.concatenate(parts, axis=1)  # (R, n)
-    counts = np.bincount(y, minlength=p.shape[1])
-    weight = 1 / (np.maximum(counts, 1) * (counts > 0).sum())  # (K,) of a right answer
-    scored = [
-        (weight[permuted[part]] * (permuted[part] == answers)).sum(axis=1)
-        for part in resampling.parts(*permuted.shape)
-    ]
-    return intervals.percentiles(np.concatenate(scored))
+    return intervals.percentiles(resampling.accuracies_of_permuted(permuted, answers))
 
 
 def quarters(ages, borders_of=None):

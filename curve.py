@@ -117,7 +117,7 @@ def score(entries, cfg, found):
     for entry in entries:
         bank = references.load(entry["head"], cfg)
         own = heads.by_unit(found.samples, heads.predict(bank, found.x)[0])
-        weights = metrics.resample(own.y_true, own.participants)  # (R, n)
+        weights = resampling.resample(own.y_true, own.participants)  # (R, n)
         right = own.p.argmax(axis=1) == own.y_true
         losses = metrics.negative_log(own.p[np.arange(len(own.y_true)), own.y_true])
         accuracies, _ = metrics.quick_scores(own.y_true, own.p[None])
@@ -129,7 +129,9 @@ def score(entries, cfg, found):
         ends |= intervals.with_rare_errors(ends, own.y_true, own.p)
         for name in SCORES:
             alone[name].append(ends[name])
-        resampled["balanced_accuracy"].append(metrics.balanced_accuracy(own.y_true, right, weights))
+        resampled["balanced_accuracy"].append(
+            resampling.balanced_accuracy(own.y_true, right, weights)
+        )
         sums = resampling.weighted_sums(weights, np.stack([losses, np.ones(len(losses))], axis=1))
         resampled["log_loss"].append(sums[:, 0] / sums[:, 1])
     fractions, rng = np.array([entry["fraction"] for entry in entries]), np.random.default_rng(0)

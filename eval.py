@@ -26,7 +26,6 @@ import pathlib
 import sys
 
 import numpy as np
-from scipy.stats import norm
 
 import compare
 import config
@@ -106,14 +105,7 @@ def evaluate_run(ckpt, split, overrides=()):
     ]
     result = results.sealed(result)
     if device.rank() == 0:
-        folder = pathlib.Path(opened.folder)
-        update_ledger(folder / "ledger.csv", book, split)
-        files.write(folder / f"predictions_{split}.csv", table)
-        files.write(folder / f"eval_{split}.json", json.dumps(result, indent=1) + "\n")
-        report.write_plots(folder, result, predictions.y_true, predictions.p)
-        if "curve" in saved:
-            curve.write(folder, result)
-        report.write_report(folder)
+        write(pathlib.Path(opened.folder), book, result, table, predictions)
     return result, opened.folder
 
 
@@ -342,34 +334,23 @@ def training_alarms(saved):
         of_validation = metrics.confusion(y, p.argmax(axis=1), p.shape[1])
         found += metrics.gap_alarm(tables["left_out"], of_validation)
     if "trained" in tables:
-        found += below_chance(np.array(tables["trained"]))
+        found += metrics.below_chance(np.array(tables["trained"]))
     return found
 
 
-def below_chance(counts):
-    """[], or a sentence where balanced accuracy on training is below that of the same answers to
-    permuted labels by more than chance (one-sided, 1 %): the head answers the opposite of what it
-    was shown. counts (K, K): of training's participants, rows: true, columns: answered.
-
-    Mean and variance over all permutations are exact (Hoeffding 1951), the tail is a normal one's.
-    """
-    true, answered, n = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
-    weight = np.diag(np.divide(1, true, out=np.zeros(len(true)), where=true > 0)) / (true > 0).sum()
-    score = (weight * counts).sum()
-    # what an answer to a label is worth, less its means over labels, over answers, and over both
-    of_answer, of_label = true @ weight / n, weight @ answered / n  # (K,) of columns, of rows
-    mean = of_answer @ answered / n
-    spread = weight - of_label[:, None] - of_answer + mean
-    error = np.sqrt(true @ spread**2 @ answered / max(n - 1, 1))
-    if score >= n * mean - norm.isf(0.01) * error - 1e-9:
-        return []
-    return [
-        f"balanced accuracy on training is {score:.3f}, below chance by more than chance: the head "
-        "answers the opposite of what it was shown"
-    ]
-
-
 # ------------------------------------------------------------------------------------------ writing
+
+
+def write(folder, book, result, table, predictions):
+    """All files of a result in the run's folder. table: predictions_SPLIT.csv, of predictions."""
+    split = result["split"]
+    update_ledger(folder / "ledger.csv", book, split)
+    files.write(folder / f"predictions_{split}.csv", table)
+    files.write(folder / f"eval_{split}.json", json.dumps(result, indent=1) + "\n")
+    report.write_plots(folder, result, predictions.y_true, predictions.p)
+    if "learning_curve" in result:
+        curve.write(folder, result)
+    report.write_report(folder)
 
 
 def update_ledger(path, book, split):

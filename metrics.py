@@ -18,9 +18,8 @@ import intervals
 import resampling
 from groups import subgroups
 from paired import compare, compare_all  # noqa: F401  (where they are looked for)
-from resampling import RESAMPLES, balanced_accuracy, participants, resample  # noqa: F401
+from resampling import RESAMPLES, participants
 from scores import (  # noqa: F401  (some are for others)
-    BINS,
     MORE_SCORES,
     PER_CLASS,
     SCORES,
@@ -280,6 +279,29 @@ def gap_alarm(left_out, validation):
         f"balanced accuracy is {train:.3f} on training's participants, each left out of the fit, "
         f"and {val:.3f} on validation, below by more than chance: the splits differ, or training "
         "spoilt the head"
+    ]
+
+
+def below_chance(counts):
+    """[], or a sentence where balanced accuracy on training is below that of the same answers to
+    permuted labels by more than chance (one-sided, 1 %): the head answers the opposite of what it
+    was shown. counts (K, K): of training's participants, rows: true, columns: answered.
+
+    Mean and variance over all permutations are exact (Hoeffding 1951), the tail is a normal one's.
+    """
+    true, answered, n = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
+    weight = np.diag(np.divide(1, true, out=np.zeros(len(true)), where=true > 0)) / (true > 0).sum()
+    score = (weight * counts).sum()
+    # what an answer to a label is worth, less its means over labels, over answers, and over both
+    of_answer, of_label = true @ weight / n, weight @ answered / n  # (K,) of columns, of rows
+    mean = of_answer @ answered / n
+    spread = weight - of_label[:, None] - of_answer + mean
+    error = np.sqrt(true @ spread**2 @ answered / max(n - 1, 1))
+    if score >= n * mean - norm.isf(0.01) * error - 1e-9:
+        return []
+    return [
+        f"balanced accuracy on training is {score:.3f}, below chance by more than chance: the head "
+        "answers the opposite of what it was shown"
     ]
 
 

@@ -139,3 +139,16 @@ def balanced_accuracy(y_true, right, weights):
     hits, there = np.split(both, 2, axis=1)  # (R, classes) each
     recall = np.divide(hits, there, out=np.full(hits.shape, np.nan), where=there > 0)
     return np.nanmean(recall, axis=1)
+
+
+def accuracies_of_permuted(labels, answers):
+    """Balanced accuracy of answers (n,) for labels (R, n), of which each row is a permutation of
+    the others -> (R,)."""
+    counts = np.bincount(labels[0], minlength=answers.max() + 1)
+    weight = 1 / (np.maximum(counts, 1) * (counts > 0).sum())  # (K,) of a right answer
+    return np.concatenate(
+        [
+            (weight[labels[part]] * (labels[part] == answers)).sum(axis=1)
+            for part in parts(*labels.shape)
+        ]
+    )

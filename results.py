@@ -253,10 +253,9 @@ def check_scores(run, table, again):
     result = run.result
     y, p = (np.array(list(values.values())) for values in (run.label_of, run.p_of))
     people, num_classes = list(run.participant_of.values()), len(result["classes"])
-    cells = np.bincount(num_classes * y + p.argmax(axis=1), minlength=num_classes**2)
     expected = metrics.score(y, p, num_classes) | {"participants": len(set(people))}
     present = np.array(expected["true_counts"]) > 0
-    expected["confusion_matrix"] = np.reshape(cells, (num_classes, -1))
+    expected["confusion_matrix"] = metrics.confusion(y, p.argmax(axis=1), num_classes)
     expected["majority_baseline"] = max(expected["true_counts"]) / len(y)
     asked = result["shares"]["asked"] if result["shares"]["known"] else None
     expected["shares"] = metrics.shares(y, p, people, asked)
@@ -288,18 +287,11 @@ def agree(found, expected):
 def interval_and_band(ids, y, p):
     """The 95 % interval and the chance band of balanced accuracy, as metrics.evaluate computes them
     beside those of all other scores, in a hundredth of its time."""
-    of_class = np.bincount(y, minlength=p.shape[1])
-    weight = 1 / (np.maximum(of_class, 1) * (of_class > 0).sum())  # (K,) of a right answer
     answers = p.argmax(axis=1)
     ci95 = intervals.of_answers(y, answers, p.shape[1], ids, ["balanced_accuracy"])
-    labels = permuted_labels(tuple(y.tolist()), tuple(ids))  # (R, n)
-    permuted = np.concatenate(
-        [
-            (weight[labels[part]] * (labels[part] == answers)).sum(axis=1)
-            for part in resampling.parts(*labels.shape)
-        ]
-    )
-    return ci95["balanced_accuracy"], intervals.percentiles(permuted)
+    permuted = permuted_labels(tuple(y.tolist()), tuple(ids))  # (R, n)
+    band = intervals.percentiles(resampling.accuracies_of_permuted(permuted, answers))
+    return ci95["balanced_accuracy"], band
 
 
 @functools.lru_cache(maxsize=2)

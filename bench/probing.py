@@ -36,7 +36,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 import config
-import eval as evaluation
 import features
 import heads
 import ledger
@@ -167,7 +166,7 @@ def raised(means, dim, number, seed, unlike=False):
     trained = fitted.best_record["train/balanced_accuracy"]
     return (
         bool(metrics.gap_alarm(tables["left_out"], validation)),
-        bool(evaluation.below_chance(np.array(tables["trained"]))),
+        bool(metrics.below_chance(np.array(tables["trained"]))),
         trained - fitted.best["val_balanced_accuracy"] > 0.2,
     )
 

@@ -30,6 +30,7 @@ from sklearn.metrics import log_loss
 import data
 import eval as evaluation
 import ledger
+import metrics
 import model
 import report
 import runs
@@ -350,12 +351,12 @@ def test_below_chance_is_a_permutation_test():
     def alarm(labels):
         counts = np.zeros((4, 4), dtype=int)
         np.add.at(counts, (labels, said), 1)
-        return evaluation.below_chance(counts)
+        return metrics.below_chance(counts)
 
     raised = np.array([bool(alarm(labels)) for labels in permuted[:4000]])
     assert 0.002 < raised.mean() < 0.02
     assert scores[:4000][raised].max() <= np.percentile(scores, 2)
-    assert evaluation.below_chance(np.array([[9, 0], [5, 0]])) == []  # constant answers
+    assert metrics.below_chance(np.array([[9, 0], [5, 0]])) == []  # constant answers
 
 
 @pytest.fixture()

@@ -173,7 +173,7 @@ def test_the_bins_of_reliability_add_up_to_ece(case):
 @pytest.mark.parametrize("case", CASES)
 def test_scores_of_resamples_equal_those_of_the_drawn_rows(case):
     y, p = CASES[case]
-    weights = metrics.resample(y)[:8]
+    weights = resampling.resample(y)[:8]
     assert weights.sum(1).tolist() == [len(y)] * 8
     found = scores.resampled(y, p, weights)
     for r, w in enumerate(weights):
@@ -294,7 +294,7 @@ def two_eyes(people=80, seed=0):
 
 def test_both_eyes_of_a_person_are_drawn_together_where_their_classes_differ():
     y, p, ids = two_eyes()
-    weights = metrics.resample(y, ids).astype(int)
+    weights = resampling.resample(y, ids).astype(int)
     for person in (0, 17, 79):
         left, right = np.flatnonzero(ids == person)
         assert (weights[:, left] == weights[:, right]).all()
