@@ -14,12 +14,12 @@ import pathlib
 import numpy as np
 
 import config
+import figures
 import files
 import heads
 import intervals
 import metrics
 import references
-import report
 import resampling
 
 SUBSETS = 5  # draws of each share, where train.seeds does not say
@@ -236,18 +236,19 @@ def write(folder, result):
         rows.append(["extrapolated", times * found["sizes"][-1]["fraction"], people, None, *cells])
     blank = [["" if cell is None else cell for cell in row] for row in rows]
     files.write(folder / f"learning_curve_{split}.csv", files.csv_text([header, *blank]))
-    picture = report.png(draw(found, len(result["classes"])))
-    files.write(folder / "plots" / f"learning_curve_{split}.png", picture)
+    picture = draw(found, len(result["classes"]))
+    figures.save(folder / "plots", f"learning_curve_{split}", picture)
 
 
+@figures.style()
 def draw(found, num_classes):
     """Both scores over the number of participants: measured, and as the formula has them, dashed
     where it is extrapolated."""
-    figure, axes = report.new_figure(9, 3.6, columns=2)
+    figure, axes = figures.new_figure(figures.WIDTH, 6, rows=2)
     n = np.array([size["participants"] for size in found["sizes"]])
     floor = {"balanced_accuracy": 1 / num_classes, "log_loss": np.log(num_classes)}
     for axis, name in zip(axes, SCORES):
-        axis.axhline(floor[name], **report.GUIDE, label="equal chances")
+        axis.axhline(floor[name], **figures.GUIDE, marker="", label="equal chances")
         points = [size[name] for size in found["sizes"]]
         y, low, high = np.array([[p["mean"], *p["ci95"]] for p in points]).T
         bars = np.maximum([y - low, high - y], 0)
@@ -257,13 +258,23 @@ def draw(found, num_classes):
             x = np.geomspace(n[0], TIMES[-1] * n[-1], 100)
             curve = law["a"] - law["b"] * (x / n[-1]) ** -law["c"]
             inside = x <= n[-1]
-            axis.plot(x[inside], curve[inside], color="C1", label="fitted a - b n^-c")
-            axis.plot(x[~inside], curve[~inside], color="C1", linestyle="--", label="extrapolated")
-            beyond = law["extrapolated"]
-            low, high = np.array([point["ci95"] for point in beyond]).T
-            axis.vlines([p["participants"] for p in beyond], low, high, color="C1", linestyle="--")
-        axis.set(xscale="log", xlabel="training participants", title=name.replace("_", " "))
+            axis.plot(
+                x[inside],
+                curve[inside],
+                color=figures.ORANGE,
+                linestyle="-",
+                marker="",
+                label="fitted a - b n^-c",
+            )
+            beyond = {"color": figures.ORANGE, "linestyle": "--", "marker": ""}
+            axis.plot(x[~inside], curve[~inside], **beyond, label="extrapolated")
+            points = law["extrapolated"]
+            low, high = np.array([point["ci95"] for point in points]).T
+            axis.vlines(
+                [p["participants"] for p in points], low, high, color=figures.ORANGE, linestyle="--"
+            )
+        axis.set(xscale="log", xlabel="training participants", ylabel=name.replace("_", " "))
         axis.set_xticks(n, [str(v) for v in n])
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend()
     return figure

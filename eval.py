@@ -7,7 +7,7 @@
     python eval.py --leaderboard runs/*                                        # ranks all runs
     python eval.py --ckpt runs/cls_demo --split all --export features.npz      # for other programs
 
-The first two write eval_SPLIT.json, predictions_SPLIT.csv, plots/*.png and report.html beside the
+The first two write eval_SPLIT.json, predictions_SPLIT.csv, plots/ and report.html beside the
 checkpoint; the others read these. --leaderboard writes leaderboard.md, .csv and .html in runs/.
 A row is a participant (or an eye or a volume: data.unit): probabilities are averaged over all
 volumes, of both eyes and repeated scans.
@@ -105,7 +105,7 @@ def evaluate_run(ckpt, split, overrides=()):
     ]
     result = results.sealed(result)
     if device.rank() == 0:
-        write(pathlib.Path(opened.folder), book, result, table, predictions)
+        write(opened, book, result, table, predictions)
     return result, opened.folder
 
 
@@ -341,13 +341,14 @@ def training_alarms(saved):
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write(folder, book, result, table, predictions):
+def write(opened, book, result, table, predictions):
     """All files of a result in the run's folder. table: predictions_SPLIT.csv, of predictions."""
-    split = result["split"]
+    folder, split = pathlib.Path(opened.folder), result["split"]
+    others = looks.best(opened, result)
     update_ledger(folder / "ledger.csv", book, split)
     files.write(folder / f"predictions_{split}.csv", table)
     files.write(folder / f"eval_{split}.json", json.dumps(result, indent=1) + "\n")
-    report.write_plots(folder, result, predictions.y_true, predictions.p)
+    report.write_plots(folder, result, predictions.y_true, predictions.p, others)
     if "learning_curve" in result:
         curve.write(folder, result)
     report.write_report(folder)

@@ -33,6 +33,11 @@ def with_interval(result, value, interval):
     return number(value) + (f" ({span(interval)})" if interval else "")
 
 
+def units(result):
+    """What was scored, in the plural."""
+    return result["unit"] + "s"
+
+
 def covariates(result):
     """The covariates of a result in words."""
     return in_words(result["covariates"]["columns"])

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+import figures
 import files
 import intervals
 from compare import compare_pairs, names_of, once, printable, reason_not_comparable
-from findings import CHOSEN, clean, number, span
-from report import draw_leaderboard, latex, png, render, units
+from findings import CHOSEN, clean, number, span, units
+from report import latex, render
 from resampling import balanced_accuracy, resample
 from results import open_results
 
@@ -141,7 +142,9 @@ def section(task, split, floors, is_one_of_several):
         ],
         "runs": task_table(task, p_holm, floors, "tied for best" if tied else "best"),
         "notes": [printable(note) for note in notes],
-        "picture": png(draw_leaderboard({run.name: run.result for run in task.runs})),
+        "picture": figures.picture(
+            figures.draw_leaderboard({run.name: run.result for run in task.runs}), "svg"
+        ),
         "pairs": task.pairs,
     }
 

@@ -1,10 +1,12 @@
 """How often was this test set looked at? The best of many runs is better on it than it is.
 
     count(opened, result)     # "looks" of eval_test.json
+    best(opened, result)      # those runs, for the figure of the whole result
 
 eval.py never chooses anything by test. Whoever runs it for many runs, and takes the best, does.
 """
 
+import contextlib
 import itertools
 import pathlib
 
@@ -32,21 +34,45 @@ def optimism(ci95, count):
     return sd, sd * expected_maximum(count)
 
 
-def count(opened, result):
-    """-> {"runs", "unreadable", "sd", "optimism"}: how many runs beside this one, in the folder of
-    its folder, were scored on the same split with the same labels, this one included."""
-    own = pathlib.Path(opened.path).absolute().parent
-    runs, unreadable = 1, 0
+def others(opened, result):
+    """The other runs beside this one, in the folder of its folder, that were scored on the same
+    split with the same labels -> {folder of the results: result}, and how many could not be
+    read."""
+    own, split = pathlib.Path(opened.path).absolute().parent, result["split"]
+    found, unreadable = {}, 0
     # the second: of a run's last.pt. A set, for a link may name a run again
-    paths = (own.parent.glob(f"{depth}/eval_test.json") for depth in ("*", "*/*"))
+    paths = (own.parent.glob(f"{depth}/eval_{split}.json") for depth in ("*", "*/*"))
     paths = {path.resolve() for path in itertools.chain.from_iterable(paths)}
     # without an earlier score of this very checkpoint
-    for path in paths - {pathlib.Path(opened.folder, "eval_test.json").resolve()}:
+    for path in paths - {pathlib.Path(opened.folder, f"eval_{split}.json").resolve()}:
         try:
-            other = results.read_result(path.parent, "test")
+            other = results.read_result(path.parent, split)
         except (ValueError, OSError):
             unreadable += 1
             continue
-        runs += all(other[name] == result[name] for name in SAME)
+        if all(other[name] == result[name] for name in SAME):
+            found[path.parent] = other
+    return found, unreadable
+
+
+def count(opened, result):
+    """-> {"runs", "unreadable", "sd", "optimism"}: how many runs `others` finds, this one
+    included."""
+    found, unreadable = others(opened, result)
+    runs = 1 + len(found)
     sd, above = optimism(result["ci95"]["balanced_accuracy"], runs)
     return {"runs": runs, "unreadable": unreadable, "sd": sd, "optimism": above}
+
+
+def best(opened, result, most=6):
+    """The best of `others`, to be shown beside the result -> {name: result}, the best first. Not
+    those whose numbers are not what their predictions give: --leaderboard says why."""
+    found, _ = others(opened, result)
+    shown = {}
+    for folder in sorted(found, key=lambda path: (-found[path]["balanced_accuracy"], path)):
+        if len(shown) < most:
+            with contextlib.suppress(ValueError, OSError):
+                shown[folder.name] = results.open_results(
+                    folder.name, folder, result["split"]
+                ).result
+    return shown

@@ -1,7 +1,7 @@
-"""Results as people see them: tables for the terminal, pictures, report.html, leaderboard.html.
+"""Results as people see them: tables for the terminal, and the pages of templates/.
 
     print_result(result)                     # result: what eval_SPLIT.json holds
-    write_plots(folder, result, y_true, p)   # folder/plots/*.png
+    write_plots(folder, result, y_true, p, others)   # folder/plots/: PNG, SVG and PDF
     write_report(folder)                     # folder/report.html, of what the folder holds
     render(template, **values)               # text of a page of templates/
 
@@ -10,18 +10,16 @@ is one file, with its pictures inside, which opens offline and on a phone.
 """
 
 import base64
-import io
 import itertools
 import json
 import pathlib
 import re
 import sys
 
-import numpy as np
-
+import figures
 import files
 import metrics
-from findings import clean, number, sentences, span, tables, with_interval
+from findings import clean, number, sentences, span, tables, units, with_interval
 from labels import SPLITS
 from results import read_result
 
@@ -98,11 +96,6 @@ def group_table(result):
     return ["group", "participants", "balanced accuracy", "95 % interval", "all others"], rows
 
 
-def units(result):
-    """What was scored, in the plural."""
-    return result["unit"] + "s"
-
-
 def counted(result):
     """How much was scored, in words."""
     number = f"{result['n']} {units(result)}"
@@ -170,156 +163,26 @@ def print_result(result):
     print("\n".join(f"ALARM: {alarm}" for alarm in result["alarms"]) or "no alarms")
 
 
-# ----------------------------------------------------------------------------------------- pictures
-
-GUIDE = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}  # lines to compare a curve with
+# ---------------------------------------------------------------------------------------- pictures
 
 
-def new_figure(width, height, columns=1):
-    """A matplotlib figure of so many inches, and its axes. Without pyplot there is no window, and
-    nothing to close."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(1, columns)
-
-
-def png(figure, dpi=110, margins="tight"):
-    """The bytes of a PNG. Every picture of the project is made here, so that every text stands in
-    it as it is: matplotlib would read a run's name with two dollar signs as mathematics."""
-    import matplotlib
-    from matplotlib.text import Text
-
-    out = io.BytesIO()
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
-    with matplotlib.rc_context({"text.parse_math": False}):  # of texts that drawing adds
-        figure.savefig(out, format="png", dpi=dpi, bbox_inches=margins)
-    return out.getvalue()
-
-
-def draw_confusion(result):
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    counts = np.array(result["confusion_matrix"])  # rows: true
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = max(4.6, 0.6 * len(shares))
-    figure, axis = new_figure(size + 0.6, size)
-    display = ConfusionMatrixDisplay(shares, display_labels=result["classes"])
-    # up to the middle of the colours, on which black text is easy to read
-    colours = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 2}, "text_kw": {"color": "black"}}
-    display.plot(ax=axis, xticks_rotation=20 if len(shares) < 6 else 90, colorbar=False, **colours)
-    for cell, text in np.ndenumerate(display.text_):
-        text.set_text(f"{counts[cell]}\n{shares[cell]:.0%}")
-    title = f"{result['split']}: {units(result)}, share of the row"
-    axis.set(xlabel="predicted", ylabel="true", title=title)
-    return figure
-
-
-def draw_roc(result, y_true, p):
-    from sklearn.metrics import roc_curve
-
-    many = len(result["classes"]) > 8
-    figure, axis = new_figure(8 if many else 4.8, 4.6)
-    for k, name in enumerate(result["classes"]):
-        auroc = result["auroc_per_class"][k]
-        if auroc is not None:
-            false_rate, true_rate, _ = roc_curve(y_true == k, p[:, k])
-            axis.plot(false_rate, true_rate, label=f"{name}: {auroc:.3f}")
-    axis.plot([0, 1], [0, 1], **GUIDE)
-    axis.set(
-        xlabel="false positives, share of the other classes",
-        ylabel="true positives, share of the class",
-        title=f"{result['split']}: ROC, each class against the rest",
-    )
-    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 7}
-    if axis.get_legend_handles_labels()[0]:  # a class that is absent has no curve
-        axis.legend(frameon=False, title="AUROC", **(beside if many else {"loc": "lower right"}))
-    return figure
-
-
-def draw_reliability(result):
-    curves = {"as predicted": result["reliability"]}
-    if "calibrated" in result:
-        curves[f"temperature {result['temperature']:.2f}"] = result["calibrated"]["reliability"]
-    figure, axis = new_figure(4.8, 4.6)
-    axis.plot([0, 1], [0, 1], **GUIDE)
-    for label, bins in curves.items():
-        points = [[b[name] for b in bins] for name in ("confidence", "accuracy")]
-        [line] = axis.plot(*points, label=label, linewidth=1)
-        areas = [8 + 4 * b["count"] for b in bins]
-        axis.scatter(*points, s=areas, color=line.get_color(), alpha=0.6)
-    axis.set(
-        xlim=(0, 1.03),
-        ylim=(-0.03, 1.03),
-        xlabel="probability of the answer",
-        ylabel="share of right answers",
-        title=f"{result['split']}: reliability (area: {units(result)})",
-    )
-    axis.legend(frameon=False, loc="upper left")
-    return figure
-
-
-def draw_epochs(axis, epochs, names):
-    """Curves over the records of metrics.jsonl. names {label of the curve: key of the records};
-    a record that lacks a key, for another version wrote it, leaves a gap."""
-    for label, name in names.items():
-        x, y = ([epoch.get(key, np.nan) for epoch in epochs] for key in ("epoch", name))
-        axis.plot(x, y, label=label, marker=".")
-
-
-def draw_training(epochs, best_epoch, num_classes):
-    """Loss and balanced accuracy over the epochs."""
-    figure, axes = new_figure(9, 3.4, columns=2)
-    for axis, name in zip(axes, ("loss", "balanced_accuracy")):
-        draw_epochs(axis, epochs, {part: f"{part}/{name}" for part in ("train", "val")})
-        axis.axvline(best_epoch, **GUIDE | {"linestyle": "--"}, label="best checkpoint")
-        axis.set(xlabel="epoch", title=name.replace("_", " "))
-    axes[1].axhline(1 / num_classes, **GUIDE, label="one class for all")
-    axes[1].legend(frameon=False)
-    return figure
-
-
-def draw_shares(epochs, classes):
-    """How often each class is answered on validation over the epochs: a collapse is seen here."""
-    figure, axis = new_figure(9, 3)
-    draw_epochs(axis, epochs, {name: f"val/predicted_share_{k}" for k, name in enumerate(classes)})
-    title = "validation: how often each class is answered, as a share"
-    axis.set(xlabel="epoch", ylim=(-0.03, 1.03), title=title)
-    axis.legend(frameon=False, ncols=min(len(classes), 5))
-    return figure
-
-
-def draw_leaderboard(results):
-    """results {name: result}: balanced accuracy with its interval, on each run's chance band."""
-    figure, axis = new_figure(7, 1.2 + 0.4 * len(results))
-    for n, r in enumerate(results.values()):
-        low, high = r["chance_band"]
-        axis.barh(n, high - low, left=low, color="0.88")
-        if clean(r, r["ci95"]["balanced_accuracy"]):
-            axis.plot(r["ci95"]["balanced_accuracy"], [n, n], color="C0", linewidth=2)
-        axis.plot(r["balanced_accuracy"], n, "o", color="C0")
-    axis.set(xlabel="balanced accuracy", xlim=(0, 1))
-    axis.set_yticks(range(len(results)), list(results))
-    axis.invert_yaxis()
-    return figure
-
-
-def write_plots(folder, result, y_true, p):
-    """plots/: confusion matrix, ROC and reliability of the split; and the course of training, where
-    the folder has a metrics.jsonl. y_true (n,) and p (n, K): of the participants."""
+def write_plots(folder, result, y_true, p, others):
+    """plots/: the whole result in one figure, confusion matrix, ROC and reliability of the split;
+    and the course of training, where the folder has a metrics.jsonl. y_true (n,) and p (n, K): of
+    the participants; others {name: result}: of looks.best."""
     folder, split = pathlib.Path(folder), result["split"]
-    figures = {
-        f"confusion_{split}": draw_confusion(result),
-        f"roc_{split}": draw_roc(result, y_true, p),
-        f"reliability_{split}": draw_reliability(result),
+    drawn = {
+        f"summary_{split}": figures.draw_summary(result, others),
+        f"confusion_{split}": figures.draw_confusion(result),
+        f"roc_{split}": figures.draw_roc(result, y_true, p),
+        f"reliability_{split}": figures.draw_reliability(result),
     }
     if (folder / "metrics.jsonl").exists():
         epochs = read_history(folder / "metrics.jsonl")
-        figures["training"] = draw_training(epochs, result["epoch"], len(result["classes"]))
-        figures["shares"] = draw_shares(epochs, result["classes"])
-    for name, figure in figures.items():
-        files.write(folder / "plots" / f"{name}.png", png(figure))
+        drawn["training"] = figures.draw_training(epochs, result["epoch"], result)
+        drawn["shares"] = figures.draw_shares(epochs, result["classes"])
+    for name, figure in drawn.items():
+        figures.save(folder / "plots", name, figure)
 
 
 def read_history(path):
@@ -401,6 +264,33 @@ def latex_text(text):
     return "".join(special.get(letter, letter) for letter in text)
 
 
+# what an alarm is about, by its words: the section of the page that shows it
+SHOWN_IN = {
+    r"class .*(predicted|of the probability|in this split)|most frequent class": "classes",
+    r"carries the result": "groups",
+    r"not shown to be better|chance band within": "compared",
+    r"training's participants|on training is|was saved within": "training",
+    r"were trained on|have no volume|lack some|lateral differences|trained with": "participants",
+}
+
+
+def shown_in(alarm, split):
+    """The id of the section that shows what an alarm of the split is about."""
+    for words, section in SHOWN_IN.items():
+        if re.search(words, alarm):
+            return section if section in ("training", "participants") else f"{section}-{split}"
+    return f"scores-{split}"
+
+
+def summary_in_words(result):
+    """What the figure of the whole result shows, for who cannot see it."""
+    rows = {"one class for all": result["majority"]}
+    rows |= {"covariates alone": result["covariates"]} if "covariates" in result else {}
+    rows |= {f"probe on {name}": floor for name, floor in result.get("floors", {}).items()}
+    beside = [f"{name} {number(row['balanced_accuracy'])}" for name, row in rows.items()]
+    return f"{sentence(result)} Beside it: {', '.join(beside)}, and other runs of the task."
+
+
 def write_report(folder):
     """report.html: every eval_SPLIT.json of the folder with its plots, the course of training, the
     ledger and the provenance."""
@@ -416,10 +306,10 @@ def write_report(folder):
     columns = ["participant_id", "split", "label", "volumes", "status", "reason"]
     page = render(
         "report.html",
-        title=results[-1]["run"],
+        title=results[0]["run"],
         results=results,
-        pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.png")},
-        classes=tuple(results[-1]["classes"]),
+        pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.svg")},
+        classes=tuple(results[0]["classes"]),
         splits=SPLITS,
         ledger=files.read_csv(folder / "ledger.csv", columns, "remove it, and run eval.py again"),
         provenance=files.read_json(provenances[0], "remove it") if provenances else {},

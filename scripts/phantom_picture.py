@@ -15,9 +15,9 @@ from matplotlib.figure import Figure  # without pyplot: no display, no global st
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import figures  # noqa: E402
 import files  # noqa: E402
 import phantom  # noqa: E402
-import report  # noqa: E402
 
 
 def picture(path, seed=5):
@@ -39,7 +39,7 @@ def picture(path, seed=5):
         axis.imshow(volume[20], cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
         axis.set_ylim(0.5 * depth + 0.7, 0.5 * depth - 0.6)
         axis.set(title=title, xlabel="mm", ylabel="depth in mm")
-    files.write(path, report.png(figure, dpi=100, margins=None))
+    files.write(path, figures.picture(figure, "png", dpi=100))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import config  # noqa: E402
 import data  # noqa: E402
 import device  # noqa: E402
 import features  # noqa: E402
+import figures  # noqa: E402
 import files  # noqa: E402
 import ledger  # noqa: E402
 import phantom  # noqa: E402
-import report  # noqa: E402
 
 
 def draw(cfg, book, size, views=5):
@@ -71,7 +71,7 @@ def main():
     book = ledger.read(cfg)
     ledger.check(book, cfg.data.max_missing)
     figure = draw(cfg, book, features.open_encoder(cfg).size)
-    files.write(args.path, report.png(figure, dpi=90, margins=None))
+    files.write(args.path, figures.picture(figure, "png", dpi=90))
     print(f"preview: {args.path}")
 
 

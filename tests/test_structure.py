@@ -54,6 +54,7 @@ ORDER = [
     "looks",
     "power",
     "findings",
+    "figures",
     "report",
     "curve",
     "repeats",
