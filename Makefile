@@ -75,8 +75,13 @@ lint: setup  ## ruff, shellcheck
 test: setup  ## the tests that take three minutes on two cores
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "not slow and not browser" tests
 
-test-slow: setup  ## the others
+test-slow: setup tests/node_modules  ## the others
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "slow or browser" tests
+
+# axe-core, which checks that pages can be read by everybody
+tests/node_modules: tests/package.json
+	npm install --prefix tests --no-package-lock --no-fund --no-audit
+	touch $@
 
 test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py

@@ -24,6 +24,7 @@ import json
 import os
 import pathlib
 import sys
+import webbrowser
 
 import numpy as np
 
@@ -399,6 +400,7 @@ def command():
     parser.add_argument("--power", action="store_true", help="of --compare: how many are needed")
     parser.add_argument("--split", choices=("val", "test", "train", "all"), default="test")
     parser.add_argument("--export", metavar="FILE", help="write the features of --ckpt, .npz")
+    parser.add_argument("--open", action="store_true", help="of --ckpt: report.html in a browser")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -410,6 +412,8 @@ def command():
         raise ValueError(f"--split {args.split} is for --export; score val or test")
     if args.export and not args.ckpt:
         raise ValueError("--export writes the features of a run; name it with --ckpt")
+    if args.open and (args.export or not args.ckpt):
+        raise ValueError("--open opens the report of a run; name it with --ckpt")
     if args.power and not args.compare:
         raise ValueError("--power is of a comparison; name two runs with --compare")
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar in a file, too
@@ -429,6 +433,14 @@ def command():
         if args.export:
             job = functools.partial(export, path=args.export, **what)
         device.launch(job, cfg)
+        if args.open:
+            show(os.path.join(opened.folder, "report.html"))
+
+
+def show(page):
+    """Open a page in the user's browser, which is theirs to choose (BROWSER)."""
+    if not webbrowser.open(pathlib.Path(page).absolute().as_uri()):
+        raise ValueError(f"--open: no browser could be started; set BROWSER, or open {page}")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def draw_summary(result, others):
     if "within" in result:
         low, high = result["within"]["band"]
         hatched = {"facecolor": "none", "edgecolor": "0.55", "linewidth": 0, "hatch": "///"}
-        name = label(f"chance within {result['within']['groups']}")
+        name = label(f"chance band within {result['within']['groups']}", 60)
         axis.axvspan(low, high, **hatched, label=name, zorder=0.5)
     for n, (_, scored, colour, marker) in enumerate(rows):
         interval = clean(result, scored.get("ci95", {}).get("balanced_accuracy"))

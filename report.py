@@ -178,11 +178,18 @@ def write_plots(folder, result, y_true, p, others):
         f"reliability_{split}": figures.draw_reliability(result),
     }
     if (folder / "metrics.jsonl").exists():
-        epochs = read_history(folder / "metrics.jsonl")
-        drawn["training"] = figures.draw_training(epochs, result["epoch"], result)
-        drawn["shares"] = figures.draw_shares(epochs, result["classes"])
+        drawn |= draw_course(folder, result)
     for name, figure in drawn.items():
         figures.save(folder / "plots", name, figure)
+
+
+def draw_course(folder, result):
+    """The figures of metrics.jsonl: the course of training."""
+    epochs = read_history(folder / "metrics.jsonl")
+    return {
+        "training": figures.draw_training(epochs, result["epoch"], result),
+        "shares": figures.draw_shares(epochs, result["classes"]),
+    }
 
 
 def read_history(path):

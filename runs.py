@@ -48,7 +48,7 @@ KINDS = {"config": dict, "scans": dict, "head": dict, "encoder": dict, "optimize
 KINDS |= {"progress": dict, "val_predictions": dict, "floors": dict, "repeats": list}
 KINDS |= {"train_participants": list, "epoch": int, "step": int, "refit": dict, "training": dict}
 KINDS |= {"curve": list}
-PLOTS = "confusion", "roc", "reliability", "learning_curve"  # of a split
+PLOTS = "summary", "confusion", "roc", "reliability", "learning_curve"  # of a split
 KINDS |= dict.fromkeys(("encoder_sha256", "labels_sha256", "manifest_sha256"), str)
 # the beginnings of keys that do not change what a run computes: they may differ when it is resumed
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
@@ -431,10 +431,11 @@ def remove(folder, names):
 
 def remove_evaluations(folder):
     """Remove what eval.py wrote of a checkpoint that is there no longer."""
-    names = ["report.html", "plots/training.png", "plots/shares.png", "predictions_test.csv"]
+    names, plots = ["report.html", "predictions_test.csv"], ["training", "shares"]
     for split in ("val", "test"):
-        plots = (f"plots/{plot}_{split}.png" for plot in PLOTS)
-        names += [f"eval_{split}.json", f"learning_curve_{split}.csv", *plots]
+        names += [f"eval_{split}.json", f"learning_curve_{split}.csv"]
+        plots += [f"{plot}_{split}" for plot in PLOTS]
+    names += [f"plots/{plot}.{kind}" for plot in plots for kind in ("png", "svg", "pdf")]
     remove(folder, names)  # of the best; of last.pt, also what training writes of the best itself
     remove(os.path.join(folder, "last"), [*names, "predictions_val.csv", "ledger.csv"])
 

@@ -419,12 +419,11 @@ def test_random_damage_of_what_eval_reads_is_one_sentence(written, tmp_path, cap
     shutil.copytree(whole, folder)
     book = ledger.read(runs.open_checkpoint(whole).cfg)
     result = results.read_result(whole, "test")
-    y, p = np.repeat(range(4), 10), np.full((40, 4), 0.25)
     opened = runs.open_checkpoint(whole)
     opened.path = str(folder / runs.BEST)
     calls = {
         "ledger.csv": [lambda: evaluation.update_ledger(folder / "ledger.csv", book, "test")],
-        "metrics.jsonl": [lambda: report.write_plots(folder, result, y, p)],
+        "metrics.jsonl": [lambda: report.draw_course(folder, result)],
         "provenance.json": [],
         "config.yaml": [lambda: runs.check_config(opened)],
         "eval_val.json": [],

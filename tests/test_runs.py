@@ -83,9 +83,11 @@ def test_a_run_leaves_what_the_design_says(whole):
 
 
 def test_a_run_leaves_these_pictures(whole):
-    expected = {"training.png", "shares.png"}
+    expected = {"training", "shares"}
     for split in ("val", "test"):
-        expected |= {f"{plot}_{split}.png" for plot in ("confusion", "roc", "reliability")}
+        plots = "summary", "confusion", "roc", "reliability"
+        expected |= {f"{plot}_{split}" for plot in plots}
+    expected = {f"{name}.{kind}" for name in expected for kind in ("png", "svg", "pdf")}
     assert set(os.listdir(f"{whole.paths.run_dir}/plots")) == expected
 
 
