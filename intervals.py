@@ -21,6 +21,7 @@ LEVELS = (2.5, 97.5)  # percentiles
 Z = ndtri(0.975)
 DRAWS = 10_000
 RARE = 5  # so few errors say little of what an error costs
+MOST = {"log_loss": float(scores.negative_log(0.0)), "brier": 2.0}  # that a row can lose
 MOST_CELLS = 4e7  # of these draws: above 63 classes there are fewer
 
 
@@ -34,7 +35,7 @@ def of_scores(y_true, probabilities, num_classes, ids=None):
     found |= of_auroc(y_true, probabilities, ids)
     found |= of_average_precision(y_true, value, bootstrap, ids)
     losses = losses_of(y_true, probabilities)
-    found |= {name: of_mean(values, y_true, ids) for name, values in losses.items()}
+    found |= {name: of_mean(values, y_true, ids, MOST[name]) for name, values in losses.items()}
     found |= {"ece": of_ece(value["ece"], bootstrap["ece"])}
     return found | with_rare_errors(found, y_true, probabilities)
 
@@ -285,9 +286,9 @@ def variance_of_sum(influence, y_true, ids):
 # --------------------------------------------------------------------------------- of mean losses
 
 
-def of_mean(losses, y_true, ids=None):
-    """Interval of a mean loss, losses (n,) >= 0: what bootstrap-t (Efron and Tibshirani 1993,
-    section 12.5) gives of the mean and of its logarithm, spanned.
+def of_mean(losses, y_true, ids=None, most=np.inf):
+    """Interval of a mean loss, losses (n,) from 0 to most: what bootstrap-t (Efron and Tibshirani
+    1993, section 12.5) gives of the mean and of its logarithm, spanned.
 
     A few large losses make the mean: a data set that lacks them has a small mean and a small
     spread, which the percentiles of a bootstrap take at its word. None where all losses are 0.
@@ -319,7 +320,8 @@ def of_mean(losses, y_true, ids=None):
     plain = [float(max(0.0, mean - high * error)), float(mean - low * error)]
     low, high = np.percentile(np.log(means / mean) / (errors / means), LEVELS)
     of_log = [float(mean * np.exp(-end * error / mean)) for end in (high, low)]
-    return spanned([plain, of_log])
+    low, high = spanned([plain, of_log])
+    return [low, min(high, most)]  # of a few rows, bootstrap-t may go beyond
 
 
 def losses_of(y_true, probabilities):

@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 
+import device
 import figures
 import files
 import metrics
@@ -207,6 +208,12 @@ def read_history(path):
 # -------------------------------------------------------------------------------------------- pages
 
 
+def shown(value):
+    """A value as pages show it: without letters that turn the order of others, or are no text."""
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")  # not a macro's HTML
+    return device.printable(value) if is_text else value
+
+
 def render(template, **values):
     """A page of templates/. A value that is missing raises an error; HTML escapes every text."""
     import jinja2
@@ -217,13 +224,12 @@ def render(template, **values):
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=shown,
     )
     in_base64 = lambda image: base64.b64encode(image).decode()
     environment.filters |= {"number": number, "span": span, "json": json.dumps, "base64": in_base64}
     environment.filters |= {"markdown": markdown, "markdown_cell": markdown_cell}
-    page = environment.get_template(template).render(values, report=sys.modules[__name__])
-    # half of a surrogate pair, from a path whose bytes are no UTF-8, could not be written
-    return page.encode(errors="backslashreplace").decode()
+    return environment.get_template(template).render(values, report=sys.modules[__name__])
 
 
 def markdown(text):

@@ -98,6 +98,17 @@ def test_a_perfect_log_loss_has_no_interval():
     assert ci95["log_loss"] is ci95["brier"] is None
 
 
+def test_no_interval_of_a_loss_goes_beyond_what_a_row_can_lose():
+    """Bootstrap-t of so few rows reached a Brier score of 5.5, where 2 is the worst."""
+    y = np.repeat(range(3), 5)
+    x = np.random.default_rng(1).normal(size=(15, 3)) + 3 * np.eye(3)[y]
+    p = np.exp(3 * x) / np.exp(3 * x).sum(axis=1, keepdims=True)
+    ci95 = metrics.evaluate(y, p, 3)["ci95"]
+    for name, most in (("brier", 2), ("log_loss", -np.log(np.finfo(float).eps))):
+        low, high = ci95[name]
+        assert 0 <= low < high <= most + 1e-9
+
+
 # ------------------------------------------------------------------------------------ simulations
 
 

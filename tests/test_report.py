@@ -284,6 +284,7 @@ def test_hostile_texts_are_shown_as_text(hostile):
     assert "document.title" in page and "<script>document" not in page
     assert page.count("<script") == 1  # our own
     assert html.escape(HOSTILE[:10]) in page
+    assert "\u202e" not in page and "\\u202egnp.exe" in page  # it would turn what follows
     svg = content(hostile / "plots" / "confusion_test.svg")
     texts = ["".join(e.itertext()) for e in ElementTree.fromstring(svg).iter()]
     assert any(text.startswith("<script>") for text in texts)
