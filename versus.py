@@ -148,7 +148,10 @@ def divided_table(runs, y, p):
     header = [first.result["unit"], "true class"]
     is_pair = len(p) == 2
     if is_pair:
-        header += [f"{name}: {what}" for name in p for what in ("answer", "p of the true class")]
+        short = forest.labels(list(p), 24)
+        header += [
+            f"{name}: {what}" for name in short for what in ("answer", "p of the true class")
+        ]
     else:
         header += ["right", "right runs", "other answers"]
     shown = []

@@ -10,11 +10,13 @@ import pytest
 from helpers import CLASS_NAMES, FLOOR, answers, content, copy_of, quick, trained, write_results
 from PIL import Image
 
+import compare
 import eval as evaluation
 import leaderboard
 import ledger
 import report
 import train
+import versus
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,7 @@ CHROMIUM = next(filter(None, BROWSERS), None)
 FRAME = """<body style="margin:0">
 <iframe id=f style="border:0;width:WIDTHpx;height:9000px" srcdoc="PAGE"></iframe><script>
 onload = () => { const d = f.contentDocument, root = d.documentElement
+    d.querySelectorAll("details").forEach(e => e.open = true)
     const out = [...d.body.querySelectorAll("*")].filter(
         e => e.getBoundingClientRect().right > root.clientWidth + 1
             && !e.closest(".wide:not(.cards)"))
@@ -172,14 +175,19 @@ def pages(written, tmp_path_factory):
     for seed, skill in enumerate((0.3, 0.35, 0.8)):
         name = f"a_run_with_a_rather_long_name_{seed}"
         write_results(folder / "board" / name, answers(skill, seed), floors=floors)
-    leaderboard.leaderboard(list((folder / "board").iterdir()), "test")
+    board = sorted((folder / "board").iterdir())
+    leaderboard.leaderboard(board, "test")
     report_page, board_page = folder / "run/report.html", folder / "board/leaderboard.html"
-    return {"report": (report_page, 8), "leaderboard": (board_page, 1)}
+    pages = {"report": (report_page, 8), "leaderboard": (board_page, 2)}
+    for name, number, pictures in (("pair", 2, 3), ("comparison", 3, 4)):
+        page = versus.write(compare.open_runs(board[:number], "test"))
+        pages[name] = shutil.copy(page, folder / f"{name}.html"), pictures
+    return pages
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280], ids=["a phone", "a desk"])
-@pytest.mark.parametrize("name", ["report", "leaderboard"])
+@pytest.mark.parametrize("name", ["report", "leaderboard", "pair", "comparison"])
 def test_pages_fit_a_phone_and_a_desk(pages, tmp_path, name, width):
     assert CHROMIUM, "this test looks at the pages in chromium: apt-get install chromium"
     page, pictures = pages[name]
@@ -192,7 +200,7 @@ def test_pages_fit_a_phone_and_a_desk(pages, tmp_path, name, width):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", ["report", "leaderboard"])
+@pytest.mark.parametrize("name", ["report", "leaderboard", "pair", "comparison"])
 def test_pages_open_offline(pages, name):
     text = pages[name][0].read_text()
     assert not re.search(r"(src|href)=.?(http|//|file)", text) and "<script" not in text
