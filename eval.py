@@ -8,7 +8,8 @@
     python eval.py --ckpt runs/cls_demo --split all --export features.npz      # for other programs
 
 The first two write eval_SPLIT.json, predictions_SPLIT.csv, plots/ and report.html beside the
-checkpoint; the others read these. --leaderboard writes leaderboard.md, .csv and .html in runs/.
+checkpoint; the others read these. --compare also writes comparison.html in runs/, --leaderboard
+leaderboard.md, .csv, .html and .tex, with their figures in runs/comparison/ and runs/leaderboard/.
 A row is a participant (or an eye or a volume: data.unit): probabilities are averaged over all
 volumes, of both eyes and repeated scans.
 """
@@ -49,6 +50,7 @@ import report
 import results
 import runs
 import shortcuts
+import versus
 
 
 def evaluate_run(ckpt, split, overrides=()):
@@ -418,7 +420,9 @@ def command():
         raise ValueError("--power is of a comparison; name two runs with --compare")
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar in a file, too
     if args.compare:
-        print(compare.compare(args.compare, args.split, args.power))
+        found = compare.open_runs(args.compare, args.split, args.power)
+        print(compare.in_words(found))
+        print(f"written: {versus.write(found)}")
     elif args.leaderboard:
         print(leaderboard.leaderboard(args.leaderboard, args.split))
     else:

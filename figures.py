@@ -28,6 +28,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED = (
     "#56B4E9",
     "#D55E00",
 )
+KINDS = ("png", "svg", "pdf")
 COLOURS = (BLUE, ORANGE, GREEN, PINK, RED, SKY)
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -85,7 +86,7 @@ def picture(figure, kind, dpi=110):
 
 def save(folder, name, figure):
     """Write a figure as folder/NAME.png, .svg and .pdf."""
-    for kind in ("png", "svg", "pdf"):
+    for kind in KINDS:
         files.write(folder / f"{name}.{kind}", picture(figure, kind))
         figure.set_layout_engine("none")  # it is laid out now, and need not be again
 
@@ -255,24 +256,4 @@ def draw_shares(epochs, classes):
     draw_epochs(axis, epochs, {name: f"val/predicted_share_{k}" for k, name in enumerate(classes)})
     axis.set(xlabel="epoch", ylim=(-0.03, 1.03), ylabel="share of the answers on validation")
     figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-# ------------------------------------------------------------------------------------ leaderboard
-
-
-@style()
-def draw_leaderboard(results):
-    """results {name: result}: balanced accuracy with its interval, on each run's chance band."""
-    figure, axis = new_figure(WIDTH, 1.2 + 0.3 * len(results))
-    for n, r in enumerate(results.values()):
-        low, high = r["chance_band"]
-        axis.barh(n, high - low, left=low, color="0.88")
-        if clean(r, r["ci95"]["balanced_accuracy"]):
-            bar = {"color": BLUE, "linestyle": "-", "marker": "|", "linewidth": 2}
-            axis.plot(r["ci95"]["balanced_accuracy"], [n, n], **bar)
-        axis.plot(r["balanced_accuracy"], n, color=BLUE, marker="o", markersize=6)
-    axis.set(xlabel="balanced accuracy", xlim=(0, 1))
-    axis.set_yticks(range(len(results)), [label(name) for name in results])
-    axis.invert_yaxis()
     return figure

@@ -4,8 +4,17 @@
 
 What was not scored on the same participants with the same labels is never ranked together. A task
 is a label on certain volumes; a method is an encoder in a mode (a probe, an attentive one, ...).
+Figures are in runs/leaderboard/, as PNG, SVG and PDF.
+
+Whether runs differ is drawn as in the critical-difference diagrams of Demsar (2006, JMLR 7), but
+not by the tests of Friedman and Nemenyi, which take data sets for a sample and need more than ten.
+Of one task there is none; of a few, which often have the same participants, none that could be
+believed; and their result for two methods depends on which others are there (Benavoli et al. 2016,
+JMLR 17). So each two are tested on the same participants, exactly (paired.py), Holm-corrected, and
+a bar joins those of which no two are shown to differ.
 """
 
+import itertools
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -13,16 +22,26 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-import figures
 import files
+import forest
 import intervals
-from compare import compare_pairs, names_of, once, printable, reason_not_comparable
+import paired
+from agreement import groups
+from compare import (
+    ENDINGS,
+    compare_pairs,
+    names_of,
+    once,
+    pair_table,
+    printable,
+    reason_not_comparable,
+    verdict,
+    without_pages,
+)
 from findings import CHOSEN, clean, number, span, units
 from report import latex, render
 from resampling import balanced_accuracy, resample
 from results import open_results
-
-ENDINGS = ("md", "csv", "html", "tex")
 
 
 @dataclass
@@ -42,8 +61,8 @@ class Task:
 
 def leaderboard(folders, split):
     """Rank the runs by balanced accuracy, within each task -> text. Writes leaderboard.md, .csv,
-    .html and .tex beside the first. FileNotFoundError for a folder that is not there, ValueError
-    when none can be ranked.
+    .html and .tex beside the first, and the figures into leaderboard/. FileNotFoundError for a
+    folder that is not there, ValueError when none can be ranked.
 
     A run whose files are damaged or do not agree is left out, with the reason in these files.
     """
@@ -51,17 +70,27 @@ def leaderboard(folders, split):
     if missing:
         raise FileNotFoundError(f"--leaderboard: {missing[0]} is not there; name run folders")
     beside = os.path.join(os.path.dirname(os.path.abspath(folders[0])), "leaderboard")
-    # runs/* also has leaderboard.md
-    folders = once([folder for folder in folders if os.path.isdir(folder)], split)
+    folders = [folder for folder in without_pages(folders) if os.path.isdir(folder)]
+    folders = once(folders, split)
     runs, left_out = open_all(folders, split)
     tasks = tasks_of(runs)
     # columns that any run has, so that the tables of all tasks are alike
     floors = list(dict.fromkeys(name for run in runs for name in run.result.get("floors", {})))
     sections = [section(task, split, floors, len(tasks) > 1) for task in tasks]
+    overall, drawn = over_all_tasks(tasks), {}
+    for n, (task, shown) in enumerate(zip(tasks, sections), 1):
+        ending = f"_{n}" if len(tasks) > 1 else ""
+        figures, words = draw(task)
+        drawn |= {f"{name}{ending}": figure for name, figure in figures.items()}
+        shown["words"] = {f"{name}{ending}": text for name, text in words.items()}
+    if overall:
+        drawn["mean_ranks"] = forest.draw_ranking(*overall["ranking"], "mean rank", True)
     content = {
         "title": f"leaderboard on {split}",
-        "overall": over_all_tasks(tasks),
+        "overall": overall,
         "sections": sections,
+        "pictures": forest.write(beside, drawn),
+        "note": forest.ranking_note,
         "left_out": [printable(f"{name}: not ranked: {why}") for name, why in left_out.items()],
     }
     text = render("leaderboard.md", **content)
@@ -93,12 +122,12 @@ def open_all(folders, split):
 
 def tasks_of(runs):
     """Results -> Tasks, in the order of the runs."""
-    groups = defaultdict(list)
+    of_task = defaultdict(list)
     for run in runs:
         r = run.result
-        groups[r["task"], tuple(r["classes"]), r["unit"], r["volumes_asked"]].append(run)
+        of_task[r["task"], tuple(r["classes"]), r["unit"], r["volumes_asked"]].append(run)
     found = []
-    for (name, _, _, volumes), members in groups.items():
+    for (name, _, _, volumes), members in of_task.items():
         ranked, reasons = rank(members)
         compared = [run for run in ranked if not reasons[run.name]]
         pairs = compare_pairs(compared) if len(compared) > 1 else []
@@ -124,10 +153,8 @@ def rank(runs):
 
 
 def section(task, split, floors, is_one_of_several):
-    """What the pages show of a task: sentences, table, notes, picture, pairs."""
-    best = task.compared[0]
-    p_holm = {pair["b"]: pair["p_holm"] for pair in task.pairs if pair["a"] == best.name}
-    tied = [name for name, p in p_holm.items() if p >= 0.05]
+    """What the pages show of a task: sentences, tables, notes."""
+    said, p_holm, tied = verdict(task.compared[0], split, task.pairs)
     data = ", ".join(dict.fromkeys(printable(run.result["data"]) for run in task.runs))
     notes = [f"{n}: not compared, for it has {why}" for n, why in task.reasons.items() if why]
     notes += [f"{run.name}: ALARM: {alarm}" for run in task.runs for alarm in run.result["alarms"]]
@@ -135,18 +162,32 @@ def section(task, split, floors, is_one_of_several):
     return {
         "title": task.title if is_one_of_several else "",
         "about": [
-            verdict(best, split, p_holm, tied, len(task.pairs)),
+            said,
             f"{data}. Tied: the difference from the best is not significant at 5 % (paired "
             "test over the same participants, Holm-corrected over all pairs)."
             + (chosen if split == "val" else ""),
         ],
         "runs": task_table(task, p_holm, floors, "tied for best" if tied else "best"),
         "notes": [printable(note) for note in notes],
-        "picture": figures.picture(
-            figures.draw_leaderboard({run.name: run.result for run in task.runs}), "svg"
-        ),
-        "pairs": task.pairs,
+        "groups": groups([run.name for run in task.compared], task.pairs),
+        "pairs": pair_table(task.pairs, split),
     }
+
+
+def draw(task):
+    """-> {name: figure} of a task, {name: the same in words}."""
+    results = {
+        f"{run.name} (not compared)" if task.reasons[run.name] else run.name: run.result
+        for run in task.runs
+    }
+    drawn = {"scores": forest.draw_scores(results)}
+    words = {"scores": forest.scores_in_words(results)}
+    if len(task.compared) > 2:
+        values = {run.name: run.result["balanced_accuracy"] for run in task.compared}
+        ranked = values, groups(list(values), task.pairs)
+        drawn["ranking"] = forest.draw_ranking(*ranked, "balanced accuracy")
+        words["ranking"] = forest.ranking_in_words(*ranked, "Balanced accuracy")
+    return drawn, words
 
 
 def task_table(task, p_holm, floors, first_place):
@@ -179,22 +220,6 @@ def task_table(task, p_holm, floors, first_place):
     return header, rows
 
 
-def verdict(best, split, p_holm, tied, num_pairs):
-    """A task's table in one sentence. best: Results; tied: names."""
-    name = best.name
-    score = f"balanced accuracy {number(best.result['balanced_accuracy'])} on {split}"
-    if not p_holm:
-        return f"{name}: {score}; there is no other run to compare it with."
-    if tied:
-        others = files.first_few(tied, 3)
-        return f"{name} leads with {score}, but is not shown to be better than {others}."
-    corrected = f", Holm over {num_pairs} pairs" if num_pairs > 1 else ""
-    return (
-        f"{name} is the best of {len(p_holm) + 1} runs: {score}, better than every other "
-        f"(p at most {max(p_holm.values()):.4f}{corrected})."
-    )
-
-
 # --------------------------------------------------------------------------------------- all tasks
 
 
@@ -214,36 +239,85 @@ def over_all_tasks(tasks):
     everywhere = [m for m in run_of[0] if all(m in runs for runs in run_of)]
     if len(tasks) < 2 or len(everywhere) < 2:
         return None
-    ranks, wins = [], {method: [0, 0, 0] for method in everywhere}
-    for task, runs in zip(tasks, run_of):
-        chosen = [runs[method] for method in everywhere]
-        values = resampled_accuracy(chosen)  # (methods, 1 + R)
-        ranks.append(rankdata(-np.round(values, 12), axis=0))
-        names = {runs[method].name: method for method in everywhere}
-        for pair in task.pairs:
-            if pair["a"] in names and pair["b"] in names:
-                count_pair(wins, names[pair["a"]], names[pair["b"]], pair)
-    mean_rank = np.mean(ranks, axis=0)  # (methods, 1 + R)
+    mean_rank, wins = ranks_and_wins(tasks, run_of, everywhere)
+    order = np.argsort(mean_rank[:, 0], kind="stable")
     header = ["encoder, mode", "mean rank", "95 % interval", "wins, ties, losses"]
     header += [task.title.partition(":")[0] for task in tasks]
     rows = []
-    for k in np.argsort(mean_rank[:, 0], kind="stable"):
+    for k in order:
         method = everywhere[k]
         scores = [number(runs[method].result["balanced_accuracy"]) for runs in run_of]
         interval = span(intervals.percentiles(mean_rank[k, 1:]))
         counts = ", ".join(map(str, wins[method]))
         rows.append([printable(method), f"{mean_rank[k, 0]:.2f}", interval, counts, *scores])
-    omitted = sorted({m for runs in run_of for m in runs} - set(everywhere))
+    pairs = pairs_over_tasks([everywhere[k] for k in order], run_of)
+    ranking = {printable(everywhere[k]): mean_rank[k, 0] for k in order}
+    told = groups(list(ranking), pairs)
     about = [
         f"Over {len(tasks)} tasks, {rows[0][0]} has the best mean rank of {len(rows)} "
         f"({rows[0][1]}, 95 % interval {rows[0][2]}).",
         "Wins, ties and losses are pairs with another of these within a task, by p (Holm).",
+        told_apart(told, len(pairs)),
     ]
+    omitted = sorted({m for runs in run_of for m in runs} - set(everywhere))
     if omitted:
         about.append(
             f"Not scored on every task, and not ranked here: {printable(files.first_few(omitted))}."
         )
-    return {"about": about, "table": (header, rows)}
+    words = forest.ranking_in_words(ranking, told, "Mean rank")
+    return {"about": about, "table": (header, rows), "ranking": (ranking, told), "words": words}
+
+
+def ranks_and_wins(tasks, run_of, methods):
+    """-> mean ranks (methods, 1 + R), of the data and of each resample; {method: [wins, ties,
+    losses]}."""
+    ranks, wins = [], {method: [0, 0, 0] for method in methods}
+    for task, runs in zip(tasks, run_of):
+        values = resampled_accuracy([runs[method] for method in methods])  # (methods, 1 + R)
+        ranks.append(rankdata(-np.round(values, 12), axis=0))
+        names = {runs[method].name: method for method in methods}
+        for pair in task.pairs:
+            if pair["a"] in names and pair["b"] in names:
+                count_pair(wins, names[pair["a"]], names[pair["b"]], pair)
+    return np.mean(ranks, axis=0), wins
+
+
+def pairs_over_tasks(methods, run_of):
+    """Every two methods over all tasks -> dicts with a, b (as they are printed), p_value, p_holm.
+
+    Tested is the difference of their balanced accuracies, averaged over the tasks: what a
+    participant adds to it, in all tasks together, could as well have the other sign. So tasks of
+    the same participants need not be independent. run_of: of each task, {method: Results}.
+    """
+    pairs = []
+    for a, b in itertools.combinations(methods, 2):
+        shares = defaultdict(float)  # of each participant
+        for runs in run_of:
+            labels, people = runs[a].label_of, runs[a].participant_of
+            y = np.array(list(labels.values()))
+            p_a, p_b = (np.array([runs[m].p_of[i] for i in labels]) for m in (a, b))
+            right = p_a.argmax(axis=1) == y, p_b.argmax(axis=1) == y
+            each = paired.shares_of_difference(y, *right) / len(run_of)
+            for i, share in zip(labels, each):
+                shares[people[i]] += share
+        p = paired.sign_test(np.array(list(shares.values())))
+        pairs.append({"a": printable(a), "b": printable(b), "p_value": p})
+    for pair, p in zip(pairs, paired.holm([pair["p_value"] for pair in pairs])):
+        pair["p_holm"] = float(p)
+    return pairs
+
+
+def told_apart(told, num_pairs):
+    """Which methods no test tells apart, in words. told: of agreement.groups."""
+    how = (
+        "Over all tasks together (their mean balanced accuracy; exact paired test, Holm over "
+        f"{num_pairs} pair{'s' * (num_pairs > 1)})"
+    )
+    if not told:
+        return f"{how}, every two are shown to differ."
+    said = "; ".join(" and ".join(f'"{name}"' for name in group) for group in told[:3])
+    more = f"; and {len(told) - 3} more groups" if len(told) > 3 else ""
+    return f"{how}, these are not shown to differ: {said}{more}."
 
 
 def methods_of(task, hashes):

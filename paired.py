@@ -80,18 +80,29 @@ def compare_pair(y_true, a, b, recalls, right, ids):
 
 def swap_test(y_true, right_a, right_b, ids=None):
     """Two-sided p-value of the difference of two balanced accuracies, if the answers of A and of B
-    could as well be exchanged, for every participant.
+    could as well be exchanged, for every participant: see `sign_test`."""
+    each = shares_of_difference(y_true, right_a, right_b)
+    return sign_test(np.bincount(participants(y_true, ids)[1], each))
 
-    Exact: every participant's share of the difference has the one sign or the other, with chance
-    1/2 each. Where these have more than MOST_SUMS different sums, SWAPS of them are drawn, which
-    gives no p-value below 1 / (SWAPS + 1).
-    """
+
+def shares_of_difference(y_true, right_a, right_b):
+    """What each row adds to the balanced accuracy of A minus that of B -> (n,)."""
     _, number, sizes = np.unique(y_true, return_inverse=True, return_counts=True)
-    each = (right_a.astype(float) - right_b) / sizes[number] / len(sizes)  # (n,)
-    shares = np.abs(np.bincount(participants(y_true, ids)[1], each))
+    return (right_a.astype(float) - right_b) / sizes[number] / len(sizes)
+
+
+def sign_test(shares):
+    """Two-sided p-value of the sum of shares (P,), those of the participants, if each could as well
+    have the other sign.
+
+    Exact: every share has the one sign or the other, with chance 1/2 each. Where these have more
+    than MOST_SUMS different sums, SWAPS of them are drawn, which gives no p-value below
+    1 / (SWAPS + 1).
+    """
+    observed = abs(shares.sum()) - 1e-9
+    shares = np.abs(shares)
     shares = np.round(shares[shares > 1e-12], 12)
     values, times = np.unique(shares, return_counts=True)
-    observed = abs(each.sum()) - 1e-9
     if np.prod(times + 1.0) <= MOST_SUMS:
         sums, chances = np.zeros(1), np.ones(1)
         for value, m in zip(values, times):

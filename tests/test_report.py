@@ -2,6 +2,7 @@ import csv
 import html
 import json
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from helpers import (
     write_results,
 )
 
+import compare
 import eval as evaluation
 import figures
 import files
@@ -30,6 +32,7 @@ import leaderboard
 import ledger
 import report
 import train
+import versus
 from config import load
 
 
@@ -292,7 +295,7 @@ def test_hostile_texts_are_shown_as_text(hostile):
 
 @pytest.fixture(scope="module")
 def pages(written, tmp_path_factory, hostile):
-    """{name: (path of a page, number of its pictures)}."""
+    """{name: path of a page}."""
     folder = tmp_path_factory.mktemp("pages")
     more = ["eval.floors=true", "train.seeds=[1,2]", "train.epochs=3"]
     cfg = quick(written, folder, *more)
@@ -303,18 +306,23 @@ def pages(written, tmp_path_factory, hostile):
     for seed, skill in enumerate((0.3, 0.35, 0.8)):
         name = f"a_run_with_a_rather_long_name_{seed}"
         write_results(folder / "board" / name, answers(skill, seed), floors=floors)
-    leaderboard.leaderboard(list((folder / "board").iterdir()), "test")
-    return {
+    board = sorted((folder / "board").iterdir())
+    leaderboard.leaderboard(board, "test")
+    found = {
         "report": folder / "run/report.html",
         "hostile": hostile / "report.html",
         "leaderboard": folder / "board/leaderboard.html",
     }
+    for name, number in (("pair", 2), ("comparison", 3)):
+        page = versus.write(compare.open_runs(board[:number], "test"))
+        found[name] = shutil.copy(page, folder / f"{name}.html")
+    return found
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280], ids=["a phone", "a desk"])
-@pytest.mark.parametrize("name", ["report", "hostile", "leaderboard"])
+@pytest.mark.parametrize("name", ["report", "hostile", "leaderboard", "pair", "comparison"])
 def test_pages_fit_a_phone_and_a_desk_and_can_be_read_by_everybody(
     pages, tmp_path, name, width, dark
 ):
