@@ -14,6 +14,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -53,7 +54,8 @@ KINDS |= dict.fromkeys(("encoder_sha256", "labels_sha256", "manifest_sha256"), s
 # the beginnings of keys that do not change what a run computes: they may differ when it is resumed
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
 HARMLESS += ("train.save_every", "train.micro_batch", "train.activation_checkpointing")
-HARMLESS += ("eval.covariates", "eval.probes", "eval.prevalence")  # read when a run is scored
+# read when a run is scored
+HARMLESS += ("eval.covariates", "eval.probes", "eval.prevalence", "eval.gallery")
 HARMLESS += ("data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline")
 # the content of tables is known by its hash
 HARMLESS += ("data.max_missing", "data.labels", "data.participants", "data.manifest")
@@ -61,7 +63,7 @@ HARMLESS += ("data.max_missing", "data.labels", "data.participants", "data.manif
 CHANGEABLE = ("paths.*", "device.*", "data.max_missing", "data.num_workers", "data.prefetch")
 CHANGEABLE += ("data.cache_gb", "data.fetch_deadline")
 CHANGEABLE += ("data.labels", "data.participants", "data.manifest")
-CHANGEABLE += ("eval.covariates", "eval.probes", "eval.prevalence")
+CHANGEABLE += ("eval.covariates", "eval.probes", "eval.prevalence", "eval.gallery")
 
 
 def check_folder(cfg):
@@ -435,6 +437,8 @@ def remove_evaluations(folder):
     for split in ("val", "test"):
         plots = (f"plots/{plot}_{split}.png" for plot in PLOTS)
         names += [f"eval_{split}.json", f"learning_curve_{split}.csv", *plots]
+        names.append(f"gallery_{split}.json")
+    names += [name for name in os.listdir(folder) if re.fullmatch(r"explain_.*\.html", name)]
     remove(folder, names)  # of the best; of last.pt, also what training writes of the best itself
     remove(os.path.join(folder, "last"), [*names, "predictions_val.csv", "ledger.csv"])
 
