@@ -271,6 +271,8 @@ def save(folder, result, found):
     if found is None:
         for split in SPLITS:
             pathlib.Path(folder, f"gallery_{split}.json").unlink(missing_ok=True)
+        for page in sorted(pathlib.Path(folder).glob("explain_*.html")):
+            print(f"note: {page} of --explain has images of an eye; remove it where none is to be")
         return
     about = {name: result[name] for name in ("split", "predictions_sha256")}
     text = json.dumps(results.sealed(about | found)) + "\n"

@@ -11,10 +11,10 @@ Rank 0 alone writes. docs/run_folder.md lists the files.
 """
 
 import contextlib
+import glob
 import importlib.metadata
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -438,9 +438,11 @@ def remove_evaluations(folder):
         plots = (f"plots/{plot}_{split}.png" for plot in PLOTS)
         names += [f"eval_{split}.json", f"learning_curve_{split}.csv", *plots]
         names.append(f"gallery_{split}.json")
-    names += [name for name in os.listdir(folder) if re.fullmatch(r"explain_.*\.html", name)]
-    remove(folder, names)  # of the best; of last.pt, also what training writes of the best itself
-    remove(os.path.join(folder, "last"), [*names, "predictions_val.csv", "ledger.csv"])
+    # of the best; of last.pt, also what training writes of the best itself
+    last = os.path.join(folder, "last")
+    remove(folder, names + glob.glob("explain_*.html", root_dir=folder))
+    names += ["predictions_val.csv", "ledger.csv"]
+    remove(last, names + glob.glob("explain_*.html", root_dir=last))
 
 
 # -------------------------------------------------------------------------- opening a run again
