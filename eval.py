@@ -6,10 +6,13 @@
     python eval.py --compare runs/A runs/B --power    # how many participants would show it?
     python eval.py --leaderboard runs/*                                        # ranks all runs
     python eval.py --ckpt runs/cls_demo --split all --export features.npz      # for other programs
+    python eval.py --ckpt runs/cls_demo --no-images       # a report without any image of an eye
+    python eval.py --ckpt runs/cls_demo --explain 1001    # where it looks: explain_1001.html
 
-The first two write eval_SPLIT.json, predictions_SPLIT.csv, plots/ and report.html beside the
-checkpoint; the others read these. --compare also writes comparison.html in runs/, --leaderboard
-leaderboard.md, .csv, .html and .tex, with their figures in runs/comparison/ and runs/leaderboard/.
+The first two write eval_SPLIT.json, predictions_SPLIT.csv, gallery_SPLIT.json (pictures of eyes:
+eval.gallery), plots/ and report.html beside the checkpoint; comparisons read these. --compare also
+writes comparison.html in runs/, --leaderboard leaderboard.md, .csv, .html and .tex, with their
+figures in runs/comparison/ and runs/leaderboard/.
 A row is a participant (or an eye or a volume: data.unit): probabilities are averaged over all
 volumes, of both eyes and repeated scans.
 """
@@ -34,8 +37,10 @@ import config
 import confounding
 import curve
 import device
+import explain
 import features
 import files
+import gallery
 import given
 import heads
 import leaderboard
@@ -107,8 +112,9 @@ def evaluate_run(ckpt, split, overrides=()):
         for s, reason in book.unreadable
     ]
     result = results.sealed(result)
+    cards = gallery.make(opened, book, samples, found, predictions, encoder, banks[0], dev)
     if device.rank() == 0:
-        write(opened, book, result, table, predictions)
+        write(opened, book, result, table, predictions, cards)
     return result, opened.folder
 
 
@@ -344,13 +350,15 @@ def training_alarms(saved):
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write(opened, book, result, table, predictions):
-    """All files of a result in the run's folder. table: predictions_SPLIT.csv, of predictions."""
+def write(opened, book, result, table, predictions, cards):
+    """All files of a result in the run's folder. table: predictions_SPLIT.csv, of predictions;
+    cards: of gallery.make."""
     folder, split = pathlib.Path(opened.folder), result["split"]
     others = looks.best(opened, result)
     update_ledger(folder / "ledger.csv", book, split)
     files.write(folder / f"predictions_{split}.csv", table)
     files.write(folder / f"eval_{split}.json", json.dumps(result, indent=1) + "\n")
+    gallery.save(folder, result, cards)
     report.write_plots(folder, result, predictions.y_true, predictions.p, others)
     if "learning_curve" in result:
         curve.write(folder, result)
@@ -382,6 +390,14 @@ def export(rank, cfg, ckpt, split, path, overrides):
     print(f"exported: {path}, {len(found.samples)} volumes, x {tuple(found.x.shape)}")
 
 
+def explain_participant(rank, cfg, ckpt, split, participant, overrides):
+    """Write explain_PARTICIPANT.html into the run's folder, in every replica. split: the one that
+    the participant must be in; "all": any."""
+    opened, encoder, _, book, _ = open_run(ckpt, overrides, split)
+    path = explain.write(opened, book, encoder, participant, split)
+    print(f"explained: {os.path.relpath(path)}")
+
+
 def main(rank, cfg, ckpt, split, overrides):
     """The job, in every replica."""
     result, folder = evaluate_run(ckpt, split, overrides)
@@ -400,9 +416,24 @@ def command():
     what.add_argument("--compare", nargs="+", metavar="RUN", help="two or more run folders")
     what.add_argument("--leaderboard", nargs="+", metavar="RUN", help="run folders, to be ranked")
     parser.add_argument("--power", action="store_true", help="of --compare: how many are needed")
-    parser.add_argument("--split", choices=("val", "test", "train", "all"), default="test")
+    parser.add_argument(
+        "--split",
+        choices=("val", "test", "train", "all"),
+        help="which participants, by default test; of --explain, by default any",
+    )
     parser.add_argument("--export", metavar="FILE", help="write the features of --ckpt, .npz")
     parser.add_argument("--open", action="store_true", help="of --ckpt: report.html in a browser")
+    parser.add_argument(
+        "--explain",
+        metavar="PARTICIPANT",
+        help="write explain_PARTICIPANT.html: what speaks for the answer of --ckpt, and where",
+    )
+    parser.add_argument(
+        "--no-images",
+        action="store_true",
+        help="score --ckpt and leave no image of an eye in report.html and gallery_SPLIT.json, as "
+        "eval.gallery=0 does",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -410,32 +441,39 @@ def command():
         help="of --ckpt, such as paths.data=ELSEWHERE",
     )
     args = parser.parse_intermixed_args()
-    if args.split in ("train", "all") and not args.export:
-        raise ValueError(f"--split {args.split} is for --export; score val or test")
-    if args.export and not args.ckpt:
-        raise ValueError("--export writes the features of a run; name it with --ckpt")
-    if args.open and (args.export or not args.ckpt):
-        raise ValueError("--open opens the report of a run; name it with --ckpt")
+    split = args.split or ("all" if args.explain else "test")
+    if split in ("train", "all") and not (args.export or args.explain):
+        raise ValueError(f"--split {split} is for --export and --explain; score val or test")
+    for name in ("export", "explain", "no_images", "open"):
+        if getattr(args, name) and not args.ckpt:
+            raise ValueError(f"--{name.replace('_', '-')} is about one run; name it with --ckpt")
+    if bool(args.export) + bool(args.explain) + args.no_images > 1:
+        raise ValueError("--export, --explain and --no-images are different jobs; give one of them")
+    if args.open and (args.export or args.explain):
+        raise ValueError("--open opens report.html, which --export and --explain do not write")
     if args.power and not args.compare:
         raise ValueError("--power is of a comparison; name two runs with --compare")
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar in a file, too
     if args.compare:
-        found = compare.open_runs(args.compare, args.split, args.power)
+        found = compare.open_runs(args.compare, split, args.power)
         print(compare.in_words(found))
         print(f"written: {versus.write(found)}")
     elif args.leaderboard:
-        print(leaderboard.leaderboard(args.leaderboard, args.split))
+        print(leaderboard.leaderboard(args.leaderboard, split))
     else:
-        opened = runs.open_checkpoint(args.ckpt, args.overrides)
+        overrides = args.overrides + (["eval.gallery=0"] if args.no_images else [])
+        opened = runs.open_checkpoint(args.ckpt, overrides)
         cfg = opened.cfg
         # A single process goes on with what is open. Several are spawned, and open the checkpoint
         # for themselves: its tensors are mapped from the file, which is cheaper than sending them.
         is_alone = cfg.device.processes == 1 and device.choose(cfg.device.backend) != "xla"
         ckpt = opened if is_alone else args.ckpt
-        what = {"ckpt": ckpt, "split": args.split, "overrides": args.overrides}
+        what = {"ckpt": ckpt, "split": split, "overrides": overrides}
         job = functools.partial(main, **what)
         if args.export:
             job = functools.partial(export, path=args.export, **what)
+        if args.explain:
+            job = functools.partial(explain_participant, participant=args.explain, **what)
         device.launch(job, cfg)
         if args.open:
             show(os.path.join(opened.folder, "report.html"))

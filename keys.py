@@ -301,6 +301,7 @@ KEYS = {
     "eval.covariates": covariates,
     "eval.probes": boolean,
     "eval.prevalence": class_shares,
+    "eval.gallery": integer(0, 1001),
     "device.backend": one_of("auto", "xla", "cuda", "cpu"),
     "device.processes": integer(1, 1025),
     "demo.dir": optional(text),

@@ -19,6 +19,7 @@ import sys
 import device
 import figures
 import files
+import gallery
 import metrics
 from findings import clean, number, sentences, span, tables, units, with_interval
 from labels import SPLITS
@@ -305,8 +306,8 @@ def summary_in_words(result):
 
 
 def write_report(folder):
-    """report.html: every eval_SPLIT.json of the folder with its plots, the course of training, the
-    ledger and the provenance."""
+    """report.html: every eval_SPLIT.json of the folder with its plots, the gallery of the first
+    one, the course of training, the ledger and the provenance."""
     folder = pathlib.Path(folder)
     results = [
         read_result(folder, split)
@@ -316,6 +317,7 @@ def write_report(folder):
     # Results of last.pt are in a folder of their own, below the run's.
     provenances = [path / "provenance.json" for path in (folder, folder.parent)]
     provenances = [path for path in provenances if path.exists()]
+    of_main = gallery.read(folder, results[0])
     columns = ["participant_id", "split", "label", "volumes", "status", "reason"]
     page = render(
         "report.html",
@@ -324,6 +326,8 @@ def write_report(folder):
         pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.svg")},
         classes=tuple(results[0]["classes"]),
         splits=SPLITS,
+        gallery=of_main,
+        contents=gallery.contents(of_main) if of_main else "",
         ledger=files.read_csv(folder / "ledger.csv", columns, "remove it, and run eval.py again"),
         provenance=files.read_json(provenances[0], "remove it") if provenances else {},
     )

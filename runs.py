@@ -11,6 +11,7 @@ Rank 0 alone writes. docs/run_folder.md lists the files.
 """
 
 import contextlib
+import glob
 import importlib.metadata
 import json
 import os
@@ -53,7 +54,8 @@ KINDS |= dict.fromkeys(("encoder_sha256", "labels_sha256", "manifest_sha256"), s
 # the beginnings of keys that do not change what a run computes: they may differ when it is resumed
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
 HARMLESS += ("train.save_every", "train.micro_batch", "train.activation_checkpointing")
-HARMLESS += ("eval.covariates", "eval.probes", "eval.prevalence")  # read when a run is scored
+# read when a run is scored
+HARMLESS += ("eval.covariates", "eval.probes", "eval.prevalence", "eval.gallery")
 HARMLESS += ("data.num_workers", "data.prefetch", "data.cache_gb", "data.fetch_deadline")
 # the content of tables is known by its hash
 HARMLESS += ("data.max_missing", "data.labels", "data.participants", "data.manifest")
@@ -61,7 +63,7 @@ HARMLESS += ("data.max_missing", "data.labels", "data.participants", "data.manif
 CHANGEABLE = ("paths.*", "device.*", "data.max_missing", "data.num_workers", "data.prefetch")
 CHANGEABLE += ("data.cache_gb", "data.fetch_deadline")
 CHANGEABLE += ("data.labels", "data.participants", "data.manifest")
-CHANGEABLE += ("eval.covariates", "eval.probes", "eval.prevalence")
+CHANGEABLE += ("eval.covariates", "eval.probes", "eval.prevalence", "eval.gallery")
 
 
 def check_folder(cfg):
@@ -433,11 +435,14 @@ def remove_evaluations(folder):
     """Remove what eval.py wrote of a checkpoint that is there no longer."""
     names, plots = ["report.html", "predictions_test.csv"], ["training", "shares"]
     for split in ("val", "test"):
-        names += [f"eval_{split}.json", f"learning_curve_{split}.csv"]
+        names += [f"eval_{split}.json", f"learning_curve_{split}.csv", f"gallery_{split}.json"]
         plots += [f"{plot}_{split}" for plot in PLOTS]
     names += [f"plots/{plot}.{kind}" for plot in plots for kind in ("png", "svg", "pdf")]
-    remove(folder, names)  # of the best; of last.pt, also what training writes of the best itself
-    remove(os.path.join(folder, "last"), [*names, "predictions_val.csv", "ledger.csv"])
+    # of the best; of last.pt, also what training writes of the best itself
+    last = os.path.join(folder, "last")
+    remove(folder, names + glob.glob("explain_*.html", root_dir=folder))
+    names += ["predictions_val.csv", "ledger.csv"]
+    remove(last, names + glob.glob("explain_*.html", root_dir=last))
 
 
 # -------------------------------------------------------------------------- opening a run again

@@ -78,6 +78,7 @@ def settings(root, tmp_path):
         "data.image_size=[16,64,64]",
         "data.num_workers=0",
         "train.sweep=null",
+        "eval.gallery=0",
     ]
 
 

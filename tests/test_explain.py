@@ -1,0 +1,107 @@
+import html
+import os
+import re
+
+import pytest
+from helpers import content, copy_of, tables, trained
+
+import explain
+import results
+
+
+@pytest.fixture(scope="module")
+def run(written, tmp_path_factory):
+    """The folder of a finished run."""
+    return copy_of(trained(written, "train.epochs=3"), tmp_path_factory.mktemp("explained"))
+
+
+def of_split(written, split):
+    return [p for p in tables(written)[0] if p["recommended_split"] == split]
+
+
+def text_of(page):
+    return html.unescape(re.sub("<[^>]*>", " ", page))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_explain_writes_a_page_of_a_participant_of_any_split(written, run, command, split):
+    person = next(p for p in of_split(written, split) if p["retinal_oct"] == "TRUE")
+    own = person["participant_id"]
+    done = command("eval.py", "--ckpt", run, "--explain", own)
+    assert done.returncode == 0, done.stderr
+    path = f"{run}/explain_{own}.html"
+    assert os.path.relpath(path) in done.stdout
+    page = content(path)
+    assert page.count("data:image/webp;base64,") == 2 * 2 * 3 or "Volume 2 of" in page
+    text = text_of(page)
+    assert f"Participant {own} ({split}" in text and "SYNTHETIC" in text
+    assert "images of the eyes of a person" in text
+
+
+def test_its_probabilities_are_those_of_the_predictions(written, run, command):
+    own = of_split(written, "test")[0]["participant_id"]
+    assert command("eval.py", "--ckpt", run, "--split", "test").returncode == 0
+    assert command("eval.py", "--ckpt", run, "--explain", own, "--split", "test").returncode == 0
+    p = results.open_results("a", run, "test").p_of[own]
+    shown = re.findall(r"<span>(0\.\d{3}|1\.000)</span>", content(f"{run}/explain_{own}.html"))
+    assert [float(value) for value in shown[:4]] == pytest.approx(p, abs=6e-4)
+
+
+def test_what_the_answer_is_made_of_adds_up(written, run, command):
+    own = of_split(written, "test")[0]["participant_id"]
+    assert command("eval.py", "--ckpt", run, "--explain", own).returncode == 0
+    rows = re.findall(
+        r'<th scope="row">.*?</th>((?:<td[^>]*>[+-]?\d+\.\d{3}</td>)+)',
+        content(f"{run}/explain_{own}.html"),
+    )
+    assert len(rows) >= 4
+    for row in rows:
+        _, logit, *parts = map(float, re.findall(r">([+-]?\d+\.\d{3})<", row))
+        assert logit == pytest.approx(sum(parts), abs=2.1e-3)
+
+
+def error_of(command, run, *args):
+    done = command("eval.py", "--ckpt", run, *args)
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_an_unknown_participant_is_an_error(run, command):
+    assert "participant <b>9 is not in the ledger" in error_of(command, run, "--explain", "<b>9")
+    assert not [name for name in os.listdir(run) if "b_9" in name]
+
+
+def test_a_participant_of_another_split_is_an_error(written, run, command):
+    own = of_split(written, "val")[0]["participant_id"]
+    line = error_of(command, run, "--explain", own, "--split", "test")
+    assert f"participant {own} (val" in line and "not in test" in line
+
+
+def test_a_participant_without_a_volume_is_an_error(written, run, command):
+    own = next(p for p in tables(written)[0] if p["retinal_oct"] == "FALSE")["participant_id"]
+    assert f"participant {own} (train" in (line := error_of(command, run, "--explain", own))
+    assert "no volume" in line
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--compare", "a", "b", "--explain", "1001"], "--explain is about one run"),
+        (["--leaderboard", "a", "--no-images"], "--no-images is about one run"),
+        (["--ckpt", "a", "--explain", "1001", "--no-images"], "different jobs"),
+        (["--ckpt", "a", "--explain", "1001", "--export", "b.npz"], "different jobs"),
+    ],
+)
+def test_jobs_that_contradict_each_other_are_an_error(command, args, words):
+    done = command("eval.py", *args)
+    assert done.returncode == 1 and words in done.stderr
+
+
+def test_file_names_are_safe_and_differ():
+    odd = ["../../etc/passwd", "a/b", "a\\b", "a b", "é", "x" * 300, "<script>", "CON:1", ".."]
+    names = [explain.file_name(participant) for participant in odd]
+    assert len(set(names)) == len(odd)
+    assert all(re.fullmatch(r"explain_[A-Za-z0-9._-]+\.html", name) for name in names)
+    assert all(len(name) < 100 for name in names)
+    assert explain.file_name("1001") == "explain_1001.html"
