@@ -53,7 +53,7 @@ OF_MANIFEST += ("width", "number_of_frames", "pixel_spacing", "slice_thickness")
 
 def deep_check(cfg, book):
     """Open every volume of the ledger once, into the cache; print what the files say of themselves.
-    Unreadable volumes are struck off the ledger -> notes, {kind: Scan}."""
+    Unreadable volumes are struck off the ledger -> notes, {kind: what the page shows of it}."""
     lenient = copy.deepcopy(cfg)
     lenient.data.max_missing = len(book.samples)  # all problems are to be seen, not the first
     size = loader.volume_size(cfg, None if cfg.data.image_size else loader.load(cfg).image_size)
@@ -72,7 +72,7 @@ def deep_check(cfg, book):
 
 def known_files(cfg, book):
     """What the cache holds of the ledger's volumes, into book.facts, without opening any -> notes,
-    {kind: Scan}; None where it is not known how the cache has them."""
+    {kind: what the page shows of it}; None where it is not known how the cache has them."""
     size = size_at_hand(cfg)
     if size is None:
         return None
@@ -206,10 +206,10 @@ def problems(book, notes):
     ]
     odd = [note for note in [*book.notes, *notes] if note not in book.near_copies]
     found = {
-        f"missing {book.unit}s": missing,
-        "unreadable or refused volumes": struck,
-        "nearly the same scan under two names": book.near_copies,
-        "notes": odd,
+        f"Missing {book.unit}s": missing,
+        "Unreadable or refused volumes": struck,
+        "Nearly the same scan of two participants": book.near_copies,
+        "Notes": odd,
     }
     return [(title, sentences) for title, sentences in found.items() if sentences]
 

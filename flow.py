@@ -112,7 +112,7 @@ def table(flow, most=50):
 
     rows = [row(f"in {flow.source}", flow.listed)]
     rows += [row(f"left out: {why}", number) for why, number in shortened(flow.left_out, most)]
-    rows.append(row("to have a volume", flow.eligible))
+    rows.append(row("should have a volume", flow.eligible))
     rows += [row(f"missing: {why}", number) for why, number in shortened(flow.missing, most)]
     rows += [row(p.name, p.participants, p.units, p.volumes) for p in flow.splits]
     return ["", "participants", *(["eyes"] if with_eyes else []), "volumes"], rows
@@ -133,7 +133,7 @@ def in_words(flow):
     ]
     return (
         f"Flow of participants. In {flow.source}: {flow.listed}. Left out: "
-        f"{listed(flow.left_out)}. To have a volume: {flow.eligible}. Missing: "
+        f"{listed(flow.left_out)}. Should have a volume: {flow.eligible}. Missing: "
         f"{listed(flow.missing)}. {'. '.join(parts)}."
     )
 
@@ -191,7 +191,7 @@ def boxes(flow, width):
     people = lambda number: counted(number, "participant")
     main = [
         Box(0.5 * width, people(flow.listed), [f"in {flow.source}"]),
-        Box(0.5 * width, people(flow.eligible), ["to have a volume"]),
+        Box(0.5 * width, people(flow.eligible), ["that should have a volume"]),
         Box(0.5 * width, f"{people(used.participants)} used", amounts(used, flow.unit)[1:]),
     ]
     sides = [of_reasons("Left out", flow.left_out), of_reasons("Missing", flow.missing)]
