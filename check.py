@@ -55,7 +55,7 @@ def deep_check(cfg, book):
     """Open every volume of the ledger once, into the cache; print what the files say of themselves.
     Unreadable volumes are struck off the ledger -> notes, {kind: what the page shows of it}."""
     lenient = copy.deepcopy(cfg)
-    lenient.data.max_missing = len(book.samples)  # all problems are to be seen, not the first
+    lenient.data.max_missing = None  # all problems are to be seen, not the first
     size = loader.volume_size(cfg, None if cfg.data.image_size else loader.load(cfg).image_size)
     volumes = data.open_volumes(cfg, book.samples, size, book.ids)
     order, scans = range(len(volumes.samples)), {}

@@ -95,7 +95,9 @@ def read(cfg, tables):
     volumes = read_volumes(cfg, tables, columns, people, left_out, notes)
     rows = read_units(cfg, tables, people, volumes, notes)
     with_rows = {row.participant_id for row in rows.values()}
-    why = left_out | dict.fromkeys(people.keys() - with_rows, "no volume that could have a label")
+    nameless = people.keys() - with_rows
+    why = {pid: people[pid].cause or "no volume that could have a label" for pid in nameless}
+    why |= left_out
     left_out = {pid: why[pid] for pid in everyone if pid in why and pid.casefold() not in MISSING}
     if cfg.data.columns.split is None:
         draw_splits(cfg, rows)

@@ -313,8 +313,11 @@ def check(book, max_missing):
     """ValueError unless everybody and every volume is there, but for the max_missing that the
     config allows, or when train or val is empty.
 
-    Counted are participants without any volume and volumes that cannot be read.
+    Counted are participants without any volume and volumes that cannot be read. max_missing None:
+    nothing is an error, for all problems are to be seen.
     """
+    if max_missing is None:
+        return
     struck = {s.participant_id for s, _ in book.unreadable}
     absent = [r for r in book.missing() if r.participant_id not in struck]
     problems = [f"{s.participant_id} ({reason})" for s, reason in book.unreadable]

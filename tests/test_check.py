@@ -119,7 +119,10 @@ def test_the_flow_of_eyes_counts_participants_and_eyes(dataset, configure):
     assert used.participants == len({r["participant_id"] for r in rows})
     assert used.units == len({(r["participant_id"], r["laterality"]) for r in rows})
     assert used.volumes == len(rows)
-    assert found.left_out["no volume that could have a label"] == len(people) - used.participants
+    without = sum(p["retinal_oct"] == "FALSE" for p in people)
+    assert found.left_out.get("retinal_oct is FALSE", 0) == without
+    assert found.left_out["no volume that could have a label"] == 1
+    assert used.participants == len(people) - without - 1
     assert [sum(p.units for p in splits), sum(p.participants for p in splits)] == [
         used.units,
         used.participants,
@@ -254,6 +257,25 @@ def test_the_page_is_written_where_a_class_is_absent(dataset, command, tmp_path)
     done = command("check.py", *DEMO, root=dataset)
     assert done.returncode == 1 and "no training volume is of class healthy" in done.stderr
     assert "no training volume is of class healthy" in content(tmp_path / "run_check.html")
+
+
+def test_the_deep_check_goes_on_where_a_split_has_nothing_readable(dataset, command, tmp_path):
+    """And where more is missing than is there."""
+    people, manifest = tables(dataset)
+    split_of = {p["participant_id"]: p["recommended_split"] for p in people}
+    trains = [p["participant_id"] for p in people if p["recommended_split"] == "train"]
+    remove_files(dataset, trains[:-2])
+    of_val = [row for row in triton(manifest) if split_of[row["participant_id"]] == "val"]
+    for number, row in enumerate(of_val):
+        with open(f"{dataset}{row['filepath']}", "w") as f:
+            f.write(f"no DICOM {number}")
+    done = command("check.py", "--deep", *DEMO, root=dataset)
+    assert done.returncode == 1 and f"{len(of_val)} volumes cannot be read" in done.stderr
+    text = text_of(content(tmp_path / "run_check.html"))
+    assert f"Unreadable or refused volumes: {len(of_val)}" in text
+    rest = [row for row in triton(manifest) if split_of[row["participant_id"]] == "test"]
+    rest += [row for row in triton(manifest) if row["participant_id"] in trains[-2:]]
+    assert f"{len(rest)} files were read" in done.stdout
 
 
 def test_where_nothing_says_the_size_the_page_says_so(written, command, tmp_path):
