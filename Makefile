@@ -46,8 +46,8 @@ sweep: setup  ## train and score all CKPTS on all TASKS in all MODES, then the l
 preview: setup  ## draw augmented views of CKPT's volumes
 	.venv/bin/python scripts/preview.py $(CONFIGS) runs/preview_$(CKPT).png
 
-check: setup  ## who is in the data, who is missing and why; with DEEP=1, every volume is opened
-	.venv/bin/python data.py$(if $(DEEP), --deep) --config configs/$(CKPT).yaml$(TASK_CONFIG)
+check: setup  ## who is in the data, who is missing and why, with a page; with DEEP=1, every volume is opened
+	.venv/bin/python check.py$(if $(DEEP), --deep) --config configs/$(CKPT).yaml$(TASK_CONFIG)
 
 doctor: setup  ## is this machine ready? packages, GPU or TPU, disk, memory, B2, W&B
 	.venv/bin/python scripts/doctor.py --config configs/$(CKPT).yaml$(TASK_CONFIG)

@@ -1,12 +1,10 @@
 """Samples -> preprocessed volumes: cached, in the order of the epoch, augmented.
 
-    python data.py --config configs/single_domain_01.yaml      # the ledger: who is missing, and why
-    python data.py --deep --config FILE      # and opens every volume once: what are they, in truth?
-
     volumes = open_volumes(cfg, book.of("train"), (64, 384, 384))
     for i, key, volume in stream(volumes, book, order, cfg): ...    # volume (1, D, H, W) float16
 
 read_dicom and preprocess are those of volumes.py. scripts/preview.py draws what augmentation does.
+As a command, python data.py --config FILE is check.py, which prints the ledger.
 """
 
 if __name__ in ("__main__", "__mp_main__"):
@@ -15,7 +13,6 @@ if __name__ in ("__main__", "__mp_main__"):
     begin.process()
 
 import contextlib
-import copy
 import itertools
 import json
 import math
@@ -33,14 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import b2
 import begin
 import facts
 import files
 import ledger
-import loader
 from volumes import (  # noqa: F401  (preprocess and others, for whoever imports them from here)
     PREPROCESSING,
     READING,
@@ -379,54 +374,8 @@ def epoch_order(labels, sampler, seed, epoch, num_classes):
     return table.gather(1, turns).flatten()[: len(labels)]
 
 
-# ------------------------------------------------------------------------------------- the command
-
-
-def deep_check(cfg, book):
-    """Open every volume of the ledger once, into the cache; print what the files say of themselves,
-    and draw a B-scan of each scanner and protocol. Unreadable volumes are struck off the ledger."""
-    lenient = copy.deepcopy(cfg)
-    lenient.data.max_missing = len(book.samples)  # all problems are to be seen, not the first
-    size = loader.volume_size(cfg, None if cfg.data.image_size else loader.load(cfg).image_size)
-    volumes = open_volumes(cfg, book.samples, size, book.ids)
-    order, scans = range(len(volumes.samples)), {}
-    with contextlib.closing(stream(volumes, book, order, lenient)) as arriving:
-        for i, key, volume in tqdm(arriving, "open", len(order), unit="volume"):
-            path, found = volumes.samples[i].path, volumes.facts(i, key)
-            book.facts[path] = found
-            kind = " ".join(filter(None, [found["scanner"], found["protocol"]])) or found["syntax"]
-            middle = volume[0, volume.shape[1] // 2]  # (1, D, H, W) -> (H, W)
-            scans.setdefault(kind, middle)  # the first of each
-    notes = ledger.compare_files(book, volumes.samples, facts.NOTHING)
-    lines = [facts.table(volumes.samples, book.facts), *(f"note: {note}" for note in notes)]
-    print("\n".join(lines + ledger.unreadable_table(book).splitlines()))
-    if scans:
-        path = os.path.expanduser(cfg.paths.run_dir).rstrip("/") + "_scans.png"
-        figure = facts.draw(list(scans.items()))
-        files.write(path, lambda file: figure.savefig(file, format="png", dpi=90))
-        print(f"B-scans, one of each scanner and protocol: {path}")
-
-
-def main():
-    import config
-    import phantom
-
-    parser = config.parser(__doc__)
-    parser.add_argument("--deep", action="store_true", help="open every volume once")
-    args = parser.parse_intermixed_args()
-    cfg = config.load(args.config, args.overrides)
-    config.check_placeholders(cfg)
-    phantom.prepare(cfg)
-    book = ledger.read(cfg)
-    print(f"{book.description}: {ledger.volumes_asked(cfg)}")
-    print(ledger.table(book))
-    if args.deep:
-        deep_check(cfg, book)
-    ledger.check(book, cfg.data.max_missing)
-    ledger.check_classes(book)
-
-
 if __name__ == "__main__":
+    import check
     import device
 
-    device.run(main)
+    device.run(check.main)

@@ -4,7 +4,8 @@
     notes = differences(samples, facts)      # what contradicts the manifest, with both values
     groups = same_pixels(samples, facts)     # one scan under several names
     near_copies(samples, facts, earlier)     # alarms: scans that are nearly the same
-    print(table(samples, facts))             # how many files, syntaxes, sizes, spacings
+    tally(known, OF_FILES)                   # (header, rows): syntaxes, sizes, ..., and how many
+    print(text_of(samples, facts))           # the same for the terminal
 
 facts: {path: what dicom.description and volumes.decode say of the file}. A sample is one of
 ledger.Sample, with the manifest's row. Where a file or the manifest does not say, nothing is
@@ -181,23 +182,36 @@ def near_copies(samples, facts, earlier):
 # ---------------------------------------------------------------------- for people
 
 
-def table(samples, facts):
-    """Text: how many files there are of each scanner, protocol, syntax, size and spacing."""
+# how a file is described, each by a function of its facts
+OF_FILES = {
+    "scanner": lambda f: f["scanner"] or "not said",
+    "protocol": lambda f: f["protocol"] or "not said",
+    "transfer syntax": lambda f: f["syntax"],
+    "frames x rows x columns": lambda f: f"{f['frames']} x {f['rows']} x {f['columns']}",
+    "spacing in mm": lambda f: spacing_text(f),
+    "laterality": lambda f: f["laterality"] or "not said",
+}
+
+
+def tally(items, columns, most=8):
+    """How many of some items are alike -> (header, rows of texts). columns {name: function of an
+    item -> text}; of each, the `most` frequent texts, then how many items have others."""
+    rows = []
+    for name, text_of_item in columns.items():
+        count = Counter(map(text_of_item, items)).most_common()
+        cells = [[text, str(n)] for text, n in count[:most]]
+        if count[most:]:
+            rest = sum(n for _, n in count[most:])
+            cells.append([f"(others, of {len(count) - most} kinds)", str(rest)])
+        rows += [[name if number == 0 else "", *cell] for number, cell in enumerate(cells)]
+    return ["", "", "files"], rows
+
+
+def text_of(samples, facts):
+    """`tally` of the files that were opened, as text."""
     known = [facts[s.path] for s in samples if s.path in facts]
-    columns = {
-        "scanner": lambda f: f["scanner"] or "not said",
-        "protocol": lambda f: f["protocol"] or "not said",
-        "transfer syntax": lambda f: f["syntax"],
-        "frames x rows x columns": lambda f: f"{f['frames']} x {f['rows']} x {f['columns']}",
-        "spacing in mm": spacing_text,
-        "laterality": lambda f: f["laterality"] or "not said",
-    }
-    lines = [f"{len(known)} files were read"]
-    for name, text_of in columns.items():
-        for text, count in Counter(map(text_of, known)).most_common(8):
-            lines.append(f"{name:<25}{count:>6}  {text}")
-            name = ""
-    return "\n".join(lines)
+    lines = [f"{name:<25}{n:>6}  {text}" for name, text, n in tally(known, OF_FILES)[1]]
+    return "\n".join([f"{len(known)} files were read", *lines])
 
 
 def spacing_text(found):
@@ -206,19 +220,3 @@ def spacing_text(found):
         return "not said"
     thickness = f"{found['thickness']:g}" if found["thickness"] else "?"
     return " x ".join([thickness, *(f"{mm:g}" for mm in found["spacing"])])
-
-
-def draw(scans):
-    """scans: [(title, image (rows, columns))] -> a matplotlib Figure of them side by side."""
-    from matplotlib.figure import Figure
-
-    across = min(4, len(scans))
-    down = -(-len(scans) // across)
-    figure = Figure(figsize=(4 * across, 3.4 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel()
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, (title, image) in zip(axes, scans):
-        axis.imshow(image, cmap="gray", aspect="auto")
-        axis.set_title(title, fontsize=8, parse_math=False)
-    return figure

@@ -40,6 +40,8 @@ class Row:
     reason: str = ""
     notes: str = ""  # what is odd about its volumes, and cost it none
     unit: str = ""  # the participant_id, with the eye or the file where these are scored
+    # the reason in words that are alike for all whom it befell, by which flow.py counts them
+    cause: str = field(default="", compare=False)
     covariates: dict = field(default_factory=dict, compare=False, repr=False)  # {column: text}
 
     def __post_init__(self):
@@ -69,13 +71,15 @@ class Sample:
 @dataclass
 class Found:
     """What the tables say. rows: {unit: Row}; samples: {path: Sample}; has_rows: participants whom
-    the manifest names, labelled or not; ids: facts.plain_id of all participants."""
+    the manifest names, labelled or not; ids: facts.plain_id of all participants; left_out:
+    {participant of data.labels without a row here: why}."""
 
     rows: dict
     samples: dict
     has_rows: set
     ids: set
     notes: list
+    left_out: dict
 
 
 def read(cfg, tables):
@@ -84,11 +88,17 @@ def read(cfg, tables):
     notes, columns = [], find_columns(cfg, tables)
     table, key = tables.get("manifest", tables["labels"]), columns["participant"][1]
     has_rows = {row[key] for row in table.rows}  # before data.where leaves any out
+    everyone = dict.fromkeys(row[key] for row in tables["labels"].rows)
     left_out = set_aside(cfg, tables, notes)
     people = read_people(cfg, tables, columns, left_out)
     add_covariates(cfg, tables, columns, people, notes)
     volumes = read_volumes(cfg, tables, columns, people, left_out, notes)
     rows = read_units(cfg, tables, people, volumes, notes)
+    with_rows = {row.participant_id for row in rows.values()}
+    nameless = people.keys() - with_rows
+    why = {pid: people[pid].cause or "no volume that could have a label" for pid in nameless}
+    why |= left_out
+    left_out = {pid: why[pid] for pid in everyone if pid in why and pid.casefold() not in MISSING}
     if cfg.data.columns.split is None:
         draw_splits(cfg, rows)
     samples = {}
@@ -98,7 +108,7 @@ def read(cfg, tables):
         samples[path] = Sample(*about, manifest=volume["row"], unit=row.unit)
     has_rows -= {""}
     ids = {facts.plain_id(pid) for pid in [*people, *has_rows]}
-    return Found(rows, samples, has_rows, ids, notes)
+    return Found(rows, samples, has_rows, ids, notes, left_out)
 
 
 # ----------------------------------------------------------------------------------------- columns
@@ -155,9 +165,9 @@ def participant_of(columns, row, table):
 
 
 def set_aside(cfg, tables, notes):
-    """Remove from the tables the rows that data.where does not ask for, and count them -> the
-    participants who have no other row in data.labels or data.participants."""
-    left_out = set()
+    """Remove from the tables the rows that data.where does not ask for, and count them -> {a
+    participant who has no other row in data.labels or data.participants: why}."""
+    left_out = {}
     for column, wanted in cfg.data.where.items():
         having = [name for name, table in tables.items() if column in table.header]
         if not having:
@@ -179,7 +189,8 @@ def set_aside(cfg, tables, notes):
                 )
             if name != "manifest":
                 key = cfg.data.columns.participant[0]
-                left_out |= {row[key] for row in table.rows} - {row[key] for row in kept}
+                gone = {row[key] for row in table.rows} - {row[key] for row in kept}
+                left_out = dict.fromkeys(gone, f"not {what}") | left_out
             table.rows = kept
     return left_out
 
@@ -224,7 +235,7 @@ def read_people(cfg, tables, columns, left_out):
                     f"{tables['participants'].name} has no row of participant {pid}, whom "
                     f"{table.name} has; add one, or leave the participant out with data.where"
                 )
-            for name in ("split", "site", "age", "status", "reason"):
+            for name in ("split", "site", "age", "status", "reason", "cause"):
                 if getattr(person, name) in ("", "used"):
                     setattr(person, name, getattr(other, name))
         keep_or_refuse(people, person, table.name, has_volumes)
@@ -255,7 +266,8 @@ def person_in(columns, row, tables, name, cfg):
     age = checked_age(text["age"], who)
     person = Row(pid, text["split"], label, text["site"], age)
     if not FLAGS.get(flag, True):
-        person.status, person.reason = "no_oct", f"{columns['has_oct'][1]} is FALSE"
+        person.status = "no_oct"
+        person.reason = person.cause = f"{columns['has_oct'][1]} is FALSE"
     return person
 
 

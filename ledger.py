@@ -23,6 +23,8 @@ import labels
 from files import checksum, first_bytes, first_few, hashed, json_object, read_table, sha256
 from labels import SPLITS, Row, Sample, grouped  # noqa: F401  (for whoever has them from here)
 
+NAMED = "participants .*(?= share)"  # in what is said of files that several have
+
 
 @dataclass
 class Ledger:
@@ -38,6 +40,7 @@ class Ledger:
     facts: dict = field(default_factory=dict)  # {path: what the file says}, of those opened so far
     near_copies: list = field(default_factory=list)  # facts.near_copies of those
     unit: str = "participant"  # data.unit: what a row is
+    left_out: dict = field(default_factory=dict)  # {participant of the table without a row: why}
 
     def of(self, split):
         return [s for s in self.samples if s.split == split]
@@ -45,14 +48,16 @@ class Ledger:
     def missing(self, split=None):
         return [r for r in self.rows if r.status == "missing" and split in (None, r.split)]
 
-    def strike(self, sample, reason):
-        """Take out a volume that cannot be read. A second call for the same volume does nothing."""
+    def strike(self, sample, reason, cause="a volume unreadable or refused"):
+        """Take out a volume that cannot be read. A second call for the same volume does nothing.
+        cause: the reason, without whom and which file it concerns."""
         if sample not in self.samples:
             return
         self.unreadable.append((sample, reason))
         row = self.remove(sample)
         row.status = "used" if row.volumes else "missing"
         row.reason = "; ".join(filter(None, [row.reason, reason]))
+        row.cause = " and ".join(dict.fromkeys(filter(None, [row.cause, cause])))
 
     def remove(self, sample):
         """Take out a volume -> its participant's Row."""
@@ -98,26 +103,29 @@ def read(cfg):
         used += usable
         row.volumes = len(usable)
         unusable = [sample.path for sample in samples if sample.path in problems]
+        problem_of = grouped(unusable, problems.get)
         reasons = [
             f"{len(paths)} of {len(samples)} files {problem}: {shown(paths, cfg)}"
-            for problem, paths in grouped(unusable, problems.get).items()
+            for problem, paths in problem_of.items()
         ]
+        causes = [f"files {re.sub(NAMED, 'several', problem)}" for problem in problem_of]
         if cfg.paths.features and not samples:
-            reasons.append(f"no row in {cfg.paths.features}")
+            causes = reasons = [f"no row in {cfg.paths.features}"]
         elif row.participant_id not in named:
             form = forms.get(row.participant_id)
             hint = f"; it has '{form}', write ids alike in both" if form else ""
-            reasons.append(f"no row in the manifest{hint}")
+            causes = ["no row in the manifest"]
+            reasons.append(f"{causes[0]}{hint}")
         elif not samples:
-            reasons.append(f"no volume of {volumes_asked(cfg)}")
-        row.reason = "; ".join(reasons)
+            causes = reasons = [f"no volume of {volumes_asked(cfg)}"]
+        row.reason, row.cause = "; ".join(reasons), " and ".join(sorted(set(causes)))
         if not usable:
             row.status = "missing"
         elif reasons:
             notes.append(f"participant {unit}: {row.reason}")
     classes = config.class_names(cfg)
     book = Ledger(list(rows.values()), used, classes, notes, describe(cfg), hashes)
-    book.ids, book.unit = found.ids, cfg.data.unit
+    book.ids, book.unit, book.left_out = found.ids, cfg.data.unit, found.left_out
     if not cfg.paths.features:
         strike_by_folder(book, cfg)
     return book
@@ -206,6 +214,7 @@ def strike_by_folder(book, cfg):
                 sample,
                 f"{shown([sample.path], cfg)} belongs to participant {other} by its folder, and to "
                 f"{sample.participant_id} by the manifest",
+                "a volume in another participant's folder",
             )
 
 
@@ -251,7 +260,7 @@ def find_volumes(samples, cfg, notes):
                 f"{shown([first], cfg)}; used once"
             )
         else:  # what several participants share cannot carry a label
-            problem = f"with content that participants {first_few(participants)} share"
+            problem = f"with content that participants {first_few(participants)} share"  # NAMED
             problems |= dict.fromkeys(paths, problem)
         for path in paths:
             del usable[path]
@@ -304,8 +313,11 @@ def check(book, max_missing):
     """ValueError unless everybody and every volume is there, but for the max_missing that the
     config allows, or when train or val is empty.
 
-    Counted are participants without any volume and volumes that cannot be read.
+    Counted are participants without any volume and volumes that cannot be read. max_missing None:
+    nothing is an error, for all problems are to be seen.
     """
+    if max_missing is None:
+        return
     struck = {s.participant_id for s, _ in book.unreadable}
     absent = [r for r in book.missing() if r.participant_id not in struck]
     problems = [f"{s.participant_id} ({reason})" for s, reason in book.unreadable]
@@ -346,7 +358,7 @@ def compare_files(book, samples, earlier):
         if len(participants) > 1:  # what several participants share cannot carry a label
             for sample in copies:
                 shared = f"pixels that participants {first_few(participants)} share"
-                book.strike(sample, f"{sample.path} shows {shared}")
+                book.strike(sample, f"{sample.path} shows {shared}", "pixels that several share")
             continue
         for sample in copies[1:]:
             book.remove(sample)
@@ -388,8 +400,7 @@ def table(book):
             rows = [r for r in book.rows if r.split == split and label in (None, r.label)]
             cells = []
             for site in [*sites, None]:
-                states = [r.status for r in rows if site in (None, r.site) and r.status != "no_oct"]
-                cells.append(f"{states.count('used')}/{len(states)}" if states else "-")
+                cells.append(used_of([r for r in rows if site in (None, r.site)]))
             lines.append(line(split, name, *cells, sum(r.volumes for r in rows)))
     count = Counter(r.status for r in book.rows)
     lines.append(
@@ -400,6 +411,12 @@ def table(book):
         who = described(r.unit, r, book)
         lines.append(f"missing: {who}: {r.reason}")
     return "\n".join(lines + [f"note: {note}" for note in book.notes])
+
+
+def used_of(rows):
+    """With a volume / labelled, of some Rows: "54/55"; "-" where none is labelled."""
+    states = [row.status for row in rows if row.status != "no_oct"]
+    return f"{states.count('used')}/{len(states)}" if states else "-"
 
 
 def unreadable_table(book):

@@ -25,7 +25,7 @@ def imports_torch(pid):
         return "libtorch" in f.read()
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "data.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "data.py", "check.py"])
 def test_ctrl_c_while_torch_is_imported_shows_no_traceback(script):
     process = start(script, "--help")
     wait_until(lambda: imports_torch(process.pid), 60)

@@ -239,7 +239,7 @@ def test_success_says_what_to_do_next(written, tmp_path, command):
     assert then.endswith(f"eval.py --compare {run} OTHER_RUN --split test")
 
 
-SCRIPTS = ["train.py", "eval.py", "data.py", "phantom.py"]
+SCRIPTS = ["train.py", "eval.py", "data.py", "check.py", "phantom.py"]
 SCRIPTS += [f"scripts/{name}" for name in os.listdir(f"{ROOT}/scripts") if name.endswith(".py")]
 
 
