@@ -49,8 +49,7 @@ def shoot(browser, page, part, width, most, path):
     pixels = np.asarray(image)
     rows = np.flatnonzero((pixels != pixels[-1, -1]).any(axis=(1, 2)))
     bottom = min(rows[-1] + 20, image.height) if len(rows) else image.height
-    # 128 colours are enough for pages, and take a third of the room
-    image.crop((0, 0, width, bottom)).quantize(128).save(path, optimize=True)
+    image.crop((0, 0, width, bottom)).save(path, optimize=True)
 
 
 def main():
