@@ -32,6 +32,7 @@ import config
 import confounding
 import curve
 import device
+import feature_map
 import features
 import files
 import given
@@ -98,6 +99,10 @@ def evaluate_run(ckpt, split, overrides=()):
     result |= what_else(opened, book, found, encoder, dev, predictions, result)
     if "curve" in saved:
         result["learning_curve"] = curve.score(saved["curve"], cfg, found)
+    mapped, notes = feature_map.examine(opened, book, found, encoder, dev)
+    if mapped:
+        result["feature_map"] = mapped.found
+    result["notes"] += notes
     result["alarms"] += alarms(opened, book, result, predictions, changed)
     result["unreadable"] = [
         {"participant_id": s.participant_id, "path": s.path, "reason": reason}
@@ -105,6 +110,8 @@ def evaluate_run(ckpt, split, overrides=()):
     ]
     result = results.sealed(result)
     if device.rank() == 0:
+        if mapped:  # first, for the page shows it
+            feature_map.write(pathlib.Path(opened.folder), split, mapped)
         write(opened, book, result, table, predictions)
     return result, opened.folder
 

@@ -55,6 +55,8 @@ ORDER = [
     "power",
     "findings",
     "figures",
+    "feature_map",
+    "sweep",
     "report",
     "curve",
     "repeats",
