@@ -293,12 +293,16 @@ def neighbours(components):
 @figures.style()
 def draw(mapped, coordinates, names):
     """A panel for each colouring, two a row; coordinates (n, 2), names of the two axes."""
+    from matplotlib.lines import Line2D
+
     panels = list(mapped.found["colourings"])
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     groups = {what: groups_of(mapped, what) for what in mapped.texts}
-    lines = max(map(legend_lines, groups.values()), default=0)
-    height = 0.5 + rows * (2.1 + 0.15 * max(lines, 3))
+    lines = [legend_lines(groups[what]) if what in groups else 3 for what in panels]
+    height = 0.3
+    for first in range(0, len(panels), columns):
+        height += 2 + 0.15 * max(lines[first : first + columns])
     figure, axes = figures.new_figure(figures.WIDTH, height, rows, columns)
     axes = np.array(axes).ravel()
     for axis, what in zip(axes, panels):
@@ -311,8 +315,6 @@ def draw(mapped, coordinates, names):
         axis.set_axis_off()
     is_scored = mapped.splits == mapped.scored
     circle = {"marker": "o", "linestyle": "", "color": "0.7", "markersize": 5}
-    from matplotlib.lines import Line2D
-
     handles = [Line2D([], [], **circle, markeredgecolor="black", label=mapped.scored)]
     if not is_scored.all():
         others = " and ".join(n for n in ("train", "val") if (mapped.splits == n).any())

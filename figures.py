@@ -95,6 +95,8 @@ def label(text, longest=32):
     """A text from data as a figure can hold it: printable, and cut in its middle where it is
     long."""
     text = device.printable(str(text), keep="")
+    if text.startswith("_"):  # matplotlib would leave it out of a legend
+        text = f" {text}"
     half = longest // 2
     return text if len(text) <= longest else f"{text[: half - 1]}…{text[-half:]}"
 
@@ -254,7 +256,7 @@ def draw_training(epochs, best_epoch, result):
 def draw_shares(epochs, classes):
     """How often each class is answered on validation over the epochs: a collapse is seen here. Of
     many classes, the most frequent answers alone, and the sum of the others."""
-    keys = {label(name): f"val/predicted_share_{k}" for k, name in enumerate(classes)}
+    keys = {name: f"val/predicted_share_{k}" for k, name in enumerate(classes)}
     most = {name: max(epoch.get(key) or 0 for epoch in epochs) for name, key in keys.items()}
     if len(keys) > MOST_CURVES:
         kept = sorted(most, key=most.get, reverse=True)[: MOST_CURVES - 1]

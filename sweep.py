@@ -137,7 +137,7 @@ def draw(rows):
     columns = 2 if len(panels) > 1 and len(settings[x]) <= 6 else 1
     lines, high = -(-len(panels) // columns), len(settings[y]) if y else 1
     figure, axes = figures.new_figure(
-        figures.WIDTH, 0.35 + lines * (0.95 + 0.3 * high), lines, columns
+        figures.WIDTH, 0.35 + lines * (0.65 + 0.3 * high + 0.15 * len(names)), lines, columns
     )
     axes = np.array(axes).ravel()
     figure.suptitle(f"validation: {SCORES[score]}, {better} is better (darker)", fontsize=9)
@@ -146,8 +146,8 @@ def draw(rows):
     span = np.quantile(good, 0.1), max(good)
     for axis, (values, heads) in zip(axes, panels.items()):
         draw_cells(axis, heads, x, settings[x], y, settings.get(y, [None]), score, span)
-        title = ", ".join(f"{name} {shown(value)}" for name, value in zip(names, values))
-        axis.set_title(figures.label(title, 40))
+        title = [figures.label(f"{name} {shown(value)}", 28) for name, value in zip(names, values)]
+        axis.set_title("\n".join(title), fontsize=8)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     return figure
@@ -159,7 +159,7 @@ def draw_cells(axis, rows, x, columns, y, lines, score, span):
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    size = 8 if len(columns) <= 6 else 6
+    size = 8 if len(columns) <= 8 else 6
     for row in rows:
         column, line = (
             values.index(row.settings[name] if name else None)
@@ -201,6 +201,7 @@ def draw_curve(rows, x, score):
     axis.plot(*place, linestyle="", label="chosen", **look)
     if points[0][0] > 0:
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel=figures.label(x), ylabel=f"validation {SCORES[score]}")
     axis.legend()
     return figure
