@@ -38,6 +38,7 @@ import confounding
 import curve
 import device
 import explain
+import feature_map
 import features
 import files
 import gallery
@@ -106,6 +107,10 @@ def evaluate_run(ckpt, split, overrides=()):
     result |= what_else(opened, book, found, encoder, dev, predictions, result)
     if "curve" in saved:
         result["learning_curve"] = curve.score(saved["curve"], cfg, found)
+    mapped, notes = feature_map.examine(opened, book, found, encoder, dev)
+    if mapped:
+        result["feature_map"] = mapped.found
+    result["notes"] += notes
     result["alarms"] += alarms(opened, book, result, predictions, changed)
     result["unreadable"] = [
         {"participant_id": s.participant_id, "path": s.path, "reason": reason}
@@ -114,6 +119,8 @@ def evaluate_run(ckpt, split, overrides=()):
     result = results.sealed(result)
     cards = gallery.make(opened, book, samples, found, predictions, encoder, banks[0], dev)
     if device.rank() == 0:
+        if mapped:  # first, for the page shows it
+            feature_map.write(pathlib.Path(opened.folder), split, mapped)
         write(opened, book, result, table, predictions, cards)
     return result, opened.folder
 

@@ -32,6 +32,7 @@ KINDS = ("png", "svg", "pdf")
 COLOURS = (BLUE, ORANGE, GREEN, PINK, RED, SKY)
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
+MOST_CURVES = len(COLOURS)  # in a figure, so that no two look alike
 GUIDE = {"color": "0.45", "linewidth": 0.8, "linestyle": ":"}  # lines to compare a curve with
 
 
@@ -95,6 +96,8 @@ def label(text, longest=32):
     """A text from data as a figure can hold it: printable, and cut in its middle where it is
     long."""
     text = device.printable(str(text), keep="")
+    if text.startswith("_"):  # matplotlib would leave it out of a legend
+        text = f" {text}"
     half = longest // 2
     return text if len(text) <= longest else f"{text[: half - 1]}…{text[-half:]}"
 
@@ -228,6 +231,7 @@ def draw_epochs(axis, epochs, names):
         x, y = ([epoch.get(k, np.nan) for epoch in epochs] for k in ("epoch", key))
         y = [np.nan if value is None else value for value in y]
         axis.plot(x, y, label=label(name), markevery=max(len(x) // 12, 1))
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 @style()
@@ -236,24 +240,34 @@ def draw_training(epochs, best_epoch, result):
     is had without looking at an eye."""
     figure, axes = new_figure(WIDTH, 5, rows=2)
     many = len(result["classes"])
-    floors = (
-        ("loss", "equal chances", np.log(many)),
-        ("balanced_accuracy", "one class for all", 1 / many),
-    )
-    for axis, (name, what, floor) in zip(axes, floors):
+    floors = (("loss", np.log(many)), ("balanced_accuracy", 1 / many))
+    for axis, (name, floor) in zip(axes, floors):
         draw_epochs(axis, epochs, {part: f"{part}/{name}" for part in ("train", "val")})
         axis.axvline(best_epoch, **GUIDE | {"linestyle": "--"}, marker="", label="chosen epoch")
+        what = "floor: equal chances, one class for all"
         axis.axhline(floor, **GUIDE, marker="", label=what)
-        axis.set(xlabel="epoch", ylabel=name.replace("_", " "))
-        axis.legend(ncols=2)
+        axis.set(ylabel=name.replace("_", " "))
+    axes[1].set_xlabel("epoch")
+    # outside, where it hides no curve
+    figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=2)
     return figure
 
 
 @style()
 def draw_shares(epochs, classes):
-    """How often each class is answered on validation over the epochs: a collapse is seen here."""
-    figure, axis = new_figure(WIDTH, 2.9)
-    draw_epochs(axis, epochs, {name: f"val/predicted_share_{k}" for k, name in enumerate(classes)})
-    axis.set(xlabel="epoch", ylim=(-0.03, 1.03), ylabel="share of the answers on validation")
+    """How often each class is answered on validation over the epochs: a collapse is seen here. Of
+    many classes, the most frequent answers alone, and the sum of the others."""
+    keys = {name: f"val/predicted_share_{k}" for k, name in enumerate(classes)}
+    most = {name: max(epoch.get(key) or 0 for epoch in epochs) for name, key in keys.items()}
+    if len(keys) > MOST_CURVES:
+        kept = sorted(most, key=most.get, reverse=True)[: MOST_CURVES - 1]
+        others = [key for name, key in keys.items() if name not in kept]
+        sums = [{"others": sum(epoch.get(key) or 0 for key in others)} for epoch in epochs]
+        epochs = [epoch | summed for epoch, summed in zip(epochs, sums)]
+        keys = {name: keys[name] for name in keys if name in kept}
+        keys[f"the other {len(others)} together"] = "others"
+    figure, axis = new_figure(WIDTH, 2.4 + 0.15 * len(keys))
+    draw_epochs(axis, epochs, keys)
+    axis.set(xlabel="epoch", ylim=(-0.03, 1.03), ylabel="share of the answers")
     figure.legend(loc="outside lower center", ncols=2)
     return figure

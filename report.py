@@ -17,10 +17,12 @@ import re
 import sys
 
 import device
+import feature_map
 import figures
 import files
 import gallery
 import metrics
+import sweep
 from findings import clean, number, sentences, span, tables, units, with_interval
 from labels import SPLITS
 from results import read_result
@@ -170,8 +172,8 @@ def print_result(result):
 
 def write_plots(folder, result, y_true, p, others):
     """plots/: the whole result in one figure, confusion matrix, ROC and reliability of the split;
-    and the course of training, where the folder has a metrics.jsonl. y_true (n,) and p (n, K): of
-    the participants; others {name: result}: of looks.best."""
+    and the course of training and the sweep, where the folder has metrics.jsonl and sweep.csv.
+    y_true (n,) and p (n, K): of the participants; others {name: result}: of looks.best."""
     folder, split = pathlib.Path(folder), result["split"]
     drawn = {
         f"summary_{split}": figures.draw_summary(result, others),
@@ -181,13 +183,18 @@ def write_plots(folder, result, y_true, p, others):
     }
     if (folder / "metrics.jsonl").exists():
         drawn |= draw_course(folder, result)
+    if tried := sweep.read(folder):
+        drawn["sweep"] = sweep.draw(tried)
     for name, figure in drawn.items():
         figures.save(folder / "plots", name, figure)
 
 
 def draw_course(folder, result):
-    """The figures of metrics.jsonl: the course of training."""
+    """The figures of metrics.jsonl: the course of training. None of kNN and logistic regression,
+    which have no course."""
     epochs = read_history(folder / "metrics.jsonl")
+    if len(epochs) < 2:
+        return {}
     return {
         "training": figures.draw_training(epochs, result["epoch"], result),
         "shares": figures.draw_shares(epochs, result["classes"]),
@@ -319,9 +326,12 @@ def write_report(folder):
     provenances = [path for path in provenances if path.exists()]
     of_main = gallery.read(folder, results[0])
     columns = ["participant_id", "split", "label", "volumes", "status", "reason"]
+    tried = sweep.read(folder)
     page = render(
         "report.html",
         title=results[0]["run"],
+        feature_map=feature_map,
+        swept=sweep.in_words(tried) if tried else "",
         results=results,
         pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.svg")},
         classes=tuple(results[0]["classes"]),

@@ -126,11 +126,19 @@ COVARIATES = {
 KNOWS = {"values": list[Text], "n": Count, "chance": Number, "ci95": exactly(2, Number)}
 KNOWS |= {"balanced_accuracy": Number}
 LOOKS = dict.fromkeys(("runs", "unreadable"), Count) | dict.fromkeys(("sd", "optimism"), Number)
+SOME = Annotated[list[Number], Field(min_length=2)]  # of the first principal components
+COLOURING = {"values": Count, "n": Count, "silhouette": Score, "components": SOME}
+FEATURE_MAP = {
+    "splits": dict[Text, shape("Points", dict.fromkeys(("points", "shown", "all"), Count))],
+    "variance": SOME,
+    "colourings": dict[Text, shape("Colouring", COLOURING)],
+}
 WHAT_ELSE = {
     "within": shape("Within", {"groups": Text, "band": exactly(2, Number)}),
     "covariates": shape("Covariates", COVARIATES, adds=shape("Adds", ADDS)),
     "knows": dict[Text, shape("Knows", KNOWS)],
     "looks": shape("Looks", LOOKS),
+    "feature_map": shape("FeatureMap", FEATURE_MAP),
 }
 SPREAD = shape("Spread", {"mean": Number, "sd": Number, "each": list[Number]})
 CALIBRATED = dict.fromkeys(("log_loss", "brier", "ece"), Number) | {"reliability": BINS}

@@ -49,7 +49,8 @@ KINDS = {"config": dict, "scans": dict, "head": dict, "encoder": dict, "optimize
 KINDS |= {"progress": dict, "val_predictions": dict, "floors": dict, "repeats": list}
 KINDS |= {"train_participants": list, "epoch": int, "step": int, "refit": dict, "training": dict}
 KINDS |= {"curve": list}
-PLOTS = "summary", "confusion", "roc", "reliability", "learning_curve"  # of a split
+# of a split
+PLOTS = "summary", "confusion", "roc", "reliability", "learning_curve", "features", "umap"
 KINDS |= dict.fromkeys(("encoder_sha256", "labels_sha256", "manifest_sha256"), str)
 # the beginnings of keys that do not change what a run computes: they may differ when it is resumed
 HARMLESS = ("paths.", "log.", "device.", "demo.", "project_name", "train.resume")
@@ -433,11 +434,12 @@ def remove(folder, names):
 
 def remove_evaluations(folder):
     """Remove what eval.py wrote of a checkpoint that is there no longer."""
-    names, plots = ["report.html", "predictions_test.csv"], ["training", "shares"]
+    plots = ["training", "shares", "sweep"]
+    plots += [f"{plot}_{split}" for plot in PLOTS for split in ("val", "test")]
+    names = [f"plots/{plot}.{kind}" for plot in plots for kind in ("png", "svg", "pdf")]
+    names += ["report.html", "predictions_test.csv"]
     for split in ("val", "test"):
         names += [f"eval_{split}.json", f"learning_curve_{split}.csv", f"gallery_{split}.json"]
-        plots += [f"{plot}_{split}" for plot in PLOTS]
-    names += [f"plots/{plot}.{kind}" for plot in plots for kind in ("png", "svg", "pdf")]
     # of the best; of last.pt, also what training writes of the best itself
     last = os.path.join(folder, "last")
     remove(folder, names + glob.glob("explain_*.html", root_dir=folder))

@@ -369,11 +369,13 @@ def copy_of(folder, target):
 
 def evaluate(ckpt, split, overrides=()):
     """eval.evaluate_run without report.html and its pictures, which cost most of its time; what is
-    in them, test_report.py looks at."""
+    in them, test_report.py and test_feature_map.py look at."""
     import eval as evaluation
+    import feature_map
     import report
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_map, "write", lambda *args: None)
         for name in ("write_plots", "write_report"):
             patch.setattr(report, name, lambda *args: None)
         return evaluation.evaluate_run(ckpt, split, overrides)

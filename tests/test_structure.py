@@ -60,6 +60,8 @@ ORDER = [
     "forest",
     "gallery",
     "flow",
+    "feature_map",
+    "sweep",
     "report",
     "curve",
     "explain",
