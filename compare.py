@@ -28,11 +28,11 @@ ENDINGS = ("md", "csv", "html", "tex")
 
 @dataclass
 class Comparison:
-    """Runs that were scored on the same participants. folder: that of the first; pairs:
-    metrics.compare_all; powers: a sentence on each pair, where they were asked for."""
+    """Runs that were scored on the same participants. pairs: metrics.compare_all; powers: a
+    sentence on each pair, where they were asked for."""
 
     split: str
-    folder: str
+    folders: list  # of the runs
     runs: list  # of Results
     pairs: list
     powers: list
@@ -150,7 +150,7 @@ def open_runs(folders, split, with_power=False):
             )
     pairs, of_name = compare_pairs(runs), {run.name: run for run in runs}
     powers = [power_of(of_name[pair["a"]], of_name[pair["b"]]) for pair in pairs if with_power]
-    return Comparison(split, folders[0], runs, pairs, powers)
+    return Comparison(split, folders, runs, pairs, powers)
 
 
 def compare(folders, split, with_power=False):

@@ -438,8 +438,8 @@ def command():
     parser.add_argument(
         "--no-images",
         action="store_true",
-        help="score --ckpt and leave no image of an eye in report.html and gallery_SPLIT.json, as "
-        "eval.gallery=0 does",
+        help="of --ckpt: leave no image of an eye in report.html and gallery_SPLIT.json, as "
+        "eval.gallery=0 does; of --compare: none in comparison.html",
     )
     parser.add_argument(
         "overrides",
@@ -451,9 +451,11 @@ def command():
     split = args.split or ("all" if args.explain else "test")
     if split in ("train", "all") and not (args.export or args.explain):
         raise ValueError(f"--split {split} is for --export and --explain; score val or test")
-    for name in ("export", "explain", "no_images", "open"):
+    for name in ("export", "explain", "open"):
         if getattr(args, name) and not args.ckpt:
-            raise ValueError(f"--{name.replace('_', '-')} is about one run; name it with --ckpt")
+            raise ValueError(f"--{name} is about one run; name it with --ckpt")
+    if args.no_images and args.leaderboard:
+        raise ValueError("--no-images is of --ckpt or --compare: no leaderboard has images of eyes")
     if bool(args.export) + bool(args.explain) + args.no_images > 1:
         raise ValueError("--export, --explain and --no-images are different jobs; give one of them")
     if args.open and (args.export or args.explain):
@@ -464,7 +466,7 @@ def command():
     if args.compare:
         found = compare.open_runs(args.compare, split, args.power)
         print(compare.in_words(found))
-        print(f"written: {versus.write(found)}")
+        print(f"written: {versus.write(found, not args.no_images)}")
     elif args.leaderboard:
         print(leaderboard.leaderboard(args.leaderboard, split))
     else:

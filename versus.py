@@ -13,6 +13,7 @@ import agreement
 import compare
 import files
 import forest
+import gallery
 from compare import printable
 from findings import number, units
 from report import render
@@ -29,14 +30,13 @@ HOW_OF_MANY = (
 )
 
 
-def write(found, cards=None):
+def write(found, with_images=True):
     """Write comparison.html and comparison/* beside the first run -> path of the page.
 
-    cards {participant, or eye, or volume: markupsafe.Markup}: what is shown below the table of
-    participants on whom the runs are divided, such as images of their eyes. Without, no image of an
-    eye is in the page.
+    with_images: with the cards that the galleries of the runs (eval.gallery) have of participants
+    on whom the runs are divided.
     """
-    beside = os.path.join(os.path.dirname(os.path.abspath(found.folder)), "comparison")
+    beside = os.path.join(os.path.dirname(os.path.abspath(found.folders[0])), "comparison")
     runs = {name: run for name in found.order for run in found.runs if run.name == name}
     y, p = arrays(runs)
     pairs, agreed = best_first(found), agreement.between(y, p)
@@ -58,11 +58,22 @@ def write(found, cards=None):
         ranking_note=forest.ranking_note(agreement.groups(list(runs), pairs)),
         limits={"pairs": forest.MOST_PAIRS, "runs": forest.MOST_RUNS},
         divided=divided,
-        cards={id_: card for id_, card in (cards or {}).items() if id_ in divided["ids"]},
+        galleries=galleries(found, divided["ids"]) if with_images else {},
         units=what,
     )
     files.write(f"{beside}.html", page)
     return f"{beside}.html"
+
+
+def galleries(found, ids):
+    """{name of a run: its gallery of whose units these are}, of the runs that have cards of
+    them."""
+    people = [found.runs[0].participant_of[i] for i in ids]
+    opened = {
+        run.name: gallery.of_participants(folder, run.result, people)
+        for folder, run in zip(found.folders, found.runs)
+    }
+    return {name: opened[name] for name in found.order if opened[name] and opened[name]["cards"]}
 
 
 def draw(split, runs, pairs, agreed):

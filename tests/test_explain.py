@@ -108,7 +108,7 @@ def test_a_participant_without_a_volume_is_an_error(written, run, command):
     "args, words",
     [
         (["--compare", "a", "b", "--explain", "1001"], "--explain is about one run"),
-        (["--leaderboard", "a", "--no-images"], "--no-images is about one run"),
+        (["--leaderboard", "a", "--no-images"], "--no-images is of --ckpt or --compare"),
         (["--ckpt", "a", "--explain", "1001", "--no-images"], "different jobs"),
         (["--ckpt", "a", "--explain", "1001", "--export", "b.npz"], "different jobs"),
     ],

@@ -305,3 +305,29 @@ def test_cards_of_given_participants(scored, tmp_path):
     found = gallery.of_participants(scored, result, asked)
     assert [card["participant_id"] for card in found["cards"]] == [ids[4], ids[1]]
     assert gallery.of_participants(tmp_path, result, ids) is None
+
+
+def test_a_comparison_shows_the_cards_of_those_whom_exactly_one_run_has_right(
+    written, tmp_path, command
+):
+    """Two runs with galleries of all participants; without --no-images."""
+    runs = []
+    for name, more in (("mean", []), ("max", ["model.pool_method=max"])):
+        runs.append(f"{tmp_path / name}/run")
+        (tmp_path / name).mkdir()
+        run_of(written, tmp_path / name, *more)
+        evaluation.evaluate_run(runs[-1], "test", ["eval.gallery=60"])
+    answers = [{card["participant_id"]: card for card in cards_of(run)} for run in runs]
+    right = [{i for i, card in own.items() if card["label"] == card["answer"]} for own in answers]
+    divided = right[0] ^ right[1]
+    assert divided, "these two runs must differ for this test to say anything"
+    done = command("eval.py", "--compare", *runs)
+    assert done.returncode == 0, done.stderr
+    page = content(tmp_path / "mean" / "comparison.html")
+    shown = set(re.findall("<h4>(.*?)</h4>", page))
+    assert shown == {i for i in divided if i in answers[0] or i in answers[1]} and shown
+    assert page.count("data:image/webp") > 0 and "images of their eyes" in page
+    done = command("eval.py", "--compare", *runs, "--no-images")
+    assert done.returncode == 0, done.stderr
+    page = content(tmp_path / "mean" / "comparison.html")
+    assert "data:image/webp" not in page and "no image of an eye is in it" in page

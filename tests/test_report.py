@@ -297,7 +297,7 @@ def test_hostile_texts_are_shown_as_text(hostile):
 def pages(written, tmp_path_factory, hostile):
     """{name: path of a page}."""
     folder = tmp_path_factory.mktemp("pages")
-    more = ["eval.floors=true", "train.seeds=[1,2]", "train.epochs=3"]
+    more = ["eval.floors=true", "train.seeds=[1,2]", "train.epochs=3", "eval.gallery=6"]
     cfg = quick(written, folder, *more)
     train.main(0, cfg)
     for split in ("val", "test"):
@@ -316,6 +316,7 @@ def pages(written, tmp_path_factory, hostile):
     for name, number in (("pair", 2), ("comparison", 3)):
         page = versus.write(compare.open_runs(board[:number], "test"))
         found[name] = shutil.copy(page, folder / f"{name}.html")
+    assert "data:image/webp" in content(found["report"])
     return found
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 
-import markupsafe
 import numpy as np
 import pytest
 from helpers import CLASS_NAMES, LABELS_159, answers, read_bytes, write_results
@@ -306,20 +305,6 @@ def test_many_runs_are_named_beside_the_participants_that_divide_them(many):
             name for name in ANSWERS if name not in expected
         ]
     assert rows[0][2] == "2 of 4"
-
-
-@pytest.mark.usefixtures("svg_alone")
-def test_cards_stand_below_the_participants_that_are_shown(tmp_path):
-    for name in ("good", "poor"):
-        write_results(tmp_path / name, ANSWERS[name])
-    found = compare.open_runs([tmp_path / "good", tmp_path / "poor"], "test")
-    y, runs = LABELS_159, {name: ANSWERS[name] for name in ("good", "poor")}
-    rows = agreement.divided(y, runs)
-    cards = {IDS[rows[0]]: markupsafe.Markup("<i>card</i>"), IDS[rows[1]]: "<b>text</b>"}
-    cards["another"] = "no participant of these"
-    page = read_bytes(versus.write(found, cards)).decode()
-    assert "<i>card</i>" in page and "&lt;b&gt;text" in page and "no participant of" not in page
-    assert "no image of an eye" not in page
 
 
 # -------------------------------------------------------------------------------------------- files
