@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import b2
 import begin
@@ -41,6 +40,7 @@ import facts
 import files
 import ledger
 import loader
+import stages
 from volumes import (  # noqa: F401  (preprocess and others, for whoever imports them from here)
     PREPROCESSING,
     READING,
@@ -76,6 +76,7 @@ class Volumes:
         self.are_intensities = False  # see `seen`
         self.is_counted = False  # has this process counted what the cache holds?
         self.stop = threading.Event()  # set: what is being fetched is given up
+        self.reading = stages.Reading()  # where volumes are, for the progress line
 
     def key(self, i):
         """Key of volume i in the cache; None for a local file whose content is not known yet."""
@@ -164,8 +165,10 @@ class Volumes:
         try:
             if b2.is_remote(path):
                 fetch = b2.fetch_folder if source.members else b2.fetch
-                path = fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
-            return decode(path, self.size, self.axes, self.variable)
+                with self.reading.during("network"):
+                    path = fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
+            with self.reading.during("decode"):
+                return decode(path, self.size, self.axes, self.variable)
         except (b2.Absent, b2.Corrupt, Unreadable) as error:
             raise Unreadable(str(error).replace(path, source.path)) from error
         finally:
@@ -217,13 +220,17 @@ def stream(volumes, book, order, cfg, transform=None):
     fetch. Close the generator (contextlib.closing) where the consumer may fail: else what is on its
     way still arrives before the process ends.
     """
+    reading = volumes.reading
+    reading.decoders = max(1, cfg.data.num_workers)
     with executors(volumes, cfg) as (fetchers, decoder):
 
         def load(i):
             elsewhere = lambda *args: decoder.submit(decode, *args).result()
-            key, volume = volumes.load(i, elsewhere)
-            volume = transform(key, volume) if transform else volume
-            return key, volumes.seen(i, key, volume)
+            with reading.during("disk"):
+                key, volume = volumes.load(i, elsewhere)
+            with reading.during("augmentation"):
+                volume = transform(key, volume) if transform else volume
+                return key, volumes.seen(i, key, volume)
 
         submitted = ((i, fetchers.submit(load, i)) for i in order)
         ahead = deque(itertools.islice(submitted, cfg.data.prefetch))
@@ -231,7 +238,8 @@ def stream(volumes, book, order, cfg, transform=None):
             i, future = ahead.popleft()
             sample = volumes.samples[i]
             try:
-                arrived = result_of(future, sample.participant_id)
+                with reading.during("wait"):
+                    arrived = result_of(future, sample.participant_id)
             except Unreadable as error:
                 if book is None:
                     raise ValueError(
@@ -390,8 +398,9 @@ def deep_check(cfg, book):
     size = loader.volume_size(cfg, None if cfg.data.image_size else loader.load(cfg).image_size)
     volumes = open_volumes(cfg, book.samples, size, book.ids)
     order, scans = range(len(volumes.samples)), {}
-    with contextlib.closing(stream(volumes, book, order, lenient)) as arriving:
-        for i, key, volume in tqdm(arriving, "open", len(order), unit="volume"):
+    stage = stages.Stage("open", len(order), "volume", reading=volumes.reading)
+    with stage, contextlib.closing(stream(volumes, book, order, lenient)) as arriving:
+        for i, key, volume in stage.over(arriving):
             path, found = volumes.samples[i].path, volumes.facts(i, key)
             book.facts[path] = found
             kind = " ".join(filter(None, [found["scanner"], found["protocol"]])) or found["syntax"]
