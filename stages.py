@@ -36,9 +36,9 @@ SECONDS = {}  # kind: seconds per item, of the last stage of that kind that ende
 NOWHERE = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lasts)
 
 DONE = "{desc}: {n_fmt}/{total_fmt} in {elapsed}, {rate_fmt}{bound}"
-PACE = "{rate_fmt}, {remaining} left{bound}{job}"
-LINE = "{desc}: {n_fmt}/{total_fmt} in {elapsed}, " + PACE
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, " + PACE
+PACE = ", {rate_fmt}, {remaining} left"
+LINE = "{desc}: {n_fmt}/{total_fmt} in {elapsed}" + PACE + "{bound}{job}"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" + PACE + "{bound}{job}"
 
 
 def plan(ahead):
@@ -125,6 +125,7 @@ class Stage(tqdm):
         return super().format_dict | {
             "n": min(self.n, self.total),
             "rate": rate,
+            "bar_format": self.bar_format if rate else self.bar_format.replace(PACE, ""),
             "bound": f", {bound}-bound" if bound else "",
             "job": self.job_left(rate),
         }
