@@ -56,7 +56,7 @@ class Stage(tqdm):
     """
 
     monitor_interval = 0  # no thread of tqdm's: `keep_drawing` draws
-    thread, is_silent = None, False
+    thread = None
 
     def __init__(
         self, desc, total, unit, kind=None, reading=None, shown=None, leave=True, **options
@@ -144,11 +144,6 @@ class Stage(tqdm):
             words.append(f"then {' and '.join(unknown)}")
         return f"; job: {', '.join(words)}"
 
-    def __exit__(self, kind, *rest):
-        # an abandoned generator is closed at any time: where it was not finished, without a line
-        self.is_silent = kind is GeneratorExit and self.n < self.total
-        self.close()
-
     def close(self):
         if self.disable:
             return
@@ -159,7 +154,7 @@ class Stage(tqdm):
         seconds, items = time.monotonic() - self.begun[0], self.n - self.begun[1]
         if items:
             SECONDS[self.kind] = seconds / items
-        if not (self.is_terminal or self.is_silent) and seconds >= LOG_FROM:
+        if not self.is_terminal and seconds >= LOG_FROM:
             self.log()
         super().close()
 
