@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+import stages
 from files import IGNORED, Stopped, bytes_of, checksum, hashed, local_folder, locked
 
 ENV_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".env")
@@ -472,13 +473,13 @@ def fetch_folder(source, folder, deadline=300, stop=None):
 def download(source, part, deadline, stop, bar):
     """Append to the open file `part` until it holds all of source. Corrupt when its content is
     wrong in all of DOWNLOADS downloads."""
-    progress = tqdm(
-        total=source.size,
-        initial=part.tell(),  # what an earlier run left
-        desc=posixpath.basename(source.path),
-        unit="B",
+    stage = stages.Stage(
+        posixpath.basename(source.path),
+        source.size,
+        "B",
+        shown=bar,  # on any rank: the others wait for this one
         unit_scale=True,
-        disable=not bar,
+        initial=part.tell(),  # what an earlier run left
     )
 
     def receive_rest(patience):
@@ -489,17 +490,17 @@ def download(source, part, deadline, stop, bar):
                 unwritten = memoryview(data)
                 while unwritten:
                     unwritten = unwritten[part.write(unwritten) :]
-                progress.update(len(data))
+                stage.update(len(data))
                 patience.received(len(data))
         if part.tell() < source.size:
             raise ConnectionError(f"{part.tell()} of {source.size} bytes came")
 
-    with progress:
+    with stage:
         for _ in range(DOWNLOADS):
             patiently(receive_rest, source.path, deadline, stop)
             if is_whole(part.name, source):
                 return
-            progress.reset()
+            stage.update(-stage.n)
             part.seek(0)
             part.truncate()
     name = source.checksum.split(":")[0].upper() or "size"

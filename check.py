@@ -21,7 +21,6 @@ import os
 import pathlib
 
 import numpy as np
-from tqdm import tqdm
 
 import architecture
 import b2
@@ -36,6 +35,7 @@ import ledger
 import loader
 import phantom
 import report
+import stages
 import weights
 from labels import SPLITS
 
@@ -59,8 +59,9 @@ def deep_check(cfg, book):
     size = loader.volume_size(cfg, None if cfg.data.image_size else loader.load(cfg).image_size)
     volumes = data.open_volumes(cfg, book.samples, size, book.ids)
     order, scans = range(len(volumes.samples)), {}
-    with contextlib.closing(data.stream(volumes, book, order, lenient)) as arriving:
-        for i, key, volume in tqdm(arriving, "open", len(order), unit="volume"):
+    stage = stages.Stage("open", len(order), "volume", reading=volumes.reading)
+    with stage, contextlib.closing(data.stream(volumes, book, order, lenient)) as arriving:
+        for i, key, volume in stage.over(arriving):
             path, found = volumes.samples[i].path, volumes.facts(i, key)
             book.facts[path] = found
             add_scan(scans, volumes.samples[i], found, volume[0].numpy())

@@ -36,6 +36,7 @@ import begin
 import facts
 import files
 import ledger
+import stages
 from volumes import (  # noqa: F401  (preprocess and others, for whoever imports them from here)
     PREPROCESSING,
     READING,
@@ -71,6 +72,7 @@ class Volumes:
         self.are_intensities = False  # see `seen`
         self.is_counted = False  # has this process counted what the cache holds?
         self.stop = threading.Event()  # set: what is being fetched is given up
+        self.reading = stages.Reading()  # where volumes are, for the progress line
 
     def key(self, i):
         """Key of volume i in the cache; None for a local file whose content is not known yet."""
@@ -159,8 +161,10 @@ class Volumes:
         try:
             if b2.is_remote(path):
                 fetch = b2.fetch_folder if source.members else b2.fetch
-                path = fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
-            return decode(path, self.size, self.axes, self.variable)
+                with self.reading.during("network"):
+                    path = fetch(source, self.cache_dir / "raw", self.deadline, self.stop)
+            with self.reading.during("decode"):
+                return decode(path, self.size, self.axes, self.variable)
         except (b2.Absent, b2.Corrupt, Unreadable) as error:
             raise Unreadable(str(error).replace(path, source.path)) from error
         finally:
@@ -212,13 +216,17 @@ def stream(volumes, book, order, cfg, transform=None):
     fetch. Close the generator (contextlib.closing) where the consumer may fail: else what is on its
     way still arrives before the process ends.
     """
+    reading = volumes.reading
+    reading.decoders = max(1, cfg.data.num_workers)
     with executors(volumes, cfg) as (fetchers, decoder):
 
         def load(i):
             elsewhere = lambda *args: decoder.submit(decode, *args).result()
-            key, volume = volumes.load(i, elsewhere)
-            volume = transform(key, volume) if transform else volume
-            return key, volumes.seen(i, key, volume)
+            with reading.during("disk"):
+                key, volume = volumes.load(i, elsewhere)
+            with reading.during("augmentation"):
+                volume = transform(key, volume) if transform else volume
+                return key, volumes.seen(i, key, volume)
 
         submitted = ((i, fetchers.submit(load, i)) for i in order)
         ahead = deque(itertools.islice(submitted, cfg.data.prefetch))
@@ -226,7 +234,8 @@ def stream(volumes, book, order, cfg, transform=None):
             i, future = ahead.popleft()
             sample = volumes.samples[i]
             try:
-                arrived = result_of(future, sample.participant_id)
+                with reading.during("wait"):
+                    arrived = result_of(future, sample.participant_id)
             except Unreadable as error:
                 if book is None:
                     raise ValueError(

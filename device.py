@@ -137,6 +137,7 @@ def spawn(main, cfg, backend, world):
             for process in replicas:
                 process.kill()
                 process.join()
+            erase_line()
 
 
 def first_failure(replicas, failures):
@@ -279,8 +280,16 @@ def run(command):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sys.exit(explain(error))
     except KeyboardInterrupt:
+        erase_line()
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def erase_line():
+    """Begin a new line on a terminal, where a replica that was killed may have left its progress
+    line."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 SIGTERM_EVENTS = []  # of the replicas in this process

@@ -25,6 +25,7 @@ if __name__ in ("__main__", "__mp_main__"):
 import argparse
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -56,6 +57,7 @@ import report
 import results
 import runs
 import shortcuts
+import stages
 import versus
 
 
@@ -72,6 +74,7 @@ def evaluate_run(ckpt, split, overrides=()):
     if not samples:
         raise ValueError(f"no participant of split {split} has a volume")
 
+    stages.plan(ahead(opened, book, split))
     dev = device.get(cfg.device.backend)
     found = features.encode(cfg, book, samples, encoder, dev, earlier=saved["scans"])
     volumes = [heads.predict(bank, found.x)[0] for bank in banks]  # (volumes, K) by each head
@@ -123,6 +126,15 @@ def evaluate_run(ckpt, split, overrides=()):
             feature_map.write(pathlib.Path(opened.folder), split, mapped)
         write(opened, book, result, table, predictions, cards)
     return result, opened.folder
+
+
+def ahead(opened, book, split):
+    """The stages of `evaluate_run`, for stages.plan."""
+    numbers = [len(book.of(split))]
+    numbers += numbers * ("random encoder" in opened.saved.get("floors", {}))
+    numbers += [len(book.of("train"))] * opened.cfg.eval.probes
+    encoding = [("encoding", math.ceil(n / device.world())) for n in numbers]
+    return [*encoding, ("scores and report", 0)]
 
 
 # ----------------------------------------------------------------------- the model and its features

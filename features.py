@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import config
 import data
@@ -28,6 +27,7 @@ import files
 import given
 import ledger
 import model
+import stages
 from loader import Encoder, open_encoder, random_encoder  # noqa: F401  (where they are looked for)
 from volumes import READING
 
@@ -177,6 +177,17 @@ def encode(cfg, book, samples, encoder, dev, view=0, again=False, earlier=facts.
     return Features([samples[i] for i in rest], x[rest])
 
 
+def number_of_views(cfg):
+    """How many augmented views of a volume are encoded beside it."""
+    is_asked = data.strengths(cfg) and config.first_epoch_of_encoder(cfg) > 1
+    return cfg.data.augment_views if is_asked else 0
+
+
+def views_of_both(cfg):
+    """Has validation such views too?"""
+    return bool(number_of_views(cfg) and (cfg.data.cv or config.refits(cfg)))
+
+
 def encode_for_training(cfg, book, encoder, dev):
     """The Features of train and of val. Train's have augmented views where the config asks for
     them; for data.cv and train.refit, which fit on both, so have val's."""
@@ -184,15 +195,22 @@ def encode_for_training(cfg, book, encoder, dev):
     train, val = (
         [i for i, s in enumerate(found.samples) if s.split == n] for n in ("train", "val")
     )
-    augments = data.strengths(cfg) and config.first_epoch_of_encoder(cfg) > 1
-    both = augments and (cfg.data.cv or config.refits(cfg))
+    both = views_of_both(cfg)
     parts = [found] if both else [found.rows(train), found.rows(val)]
     views, augmented = [parts[0].x], parts[0].samples
-    if augments:
-        for view in range(1, 1 + cfg.data.augment_views):
-            views.append(encode(cfg, book, augmented, encoder, dev, view, again=True).x)
+    for view in range(1, 1 + number_of_views(cfg)):
+        views.append(encode(cfg, book, augmented, encoder, dev, view, again=True).x)
     parts[0] = Features(augmented, parts[0].x, torch.stack(views, dim=1))
     return [parts[0].rows(train), parts[0].rows(val)] if both else parts
+
+
+def ahead(cfg, book):
+    """The stages of encode_for_training, for stages.plan: volumes that this replica may encode."""
+    train, val = (math.ceil(len(book.of(n)) / device.world()) for n in ("train", "val"))
+    if cfg.paths.features:
+        return []
+    of_view = [("encoding", train + val if views_of_both(cfg) else train)]
+    return [("encoding", train + val), *number_of_views(cfg) * of_view]
 
 
 def encode_now(cfg, samples, encoder, dev, desc):
@@ -232,15 +250,14 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
             book.strike(samples[i], str(error))
     if kept and cfg.model.pool_method == "attentive":
         kept.check_room(sum(device.gather(len(todo), dev)))
+    reading, leave = volumes.reading, kept is not None
+    stage = stages.Stage(desc, len(todo), "volume", "encoding", reading=reading, leave=leave)
     if not todo:
         return device.all_sum(x.to(dev)).cpu(), encoded
-    module = encoder.module.to(dev)
-    bar = tqdm(
-        total=len(todo), desc=desc, unit="volume", mininterval=0.5, disable=device.rank() > 0
-    )
-    with bar, contextlib.closing(data.stream(volumes, book, todo, cfg, transform)) as arriving:
+    with stage, contextlib.closing(data.stream(volumes, book, todo, cfg, transform)) as arriving:
+        module = encoder.module.to(dev)
         # the content of some is known only now, and their feature may be kept under another name
-        unknown = (arrived for arrived in arriving if not is_kept(*arrived[:2]))
+        unknown = (arrived for arrived in stage.over(arriving) if not is_kept(*arrived[:2]))
         begun = ((i, key, begin(cfg, module, volume, dev)) for i, key, volume in unknown)
         # a feature is waited for when the next volume is on its way, so that an accelerator is busy
         for (i, key, feature), _ in itertools.pairwise(itertools.chain(begun, [None])):
@@ -256,7 +273,6 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
                 files.save_array(kept.path(key), array)
                 book.facts[samples[i].path] = volumes.facts(i, key)
             encoded += 1
-            bar.update()
     return device.all_sum(x.to(dev)).cpu(), encoded
 
 

@@ -22,7 +22,6 @@ import numpy as np
 import pydantic
 import torch
 from pydantic import AfterValidator, Field
-from tqdm import tqdm
 
 import attribution
 import data
@@ -30,6 +29,7 @@ import device
 import features
 import files
 import results
+import stages
 from keys import boolean
 from labels import SPLITS, grouped
 from results import Count, Number, Text, shape
@@ -131,22 +131,25 @@ def draw_share(cfg, book, asked, found, encoder, bank, dev, shown):
     encoded_by = {sample.path: n % device.world() for n, sample in enumerate(asked)}
     mine = [i for i, s in enumerate(samples) if encoded_by[s.path] == device.rank()]
     drawn, module = {}, encoder.module.to(dev)
-    for i in tqdm(mine, "gallery", unit="eye", mininterval=0.5, disable=device.rank() > 0):
-        key = volumes.key(i)
-        facts = volumes.facts(i, key)
-        kept = facts and files.load_array(volumes.folder / f"{key}.npy", np.float16, volumes.size)
-        if kept is None:
-            drawn[str(i)] = NOT_THERE, []
-            continue
-        volume = torch.from_numpy(kept)[None]  # (D, H, W) -> (1, D, H, W)
-        if cfg.model.pool_method == "attentive":
-            tokens, grid = found.x[row_of[samples[i].path]], tuple(cfg.model.token_grid)
-        else:
-            tokens, grid = tokens_of(cfg, module, volumes.seen(i, key, volume), dev)
-        scored = attribution.attribute(bank, tokens, cfg.model.pool_method)
-        middle = len(kept) // 2
-        planes = planes_of(kept, facts, grid, scored, shown[i][1], middle, SIDE, QUALITY)
-        drawn[str(i)] = "", planes
+    with stages.Stage("gallery", len(mine), "eye") as stage:
+        for i in stage.over(mine):
+            key = volumes.key(i)
+            facts = volumes.facts(i, key)
+            kept = facts and files.load_array(
+                volumes.folder / f"{key}.npy", np.float16, volumes.size
+            )
+            if kept is None:
+                drawn[str(i)] = NOT_THERE, []
+                continue
+            volume = torch.from_numpy(kept)[None]  # (D, H, W) -> (1, D, H, W)
+            if cfg.model.pool_method == "attentive":
+                tokens, grid = found.x[row_of[samples[i].path]], tuple(cfg.model.token_grid)
+            else:
+                tokens, grid = tokens_of(cfg, module, volumes.seen(i, key, volume), dev)
+            scored = attribution.attribute(bank, tokens, cfg.model.pool_method)
+            middle = len(kept) // 2
+            planes = planes_of(kept, facts, grid, scored, shown[i][1], middle, SIDE, QUALITY)
+            drawn[str(i)] = "", planes
     for part in device.gather(drawn, dev):
         for i, (missing, planes) in part.items():
             eye = shown[int(i)][2]

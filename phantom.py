@@ -40,10 +40,10 @@ import numpy as np
 import yaml
 from scipy.interpolate import PchipInterpolator
 from scipy.spatial import cKDTree
-from tqdm import tqdm
 
 import begin
 import files
+import stages
 
 # phantom.yaml says what its numbers mean and where they come from
 TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -502,8 +502,9 @@ def write_dataset(
     facts = {"effect": effect, "participants": participants, "seed": seed, "scale": scale}
     try:
         with_oct = [person for person in people if person["retinal_oct"] == "TRUE"]
-        done = tqdm(pool.map(job, with_oct), "phantom", len(with_oct), unit=" participants")
-        manifest = [row for rows in done for row in rows]
+        done = pool.map(job, with_oct)  # forks, and so before the stage starts a thread
+        with stages.Stage("phantom", len(with_oct), "participant", shown=True) as stage:
+            manifest = [row for rows in stage.over(done) for row in rows]
         write_table(part / "retinal_oct/manifest.tsv", [MANIFEST_COLUMNS, *manifest])
         table = [[person[name] for name in PARTICIPANT_COLUMNS] for person in people]
         write_table(part / "participants.tsv", [PARTICIPANT_COLUMNS, *table])

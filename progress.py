@@ -13,7 +13,6 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import device
 import heads
@@ -57,18 +56,19 @@ class Progress:
         self.best_epoch, self.epochs_without = [0] * num_heads, [0] * num_heads
         self.last_epoch = [math.inf] * num_heads  # with which a head stopped; infinity: it goes on
 
-    def epochs(self, desc, show_bar):
-        """Yield the epochs from where training stands, to the last or until every head stopped."""
-        hidden = not show_bar or device.rank() > 0
-        total = self.last + 1 - self.first
-        with tqdm(desc=desc, total=total, unit="epoch", leave=False, disable=hidden) as bar:
-            while self.epoch < self.last or self.step < self.steps_per_epoch:
-                if self.step == self.steps_per_epoch:
-                    if max(self.last_epoch) < math.inf:
-                        return
-                    self.epoch, self.step = self.epoch + 1, 0
-                yield self.epoch
-                bar.update()
+    def epochs(self, stage=None):
+        """Yield the epochs from where training stands, to the last or until every head stopped.
+        stage: the stages.Stage that counts them, those that patience saves too."""
+        while self.epoch < self.last or self.step < self.steps_per_epoch:
+            if self.step == self.steps_per_epoch:
+                if max(self.last_epoch) < math.inf:
+                    if stage:
+                        stage.update(self.last - self.epoch)
+                    return
+                self.epoch, self.step = self.epoch + 1, 0
+            yield self.epoch
+            if stage:
+                stage.update()
 
     def update(self, epoch, reset_patience=False):
         """Take in an Epoch -> indices of the heads that are better than ever on validation.

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-import device
 import heads
 import losses
 
@@ -54,9 +52,10 @@ class KNN(nn.Module):
         return self.state_dict() | {"k": self.k[g : g + 1].clone()}
 
 
-def fit(cfg, train, num_classes, settings=None):
+def fit(cfg, train, num_classes, settings=None, stage=None):
     """A bank of the references that the config names, on training's Features; views are rows.
-    settings: the head's k or C alone; None: all that are tried."""
+    settings: the head's k or C alone; None: all that are tried. stage: the stages.Stage that counts
+    them."""
     rows = train.views.flatten(0, 1)  # (volumes * views, C)
     labels = train.labels.repeat_interleave(train.views.shape[1])
     mean, std = heads.statistics(rows)
@@ -71,7 +70,7 @@ def fit(cfg, train, num_classes, settings=None):
     else:
         strengths = [settings["C"]] if settings else STRENGTHS
         bank = heads.new_heads(cfg, num_classes, [{"C": float(C)} for C in strengths])
-        fit_logistic_regressions(bank, x, labels, weights)
+        fit_logistic_regressions(bank, x, labels, weights, stage)
     bank.mean, bank.std = mean, std
     return bank
 
@@ -82,7 +81,7 @@ def refit(cfg, settings, train, val, num_classes):
 
 
 @torch.no_grad()
-def fit_logistic_regressions(bank, x, labels, weights):
+def fit_logistic_regressions(bank, x, labels, weights, stage=None):
     """Make head g of the bank scikit-learn's logistic regression (L2 penalty 1 / (2 C)) of its C on
     x (n, C), labels (n,).
 
@@ -98,14 +97,7 @@ def fit_logistic_regressions(bank, x, labels, weights):
             f"found {labels.unique().tolist()}"
         )
     class_weight = dict(enumerate(weights.tolist()))
-    bar = tqdm(
-        bank.settings,
-        "logistic_regression",
-        leave=False,
-        mininterval=0.5,
-        disable=device.rank() > 0,
-    )
-    for g, setting in enumerate(bar):
+    for g, setting in enumerate(bank.settings):
         fitted = LogisticRegression(
             C=setting["C"], class_weight=class_weight, max_iter=1000, tol=1e-6
         )
@@ -117,6 +109,8 @@ def fit_logistic_regressions(bank, x, labels, weights):
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         bank.weight[g], bank.bias[g] = weight, bias
         setting["converged"] = bool(fitted.n_iter_.max() < fitted.max_iter)
+        if stage:
+            stage.update()
 
 
 def load(state, cfg):

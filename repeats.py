@@ -21,6 +21,7 @@ import losses
 import metrics
 import references
 import runs
+import stages
 from progress import Epoch, Progress, epoch_lines, epoch_record, training_tables
 
 CPU = torch.device("cpu")
@@ -63,21 +64,39 @@ def fit_all(fit, cfg, run, train, val, floor):
     seeds, threads = cfg.train.seeds or [cfg.seed], torch.get_num_threads()
     # many small operations: on a busy machine, more threads mostly wait for each other
     torch.set_num_threads(1)
-    fit_once = functools.partial(
-        fit if cfg.model.head.kind == "network" else fit_references, dev=CPU
-    )
-    fit = functools.partial(fit_and_refit, fit_once)
-    fits = {seed: fit(cfg, seed, train, val) for seed in seeds}
-    sizes = curve.fit(fit_once, cfg, fits, train, val) if cfg.train.fractions else []
-    folds = cross_validate(fit, cfg, seeds, train, val) if cfg.data.cv else []
-    floors = {}
-    if cfg.eval.floors:
-        shuffled = [part.labelled(shuffle_labels(part.samples, cfg.seed)) for part in (train, val)]
-        for name, parts in (("random encoder", floor), ("shuffled labels", shuffled)):
-            floors[name] = fit(cfg, seeds[0], *parts).states
+    with stage_of(cfg) as stage:
+        fit_once = functools.partial(
+            fit if cfg.model.head.kind == "network" else fit_references, dev=CPU, stage=stage
+        )
+        fit = functools.partial(fit_and_refit, fit_once)
+        fits = {seed: fit(cfg, seed, train, val) for seed in seeds}
+        sizes = curve.fit(fit_once, cfg, fits, train, val) if cfg.train.fractions else []
+        folds = cross_validate(fit, cfg, seeds, train, val) if cfg.data.cv else []
+        floors = {}
+        if cfg.eval.floors:
+            shuffled = [
+                part.labelled(shuffle_labels(part.samples, cfg.seed)) for part in (train, val)
+            ]
+            for name, parts in (("random encoder", floor), ("shuffled labels", shuffled)):
+                floors[name] = fit(cfg, seeds[0], *parts).states
     torch.set_num_threads(threads)
     save(cfg, run, fits, folds, floors, sizes)
     describe(cfg, run, fits, folds, sizes, len(train.samples))
+
+
+def stage_of(cfg):
+    """The Stage of all that `fit_all` fits. It counts the epochs of a bank of heads, each C of
+    logistic regression, and kNN as one."""
+    seeds, kind = len(cfg.train.seeds or [cfg.seed]), cfg.model.head.kind
+    shares = sum(fraction < 1 for fraction in cfg.train.fractions or [])
+    draws = len(cfg.train.seeds or range(curve.SUBSETS))
+    fits = seeds * (1 + (cfg.data.cv or 0)) + shares * draws + 2 * cfg.eval.floors
+    start = cfg.train.choose_by == "log_loss"  # epoch 0 is judged too
+    each = {"knn": 1, "logistic_regression": len(references.STRENGTHS)}
+    number = fits * each.get(kind, cfg.train.epochs + start)
+    unit = {"knn": "fit", "logistic_regression": "C"}.get(kind, "epoch")
+    desc = f"training, {fits} fits" if fits > 1 else "training"
+    return stages.Stage(desc, number, unit, "training", leave=False)
 
 
 def fit_and_refit(fit, cfg, seed, train, val):
@@ -92,11 +111,13 @@ def fit_and_refit(fit, cfg, seed, train, val):
     return fitted
 
 
-def fit_references(cfg, seed, train, val, dev):
+def fit_references(cfg, seed, train, val, dev, stage=None):
     """As train.fit, of scikit-learn's logistic regression for every C, or of kNN for every k. There
     is nothing to train in steps, so it is recorded as a single epoch; seed and dev are not used."""
     num_classes, labels = len(config.class_names(cfg)), train.labels
-    bank = references.fit(cfg, train, num_classes)
+    bank = references.fit(cfg, train, num_classes, stage=stage)
+    if stage and cfg.model.head.kind == "knn":
+        stage.update()
     of_units = list(train.units.values())
     weights = losses.class_weights(of_units, num_classes, cfg.train.class_weights)[labels]
     p = torch.from_numpy(heads.predict(bank, train.x)).float()  # (G, volumes, num_classes)

@@ -32,7 +32,6 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import config
 import curve
@@ -46,6 +45,7 @@ import model
 import phantom
 import repeats
 import runs
+import stages
 import tracking
 from progress import Epoch, Progress
 
@@ -81,6 +81,7 @@ def main(rank, cfg):
     for note in config.doubts(cfg, len(book.of("train"))):
         print(f"note: {note}")
 
+    stages.plan(ahead(cfg, book))  # for the time left that progress lines show
     # features of the pretrained encoder, of each volume and of its augmented views, once
     encoder = features.open_encoder(cfg)
     train_set, val_set = features.encode_for_training(cfg, book, encoder, dev)
@@ -109,12 +110,12 @@ def main(rank, cfg):
     run.finish()
 
 
-def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
+def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None, stage=None):
     """Train G heads in parallel on Features, or one head together with the encoder.
 
     Each head becomes what it would be alone; validation chooses the best head and epoch, among them
     epoch 0: what the head starts from. Returns repeats.Fitted, but with a run (a single head),
-    which is saved and printed as it goes, None.
+    which is saved and printed as it goes, None. stage: the stages.Stage that counts epochs.
 
     Shapes: G heads, b volumes of a micro-batch, C channels, N tokens of the encoder, T tokens that
     an attentive head takes. A plain probe and fine-tuning are G = 1.
@@ -131,12 +132,14 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
     progress = Progress(cfg, len(bank.settings), steps_per_epoch)
     if run:
         run.begin(bank, network, optimizer, progress)  # restores all four from last.pt, if resumed
+        next_epoch = progress.epoch + (progress.step == steps_per_epoch)
+        stages.plan(epochs_ahead(cfg, len(labels), len(x_val), next_epoch))
     class_weights = bank.class_weights.cpu()  # (G, num_classes); labels are on the host too
     best_parameters = {name: p.detach().clone() for name, p in bank.named_parameters()}
     finished = []  # Epochs
 
     # until the last epoch, or until patience ends (train.early_stopping); epoch 0 takes no step
-    for epoch in progress.epochs(f"{len(bank.settings)} heads", show_bar=run is None):
+    for epoch in progress.epochs(stage):
         # Every random number depends on seed, epoch, step and volume alone: neither the number of
         # replicas nor an interruption changes the result.
         order = data.epoch_order(labels, cfg.data.sampler, seed, epoch, num_classes)
@@ -226,6 +229,27 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None):
 # ------------------------------------------------------------------------------ what fit is made of
 
 
+def ahead(cfg, book):
+    """The stages of `main`, for stages.plan."""
+    train, val = (len(book.of(split)) for split in ("train", "val"))
+    found = features.ahead(cfg, book)
+    if config.trains_one_head(cfg):
+        return found + epochs_ahead(cfg, train, val)
+    if cfg.eval.floors:
+        found += [("encoding", math.ceil(n / device.world())) for n in (train, val)]
+    return [*found, ("training", 0)]
+
+
+def epochs_ahead(cfg, train, val, epoch=1):
+    """The stages of an encoder's training, from an epoch on, of so many volumes in all."""
+    first = max(epoch, config.first_epoch_of_encoder(cfg))
+    both = [
+        (kind, math.ceil(n / device.world()))
+        for kind, n in (("training", train), ("encoding", val))
+    ]
+    return both * max(0, cfg.train.epochs + 1 - first)
+
+
 def factor_from(first_epoch, cfg, epoch, step, steps_per_epoch):
     """lr_factor of parameters that train from first_epoch on, with their own warm-up; 0 before."""
     if epoch < first_epoch:
@@ -279,13 +303,14 @@ def volumes_of(cfg, samples, steps, encoder, epoch):
     kind = torch.float32 if intensities else torch.float16
     padding = torch.zeros(1, *encoder.size, dtype=kind)
     volumes = data.open_volumes(cfg, samples, encoder.size, are_intensities=intensities)
-    stream = data.stream(volumes, None, order, cfg, augment)
-    with contextlib.closing(stream):
-        hidden = device.rank() > 0
-        bar = tqdm(stream, f"epoch {epoch}", len(order), leave=False, unit="volume", disable=hidden)
-        arriving = (volume for _, _, volume in bar)
+    desc, reading = f"epoch {epoch}/{cfg.train.epochs}", volumes.reading
+    stage = stages.Stage(desc, len(order), "volume", "training", reading=reading, leave=False)
+    with stage, contextlib.closing(data.stream(volumes, None, order, cfg, augment)) as stream:
+        arriving = (volume for _, _, volume in stream)
         for indices in micro:
-            yield torch.stack([next(arriving) if index >= 0 else padding for index in indices])
+            batch = [next(arriving) if index >= 0 else padding for index in indices]
+            stage.update(sum(index >= 0 for index in indices))
+            yield torch.stack(batch)
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -12,7 +12,6 @@ import os
 import sys
 
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
-from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -24,6 +23,7 @@ import figures  # noqa: E402
 import files  # noqa: E402
 import ledger  # noqa: E402
 import phantom  # noqa: E402
+import stages  # noqa: E402
 
 
 def draw(cfg, book, size, views=5):
@@ -34,8 +34,10 @@ def draw(cfg, book, size, views=5):
     figure = Figure((1.8 * (1 + views), 3.4 * len(samples)), layout="constrained")
     no_ticks = {"xticks": [], "yticks": []}
     axes = figure.subplots(2 * len(samples), 1 + views, squeeze=False, subplot_kw=no_ticks)
-    with contextlib.closing(data.stream(volumes, book, range(len(samples)), cfg)) as arriving:
-        for i, key, volume in tqdm(arriving, "preview", len(samples), unit="volume"):
+    arriving = data.stream(volumes, book, range(len(samples)), cfg)
+    stage = stages.Stage("preview", len(samples), "volume", reading=volumes.reading)
+    with stage, contextlib.closing(arriving):
+        for i, key, volume in stage.over(arriving):
             axes[2 * i, 0].set_ylabel(book.classes[samples[i].label])
             draw_views(axes[2 * i : 2 * i + 2], cfg, key, volume)
     for view, axis in enumerate(axes[0]):

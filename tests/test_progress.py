@@ -96,7 +96,7 @@ def walk(scores, patience=2, epochs=10, choose_by=BY_ACCURACY):
     found, num_heads = [], len(scores[1])
     state = progress.Progress(cfg, num_heads, steps_per_epoch=1)
     bank, y, p = heads.Heads(8, 4, [{}] * num_heads), np.arange(4), np.full((num_heads, 4, 4), 0.25)
-    for number in state.epochs("heads", show_bar=False):
+    for number in state.epochs():
         state.step = 1
         epoch = progress.Epoch(number, torch.arange(4), bank)
         finite = np.array([np.isfinite(loss) for _, loss in scores[number]])

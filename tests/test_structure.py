@@ -17,6 +17,7 @@ ORDER = [
     "files",
     "losses",
     "device",
+    "stages",
     "resampling",
     "scores",
     "intervals",
