@@ -257,7 +257,7 @@ def test_texts_of_the_data_are_shown_as_text(copied):
     report.write_report(copied)
     page = content(f"{copied}/report.html")
     assert page.count("<script") == 1 and "alert(&#34;1&#34;)" in page
-    assert HOSTILE in html.unescape(page)
+    assert report.shown(HOSTILE) in html.unescape(page)
 
 
 def first_plane(found):
@@ -312,7 +312,7 @@ def test_a_comparison_shows_the_cards_of_those_whom_exactly_one_run_has_right(
 ):
     """Two runs with galleries of all participants; without --no-images."""
     runs = []
-    for name, more in (("mean", []), ("max", ["model.pool_method=max"])):
+    for name, more in (("mean", []), ("mlp", ["model.head.hidden=16"])):
         runs.append(f"{tmp_path / name}/run")
         (tmp_path / name).mkdir()
         run_of(written, tmp_path / name, *more)
