@@ -6,6 +6,7 @@ Plain functions and names that test files share are in helpers.py.
 import contextlib
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,13 @@ def configure(tmp_path):
     import config
 
     return lambda root, *more: config.load(DEMO, [*settings(root, tmp_path), *more])
+
+
+@pytest.fixture(autouse=True)
+def sigterm_ends_a_process():
+    """Training in this process leaves a handler that only notes SIGTERM; a child that a later test
+    forks would inherit it, and not end."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
