@@ -15,7 +15,7 @@ TASK_CONFIG = $(if $(TASK), --config configs/tasks/$(TASK).yaml)
 CONFIGS = --config configs/$(CKPT).yaml$(TASK_CONFIG)$(if $(filter-out probe,$(MODE)), --config configs/$(MODE).yaml)
 NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)$(if $(TASK),_$(TASK))_$(MODE))
 
-.PHONY: help doctor probe finetune sweep preview check setup setup-xla lint test test-slow test-xla \
+.PHONY: help doctor probe finetune sweep preview pictures check setup setup-xla lint test test-slow test-xla \
     bench bench-limits bench-times bench-truth tpu-setup tpu-train tpu-fetch clean
 
 help:
@@ -48,6 +48,19 @@ preview: setup  ## draw augmented views of CKPT's volumes
 
 check: setup  ## who is in the data, who is missing and why, with a page; with DEEP=1, every volume is opened
 	.venv/bin/python check.py$(if $(DEEP), --deep) --config configs/$(CKPT).yaml$(TASK_CONFIG)
+
+SHOOT = .venv/bin/python scripts/pictures.py docs
+pictures: setup  ## the pictures of README.md and docs/, from the demo; needs chromium; half an hour
+	.venv/bin/python bench/encoders.py
+	$(MAKE) sweep CKPTS="demo demo_short demo_long"
+	$(SHOOT) leaderboard
+	$(MAKE) sweep CKPTS="demo demo_example" TASKS="default aireadi_laterality" MODES="probe attentive"
+	$(SHOOT) tasks
+	.venv/bin/python eval.py --compare runs/cls_demo runs/cls_demo_attentive runs/cls_demo_short runs/cls_demo_long
+	$(MAKE) check DEEP=1
+	$(SHOOT) report gallery features training comparison check
+	.venv/bin/python scripts/phantom_picture.py docs/phantom.png
+	.venv/bin/python scripts/preview.py --config configs/demo.yaml --config configs/finetune.yaml docs/preview.png
 
 doctor: setup  ## is this machine ready? packages, GPU or TPU, disk, memory, B2, W&B
 	.venv/bin/python scripts/doctor.py --config configs/$(CKPT).yaml$(TASK_CONFIG)

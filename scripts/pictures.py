@@ -1,6 +1,6 @@
 """Pictures of the pages, for README.md and docs/. `make pictures` makes the pages and calls this.
 
-    python scripts/pictures.py docs          # docs/report.png, docs/gallery.png, ...
+    python scripts/pictures.py docs report gallery        # docs/report.png, docs/gallery.png
 
 Needs chromium. Run it from the project's root.
 """
@@ -17,12 +17,13 @@ from PIL import Image
 # name: (page, the section of it by its id, or "" for the first screen; pixels of width and of most
 # height)
 SHOTS = {
-    "report": ("runs/cls_demo/report.html", "", 1280, 420),
-    "gallery": ("runs/cls_demo/report.html", "gallery-test", 1280, 900),
-    "features": ("runs/cls_demo/report.html", "features", 1000, 1200),
+    "report": ("runs/cls_demo/report.html", "", 1280, 425),
+    "gallery": ("runs/cls_demo/report.html", "eyes", 1280, 860),
+    "features": ("runs/cls_demo/report.html", "features", 1000, 1300),
     "training": ("runs/cls_demo/report.html", "training", 1280, 1400),
     "comparison": ("runs/comparison.html", "", 1280, 1100),
-    "check": ("runs/cls_demo_check/check.html", "", 1000, 1200),
+    "check": ("runs/cls_demo_check.html", "", 1280, 700),
+    "leaderboard": ("runs/leaderboard.html", "", 1280, 900),
     "tasks": ("runs/leaderboard.html", "", 1280, 1100),
 }
 # the section alone, opened
@@ -57,12 +58,15 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", help="for the pictures, for example docs")
-    folder = pathlib.Path(parser.parse_args().folder)
+    parser.add_argument("names", nargs="+", choices=SHOTS, help="which")
+    args = parser.parse_args()
+    folder = pathlib.Path(args.folder)
     browsers = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
     browser = next(filter(None, browsers), None)
     if not browser:
         raise SystemExit("error: there is no chromium; install it, for example with apt-get")
-    for name, (page, part, width, most) in SHOTS.items():
+    for name in args.names:
+        page, part, width, most = SHOTS[name]
         if not pathlib.Path(page).exists():
             raise SystemExit(f"error: {page} is not there; run make pictures, which makes it")
         shoot(browser, page, part, width, most, folder / f"{name}.png")
