@@ -85,7 +85,7 @@ lint: setup  ## ruff, shellcheck
 	.venv/bin/ruff format --check .
 	.venv/bin/shellcheck scripts/*.sh .ci/run
 
-test: setup  ## the tests that take three minutes on two cores
+test: setup  ## the quick tests, five minutes on two cores
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "not slow and not browser" tests
 
 test-slow: setup tests/node_modules  ## the others
