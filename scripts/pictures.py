@@ -14,18 +14,18 @@ import tempfile
 import numpy as np
 from PIL import Image
 
-# name: (page, the section of it by its id, or "" for the first screen; pixels of width and of most
-# height)
+# name: (page, id of the section that is shown, or "" for the top of the page; width and largest
+# height in pixels)
 SHOTS = {
     "report": ("runs/cls_demo/report.html", "", 1280, 420),
-    "gallery": ("runs/cls_demo/report.html", "gallery-test", 1280, 900),
+    "gallery": ("runs/cls_demo/report.html", "eyes", 1280, 900),
     "features": ("runs/cls_demo/report.html", "features", 1000, 1200),
     "training": ("runs/cls_demo/report.html", "training", 1280, 1400),
     "comparison": ("runs/comparison.html", "", 1280, 1100),
-    "check": ("runs/cls_demo_check/check.html", "", 1000, 1200),
+    "check": ("runs/cls_demo_check.html", "", 1000, 1200),
     "tasks": ("runs/leaderboard.html", "", 1280, 1100),
 }
-# the section alone, opened
+# what goes into a page so that it shows one section alone, opened; PART is its id
 ALONE = """<style>main > :not(details) { display: none }</style>
 <script>addEventListener("load", () => {
     const part = document.getElementById("PART").closest("main > details")
@@ -35,7 +35,8 @@ ALONE = """<style>main > :not(details) { display: none }</style>
 
 
 def shoot(browser, page, part, width, most, path):
-    """Save what a browser shows of a page, without the empty rest below it."""
+    """Save a PNG of what a browser shows of a page, or of its section `part` alone, without the
+    empty rest below it. width and most: as in SHOTS."""
     text = pathlib.Path(page).read_text(encoding="utf-8")
     text = text.replace("</head>", ALONE.replace("PART", part)) if part else text
     with tempfile.TemporaryDirectory() as folder:
