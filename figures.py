@@ -70,6 +70,16 @@ def new_figure(width, height, rows=1, columns=1):
     return figure, figure.subplots(rows, columns)
 
 
+def new_panels(number, height, columns):
+    """A figure of WIDTH x height inches, and the axes of its panels (number,), so many a row. The
+    places that are left in the last row stay empty."""
+    figure, axes = new_figure(WIDTH, height, -(-number // columns), columns)
+    axes = np.array(axes).ravel()
+    for axis in axes[number:]:
+        axis.set_axis_off()
+    return figure, axes[:number]
+
+
 @style()
 def picture(figure, kind, dpi=110):
     """The bytes of a figure as "png", "svg" or "pdf". Every figure of the project is written here,
