@@ -286,8 +286,9 @@ def score_floors(opened, book, found, split, encoder, dev, predictions):
 
 
 def what_else(opened, book, found, encoder, dev, predictions, result):
-    """What a reader asks of the scores: how much is known without the eye, and from the features;
-    at other class shares; after how many looks -> parts of eval_SPLIT.json."""
+    """What a reader asks of the scores: how much can be known without the eye; what else the
+    features tell; the scores at other class shares; how often the test set was looked at -> parts
+    of eval_SPLIT.json."""
     split = result["split"]
     parts = [
         confounding.examine(opened, book, predictions, split),
@@ -426,7 +427,8 @@ def explain_participant(rank, cfg, ckpt, split, participant, overrides):
 
 
 def main(rank, cfg, ckpt, split, overrides):
-    """The job, in every replica."""
+    """Score a run's checkpoint on a split and print the result, in every replica: the job that
+    device.launch calls with rank and cfg, as it calls `export` and `explain_participant`."""
     result, folder = evaluate_run(ckpt, split, overrides)
     report.print_result(result)
     print(f"report: {os.path.join(os.path.relpath(folder), 'report.html')}")
