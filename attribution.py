@@ -67,8 +67,8 @@ def attribute(bank, tokens, pooling):
 
 
 def parts_of(bank, x, pooling):
-    """Standardised tokens x (T, C) -> what each is of the pooled feature (T, C), which is their
-    sum; and the weights (T,) of attentive pooling, else None."""
+    """Standardised tokens x (T, C) -> the part of each in the pooled feature, (T, C): they add up
+    to it; and the weights (T,) of attentive pooling as a numpy array, else None."""
     if pooling == "mean":
         return x / len(x), None
     if pooling == "max":

@@ -39,9 +39,9 @@ import stages
 import weights
 from labels import SPLITS
 
-MOST_SCANS = 12  # pictures of B-scans
-MOST_LINES = 100  # of a list of problems
-SCAN_WIDTH = 480  # pixels
+MOST_SCANS = 12  # pictures of B-scans on the page
+MOST_LINES = 100  # of a list of problems on the page
+SCAN_WIDTH = 480  # pixels of a picture of a B-scan
 
 # what a manifest of AI-READI says of a volume
 OF_MANIFEST = ("manufacturer", "manufacturers_model_name", "anatomic_region", "imaging", "height")
@@ -73,10 +73,11 @@ def deep_check(cfg, book):
 
 def known_files(cfg, book):
     """What the cache holds of the ledger's volumes, into book.facts, without opening any -> notes,
-    {kind: what the page shows of it}; None where it is not known how the cache has them."""
+    {kind: what the page shows of it}; [], None where it is not known in what size the cache has
+    them."""
     size = size_at_hand(cfg)
     if size is None:
-        return None
+        return [], None
     volumes, notes, scans = data.open_volumes(cfg, book.samples, size, book.ids), [], {}
     for i, sample in enumerate(volumes.samples):
         try:
@@ -145,7 +146,8 @@ def add_scan(scans, sample, found, volume):
 
 def extent(found):
     """Height and width of a B-scan, and what is known of them in words: in mm where the file says
-    its spacing, else in pixels."""
+    its spacing, and that is plausible (neither side is ten times the other); else in pixels, and no
+    side is shown as less than a tenth of the other."""
     pixels = found["rows"], found["columns"]
     if found["spacing"]:
         height, width = (n * mm for n, mm in zip(pixels, found["spacing"]))
@@ -183,8 +185,8 @@ def store_table(book):
     head, rows = facts.tally(book.samples, columns)
     sizes = sorted(sample.source.size for sample in book.samples)
     if sizes:
-        middle = sizes[len(sizes) // 2]
-        span = f"{shown_bytes(sizes[0])} to {shown_bytes(sizes[-1])}, median {shown_bytes(middle)}"
+        least, median, most = map(shown_bytes, (sizes[0], sizes[len(sizes) // 2], sizes[-1]))
+        span = f"{least} to {most}, median {median}"
         rows.append(["size", span, str(len(sizes))])
         rows.append(["", f"{shown_bytes(sum(sizes))} together", str(len(sizes))])
     return head, rows
@@ -272,6 +274,7 @@ def reason_to_stop(cfg, book):
 
 
 def main():
+    """The command: the ledger is printed, and the page written, also where the check then fails."""
     parser = config.parser(__doc__)
     parser.add_argument("--deep", action="store_true", help="open every volume once")
     parser.add_argument("--no-images", action="store_true", help="no B-scans in check.html")
@@ -282,7 +285,7 @@ def main():
     book = ledger.read(cfg)
     print(f"{book.description}: {ledger.volumes_asked(cfg)}")
     print(ledger.table(book))
-    notes, scans = (deep_check if args.deep else known_files)(cfg, book) or ([], None)
+    notes, scans = deep_check(cfg, book) if args.deep else known_files(cfg, book)
     stops = reason_to_stop(cfg, book)
     print(f"page: {write_page(cfg, book, notes, scans, stops, args)}")
     if stops:

@@ -81,23 +81,8 @@ def evaluate_run(ckpt, split, overrides=()):
     predictions, *of_other_seeds = [heads.by_unit(found.samples, p) for p in volumes]
 
     table = runs.predictions_csv(predictions)
-    result = {
-        "split": split,
-        "run": cfg.log.run_name,
-        "epoch": saved["epoch"],
-        "refit": split == "test" and "refit" in saved,
+    result = identity(opened, encoder, book, split) | {
         "volumes": len(found.samples),
-        "data": book.description,
-        "task": cfg.data.task or cfg.data.columns.label,
-        "ordered": cfg.data.ordered,
-        "unit": cfg.data.unit,
-        "volumes_asked": ledger.volumes_asked(cfg),
-        "encoder": encoder_name(cfg),
-        "mode": config.mode(cfg),
-        "encoder_sha256": encoder.sha256,
-        "pretrained_sha256": saved["encoder_sha256"],
-        "checkpoint_sha256": files.sha256(opened.path),
-        "labels_sha256": book.sha256["labels"],
         "predictions_sha256": files.hashed(table),
         **score(opened, book, found.samples, volumes[0], predictions),
     }
@@ -126,6 +111,29 @@ def evaluate_run(ckpt, split, overrides=()):
             feature_map.write(pathlib.Path(opened.folder), split, mapped)
         write(opened, book, result, table, predictions, cards)
     return result, opened.folder
+
+
+def identity(opened, encoder, book, split):
+    """What a result is of: the run, its data and encoder, and the hashes that make it comparable ->
+    parts of eval_SPLIT.json."""
+    saved, cfg = opened.saved, opened.cfg
+    return {
+        "split": split,
+        "run": cfg.log.run_name,
+        "epoch": saved["epoch"],
+        "refit": split == "test" and "refit" in saved,
+        "data": book.description,
+        "task": cfg.data.task or cfg.data.columns.label,
+        "ordered": cfg.data.ordered,
+        "unit": cfg.data.unit,
+        "volumes_asked": ledger.volumes_asked(cfg),
+        "encoder": encoder_name(cfg),
+        "mode": config.mode(cfg),
+        "encoder_sha256": encoder.sha256,
+        "pretrained_sha256": saved["encoder_sha256"],
+        "checkpoint_sha256": files.sha256(opened.path),
+        "labels_sha256": book.sha256["labels"],
+    }
 
 
 def ahead(opened, book, split):
@@ -278,8 +286,9 @@ def score_floors(opened, book, found, split, encoder, dev, predictions):
 
 
 def what_else(opened, book, found, encoder, dev, predictions, result):
-    """What a reader asks of the scores: how much is known without the eye, and from the features;
-    at other class shares; after how many looks -> parts of eval_SPLIT.json."""
+    """What a reader asks of the scores: how much can be known without the eye; what else the
+    features tell; the scores at other class shares; how often the test set was looked at -> parts
+    of eval_SPLIT.json."""
     split = result["split"]
     parts = [
         confounding.examine(opened, book, predictions, split),
@@ -418,7 +427,8 @@ def explain_participant(rank, cfg, ckpt, split, participant, overrides):
 
 
 def main(rank, cfg, ckpt, split, overrides):
-    """The job, in every replica."""
+    """Score a run's checkpoint on a split and print the result, in every replica: the job that
+    device.launch calls with rank and cfg, as it calls `export` and `explain_participant`."""
     result, folder = evaluate_run(ckpt, split, overrides)
     report.print_result(result)
     print(f"report: {os.path.join(os.path.relpath(folder), 'report.html')}")
@@ -426,7 +436,9 @@ def main(rank, cfg, ckpt, split, overrides):
     print(f"next: {runs.command_line('eval.py', *compare_with)}")
 
 
-def command():
+def arguments():
+    """The arguments of the command, with `split` filled in. ValueError where two contradict each
+    other."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -460,9 +472,9 @@ def command():
         help="of --ckpt, such as paths.data=ELSEWHERE",
     )
     args = parser.parse_intermixed_args()
-    split = args.split or ("all" if args.explain else "test")
-    if split in ("train", "all") and not (args.export or args.explain):
-        raise ValueError(f"--split {split} is for --export and --explain; score val or test")
+    args.split = args.split or ("all" if args.explain else "test")
+    if args.split in ("train", "all") and not (args.export or args.explain):
+        raise ValueError(f"--split {args.split} is for --export and --explain; score val or test")
     for name in ("export", "explain", "open"):
         if getattr(args, name) and not args.ckpt:
             raise ValueError(f"--{name} is about one run; name it with --ckpt")
@@ -474,13 +486,18 @@ def command():
         raise ValueError("--open opens report.html, which --export and --explain do not write")
     if args.power and not args.compare:
         raise ValueError("--power is of a comparison; name two runs with --compare")
+    return args
+
+
+def command():
+    args = arguments()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar in a file, too
     if args.compare:
-        found = compare.open_runs(args.compare, split, args.power)
+        found = compare.open_runs(args.compare, args.split, args.power)
         print(compare.in_words(found))
         print(f"written: {versus.write(found, not args.no_images)}")
     elif args.leaderboard:
-        print(leaderboard.leaderboard(args.leaderboard, split))
+        print(leaderboard.leaderboard(args.leaderboard, args.split))
     else:
         overrides = args.overrides + (["eval.gallery=0"] if args.no_images else [])
         opened = runs.open_checkpoint(args.ckpt, overrides)
@@ -489,7 +506,7 @@ def command():
         # for themselves: its tensors are mapped from the file, which is cheaper than sending them.
         is_alone = cfg.device.processes == 1 and device.choose(cfg.device.backend) != "xla"
         ckpt = opened if is_alone else args.ckpt
-        what = {"ckpt": ckpt, "split": split, "overrides": overrides}
+        what = {"ckpt": ckpt, "split": args.split, "overrides": overrides}
         job = functools.partial(main, **what)
         if args.export:
             job = functools.partial(export, path=args.export, **what)

@@ -75,7 +75,8 @@ def find(cfg, book, participant, split):
 
 
 def page(opened, book, bank, scored):
-    """Write the page of [(sample, volume (D, H, W), grid, Attribution, p (K,))] -> its path."""
+    """Write the page of [(sample, volume (D, H, W), grid, Attribution, p (K,))], on rank 0 -> its
+    path."""
     sample = scored[0][0]
     units = heads.by_unit([s for s, *_ in scored], np.array([p for *_, p in scored]))
     answer_of = dict(zip(units.ids, units.p.argmax(axis=1).tolist()))
@@ -119,7 +120,8 @@ def page(opened, book, bank, scored):
 
 
 def about(facts, frame, volume, grid):
-    """What the pictures of a volume are of, in words."""
+    """What the pictures of a volume are of, in words. facts: what its file says; frame: the index
+    of the B-scan; volume (D, H, W); grid (d, h, w)."""
     covered = gallery.extent(facts)
     size = "its file does not say its spacing, so proportions are not known"
     if covered:
@@ -132,7 +134,8 @@ def about(facts, frame, volume, grid):
 
 
 def table(classes, found, p):
-    """(header, rows) of a volume: what the logit of each class is made of."""
+    """What the logit of each class is made of, or of kNN its mean over tokens -> (header, rows of
+    texts). found: the Attribution of a volume, p (K,) its probabilities."""
     if found.constant is None:
         header = ["class", "probability", "mean over tokens"]
         parts = [[number(value)] for value in found.scores.mean(axis=0)]
@@ -145,9 +148,8 @@ def table(classes, found, p):
 
 
 def file_name(participant):
-    """explain_PARTICIPANT.html, of letters that every file system takes; another participant's is
-    another one."""
+    """explain_PARTICIPANT.html, in letters that every file system takes. Where that changes the id,
+    a hash of it follows, so that no two participants have the same file."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", participant)[:60]
-    return (
-        f"explain_{safe}{'' if safe == participant else '_' + files.hashed(participant)[:8]}.html"
-    )
+    ending = "" if safe == participant else f"_{files.hashed(participant)[:8]}"
+    return f"explain_{safe}{ending}.html"

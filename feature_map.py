@@ -92,7 +92,8 @@ def examine(opened, book, found, encoder, dev):
 
 
 def flat(x):
-    """Features (volumes, C), or tokens (volumes, T, C) -> (volumes, C)."""
+    """Features (volumes, C), or tokens (volumes, T, C) of attentive pooling -> (volumes, C), the
+    mean over the tokens."""
     return x.mean(dim=1) if x.ndim == 3 else x
 
 
@@ -130,6 +131,7 @@ def recall(cfg, book, samples, encoder, dev):
 
 
 def scanner_of(sample):
+    """Its model by the manifest; "" where that does not say."""
     return sample.manifest.get("manufacturers_model_name", "")
 
 
@@ -230,6 +232,7 @@ def table(result):
 
 
 def apart(silhouette):
+    """A silhouette as text."""
     return "-" if silhouette is None else f"{round(silhouette, 2) + 0:.2f}"  # never -0.00
 
 
@@ -297,22 +300,18 @@ def draw(mapped, coordinates, names):
 
     panels = list(mapped.found["colourings"])
     columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
     groups = {what: groups_of(mapped, what) for what in mapped.texts}
     lines = [legend_lines(groups[what]) if what in groups else 3 for what in panels]
     height = 0.3
     for first in range(0, len(panels), columns):
         height += 2 + 0.15 * max(lines[first : first + columns])
-    figure, axes = figures.new_figure(figures.WIDTH, height, rows, columns)
-    axes = np.array(axes).ravel()
+    figure, axes = figures.new_panels(len(panels), height, columns)
     for axis, what in zip(axes, panels):
         if what == "age":
             draw_ages(figure, axis, mapped, coordinates)
         else:
             draw_groups(axis, mapped, coordinates, groups[what])
         axis.set(title=what, xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
     is_scored = mapped.splits == mapped.scored
     circle = {"marker": "o", "linestyle": "", "color": "0.7", "markersize": 5}
     handles = [Line2D([], [], **circle, markeredgecolor="black", label=mapped.scored)]
@@ -339,6 +338,7 @@ def groups_of(mapped, what):
 
 
 def legend_lines(groups):
+    """How many lines the legend of a pair of `groups_of` takes."""
     count = sum(map(len, groups))
     return count if is_wide(groups) else -(-count // 2)
 
@@ -349,6 +349,7 @@ def is_wide(groups):
 
 
 def draw_groups(axis, mapped, coordinates, groups):
+    """The panel of a colouring, of a pair of `groups_of`, with the legend below it."""
     from matplotlib.lines import Line2D
 
     named, grey = groups
@@ -375,6 +376,7 @@ def draw_groups(axis, mapped, coordinates, groups):
 
 
 def draw_ages(figure, axis, mapped, coordinates):
+    """The panel of age: a colour bar instead of a legend."""
     known = ~np.isnan(mapped.ages)
     ages = mapped.ages[known]
     scatter(axis, mapped, coordinates, np.flatnonzero(~known), **GREY)

@@ -70,6 +70,16 @@ def new_figure(width, height, rows=1, columns=1):
     return figure, figure.subplots(rows, columns)
 
 
+def new_panels(number, height, columns):
+    """A figure of WIDTH x height inches, and the axes of its panels (number,), so many a row. The
+    places that are left in the last row stay empty."""
+    figure, axes = new_figure(WIDTH, height, -(-number // columns), columns)
+    axes = np.array(axes).ravel()
+    for axis in axes[number:]:
+        axis.set_axis_off()
+    return figure, axes[:number]
+
+
 @style()
 def picture(figure, kind, dpi=110):
     """The bytes of a figure as "png", "svg" or "pdf". Every figure of the project is written here,
@@ -126,20 +136,11 @@ def draw_summary(result, others):
         name = label(f"chance band within {result['within']['groups']}", 60)
         axis.axvspan(low, high, **hatched, label=name, zorder=0.5)
     for n, (_, scored, colour, marker) in enumerate(rows):
+        look = {"color": colour, "clip_on": False}
         interval = clean(result, scored.get("ci95", {}).get("balanced_accuracy"))
         if interval:
-            axis.plot(
-                interval,
-                [n, n],
-                color=colour,
-                linestyle="-",
-                marker="|",
-                linewidth=1.6,
-                clip_on=False,
-            )
-        axis.plot(
-            scored["balanced_accuracy"], n, color=colour, marker=marker, markersize=6, clip_on=False
-        )
+            axis.plot(interval, [n, n], linestyle="-", marker="|", linewidth=1.6, **look)
+        axis.plot(scored["balanced_accuracy"], n, marker=marker, markersize=6, **look)
     axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axis.get_yticklabels()[0].set_fontweight("bold")
     axis.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="balanced accuracy")
@@ -155,6 +156,7 @@ def draw_summary(result, others):
 
 @style()
 def draw_confusion(result):
+    """The confusion matrix: numbers, and their shares of the true class, which give the colour."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
     counts = np.array(result["confusion_matrix"])  # rows: true
@@ -175,6 +177,8 @@ def draw_confusion(result):
 
 @style()
 def draw_roc(result, y_true, p):
+    """A curve for each class against the rest; y_true (n,), p (n, K). Of many classes, the legend
+    is beside the curves."""
     from sklearn.metrics import roc_curve
 
     many = len(result["classes"]) > 8
@@ -199,6 +203,8 @@ def draw_roc(result, y_true, p):
 
 @style()
 def draw_reliability(result):
+    """Share of right answers over the probability of the answer, before and after calibration; the
+    area of a point grows with the number of those in its bin."""
     curves = {"as predicted": result["reliability"]}
     if "calibrated" in result:
         curves[f"temperature {result['temperature']:.2f}"] = result["calibrated"]["reliability"]

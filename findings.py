@@ -27,10 +27,14 @@ def clean(result, interval):
     return None if result["split"] == "val" else interval
 
 
+def with_span(value, interval):
+    """A score in words, with its interval where it has one."""
+    return number(value) + (f" ({span(interval)})" if interval else "")
+
+
 def with_interval(result, value, interval):
     """A score in words, with its interval where that is `clean`."""
-    interval = clean(result, interval)
-    return number(value) + (f" ({span(interval)})" if interval else "")
+    return with_span(value, clean(result, interval))
 
 
 def units(result):

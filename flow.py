@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import figures
 from labels import SPLITS, grouped
 
+WIDTH = 4.8  # inches: narrower than other figures, so that its text can be read on a phone
 MOST = 6  # reasons, and classes of a split, that the figure names before it sums up the rest
 SIZE = 8.5  # of the text, in points
 LINE = 1.3 * SIZE / 72  # inches from line to line
@@ -93,7 +94,8 @@ def amounts(part, unit):
 
 
 def shortened(reasons, most):
-    """{reason: number} -> [(reason, number)], at most so many, then the sum of all others."""
+    """{reason: number} -> [(reason, number)]: the first `most`, then the sum of all others. A
+    single other one is named itself, for a sum would take as much room."""
     first, rest = list(reasons.items())[:most], list(reasons.values())[most:]
     if len(rest) == 1:
         return list(reasons.items())
@@ -104,7 +106,7 @@ def shortened(reasons, most):
 
 
 def table(flow, most=50):
-    """The numbers of the figure -> (header, rows of texts)."""
+    """The numbers of the figure -> (header, rows of texts). most: reasons that are named."""
     with_eyes = flow.unit == "eye"
 
     def row(name, number, units="", volumes=""):
@@ -161,7 +163,7 @@ class Box:
         return 2 * PAD + LINE * (1 + self.title.count("\n") + len(self.lines))
 
     def draw(self, axis, left, top):
-        """With its upper left corner there, in inches."""
+        """Draw it with its upper left corner there, on an axis whose unit is an inch."""
         from matplotlib.patches import Rectangle
 
         lower_left = left, top - self.height
@@ -173,11 +175,11 @@ class Box:
             axis.text(left + PAD, top - PAD - number * LINE, line, **style)
 
 
-def boxes(flow, width):
-    """The boxes of the figure: those of the main line, those beside the line, those of the
-    splits."""
+def boxes(flow):
+    """The boxes of the figure: three lists, of those on the main line, those beside it, and those
+    of the splits."""
     used, *splits = flow.splits
-    narrow, beside = (width - 0.24) / 3, 0.6 * width
+    narrow, beside, half = (WIDTH - 0.24) / 3, 0.6 * WIDTH, 0.5 * WIDTH
 
     def of_reasons(title, reasons):
         lines = [f"{why}: {number}" for why, number in shortened(reasons, MOST)]
@@ -190,42 +192,42 @@ def boxes(flow, width):
 
     people = lambda number: counted(number, "participant")
     main = [
-        Box(0.5 * width, people(flow.listed), [f"in {flow.source}"]),
-        Box(0.5 * width, people(flow.eligible), ["that should have a volume"]),
-        Box(0.5 * width, f"{people(used.participants)} used", amounts(used, flow.unit)[1:]),
+        Box(half, people(flow.listed), [f"in {flow.source}"]),
+        Box(half, people(flow.eligible), ["that should have a volume"]),
+        Box(half, f"{people(used.participants)} used", amounts(used, flow.unit)[1:]),
     ]
     sides = [of_reasons("Left out", flow.left_out), of_reasons("Missing", flow.missing)]
     return main, sides, [of_split(part) for part in splits]
 
 
 @figures.style()
-def draw(flow, width=4.8):
+def draw(flow):
     """The flow as a matplotlib figure: from the table down, with who is left out beside the line,
-    to the three splits. Narrower than others, so that its text can be read on a phone."""
-    main, sides, splits = boxes(flow, width)
+    to the three splits."""
+    main, sides, splits = boxes(flow)
     gaps = [side.height + GAP for side in sides] + [1.5 * GAP]
     height = 0.04 + sum(box.height for box in main) + sum(gaps) + max(b.height for b in splits)
-    figure, axis = figures.new_figure(width, height)
+    figure, axis = figures.new_figure(WIDTH, height)
     figure.set_layout_engine("none")
     axis.set_position([0, 0, 1, 1])  # so that its units are inches
-    axis.set(xlim=(0, width), ylim=(0, height))
+    axis.set(xlim=(0, WIDTH), ylim=(0, height))
     axis.set_axis_off()
     arrow = {"arrowstyle": "-|>", "color": "0.3", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
 
-    def point(start, end):
+    def point(start, end):  # an arrow between two (x, y)
         axis.annotate("", end, start, arrowprops=arrow)
 
-    top, line = height - 0.02, 0.25 * width  # the main line is so far from the left
+    top, line = height - 0.02, 0.25 * WIDTH  # y of the next box; x of the main line
     for box, side, gap in zip(main, [*sides, None], gaps):
         box.draw(axis, 0.02, top)
         top -= box.height
         if side:
             point((line, top), (line, top - gap))
             middle = top - gap / 2
-            point((line, middle), (0.98 * width - side.width, middle))
-            side.draw(axis, 0.98 * width - side.width, middle + side.height / 2)
+            point((line, middle), (0.98 * WIDTH - side.width, middle))
+            side.draw(axis, 0.98 * WIDTH - side.width, middle + side.height / 2)
         top -= gap
-    fork, step = top + 0.75 * GAP, (width - 0.04 - splits[0].width) / 2
+    fork, step = top + 0.75 * GAP, (WIDTH - 0.04 - splits[0].width) / 2
     centres = [0.02 + n * step + splits[0].width / 2 for n in range(3)]
     straight = {"color": "0.3", "linewidth": 0.8, "linestyle": "-", "marker": ""}
     axis.plot([line, line], [top + gaps[-1], fork], **straight)

@@ -11,9 +11,8 @@ import pathlib
 
 import numpy as np
 
-from agreement import Agreement
 from figures import BLUE, GUIDE, KINDS, ORANGE, WIDTH, label, new_figure, save, style
-from findings import clean, number, span
+from findings import clean, span, with_span
 
 # the figures of `write`; of several tasks, each has its number
 NAMES = ("scores", "differences", "ranking", "agreement", "mean_ranks")
@@ -45,11 +44,12 @@ def labels(names, longest=44):
 
 
 def broken(text, line=22):
-    """A label on two lines where it is longer than one: a tick beside which a figure has room."""
+    """A label on two lines where it is longer than `line` letters, so that a figure has room beside
+    its ticks. It is cut after a sign between words, or in the middle."""
     if len(text) <= line:
         return text
     cut = max(text.rfind(sign, 0, line) + 1 for sign in " _-.")
-    if not len(text) - line <= cut:
+    if len(text) - cut > line:
         cut = math.ceil(len(text) / 2)
     return f"{text[:cut]}\n{text[cut:]}"
 
@@ -61,7 +61,7 @@ def beside(axis, row, text):
 
 
 def finish(axis, names, title):
-    """Rows of names from above, with light guides."""
+    """Names and title of an axis whose rows 0, 1, ... go from above to below, and light lines."""
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_title(title, loc="left")
@@ -85,7 +85,7 @@ def draw_scores(results):
             bar = {"color": BLUE, "linestyle": "-", "marker": "|", "linewidth": 1.8}
             axis.plot(interval, [n, n], **bar, clip_on=False)
         axis.plot(r["balanced_accuracy"], n, color=BLUE, marker="o", markersize=6, clip_on=False)
-        beside(axis, n, with_interval(r["balanced_accuracy"], interval))
+        beside(axis, n, with_span(r["balanced_accuracy"], interval))
     axis.set(xlim=(0, 1), xlabel="balanced accuracy")
     first = next(iter(results.values()))
     how = "chosen on it: no interval" if first["split"] == "val" else "95 % interval"
@@ -96,24 +96,20 @@ def draw_scores(results):
 
 def scores_in_words(results):
     rows = (
-        f"{name} {with_interval(r['balanced_accuracy'], interval)}, chance {span(r['chance_band'])}"
+        f"{name} {with_span(r['balanced_accuracy'], interval)}, chance {span(r['chance_band'])}"
         for name, r in results.items()
         for interval in [clean(r, r["ci95"]["balanced_accuracy"])]
     )
     return f"Balanced accuracy of each run (95 % interval) and its chance band: {'; '.join(rows)}"
 
 
-def with_interval(value, interval):
-    return number(value) + (f" ({span(interval)})" if interval else "")
-
-
 def oriented(pair, split):
     """A pair with the higher score first -> names of the higher and the lower run, difference,
     interval (None of val, on which the runs were chosen). As paired.verdict says it."""
-    low, high = pair["ci95"]
     interval = clean({"split": split}, pair["ci95"])
     if pair["difference"] >= 0:
         return pair["a"], pair["b"], abs(pair["difference"]), interval
+    low, high = pair["ci95"]
     return pair["b"], pair["a"], abs(pair["difference"]), interval and [-high, -low]
 
 
@@ -142,7 +138,7 @@ def draw_differences(pairs, order, split):
             axis.plot(interval, [n, n], **bar)
         filled = {"markerfacecolor": BLUE if pair["p_holm"] < 0.05 else "white"}
         axis.plot(difference, n, color=BLUE, marker="D", markersize=6, **filled)
-        beside(axis, n, f"{with_interval(difference, interval)}\np (Holm) {pair['p_holm']:.4f}")
+        beside(axis, n, f"{with_span(difference, interval)}\np (Holm) {pair['p_holm']:.4f}")
         ticks.append(f"{short[higher]}\n− {short[lower]}")
     axis.set(xlabel="difference of balanced accuracy")
     axis.locator_params(axis="x", nbins=5)
@@ -152,7 +148,7 @@ def draw_differences(pairs, order, split):
 
 def differences_in_words(pairs, order, split):
     rows = (
-        f"{higher} minus {lower} {with_interval(difference, interval)}, p (Holm) {p:.4f}"
+        f"{higher} minus {lower} {with_span(difference, interval)}, p (Holm) {p:.4f}"
         for p, (higher, lower, difference, interval) in (
             (pair["p_holm"], oriented(pair, split)) for pair in shown_pairs(pairs, order)
         )
@@ -164,10 +160,12 @@ def differences_in_words(pairs, order, split):
 
 
 @style()
-def draw_agreement(names, found: Agreement, units):
-    """A matrix of at most MOST_RUNS runs. Below the diagonal: same answer, and Cohen's kappa, which
-    gives the colour; above it: both right, and exactly one right; on it: right."""
-    names, m = labels(names[:MOST_RUNS], 30), min(len(names), MOST_RUNS)
+def draw_agreement(names, found, units):
+    """A matrix of an agreement.Agreement, of at most MOST_RUNS runs. Below the diagonal: same
+    answer, and Cohen's kappa, which gives the colour; above it: both right, and exactly one right;
+    on it: right."""
+    names = labels(names[:MOST_RUNS], 30)
+    m, size = len(names), 8 if len(names) <= 8 else 6
     shade = np.where(np.tri(m, k=-1), np.nan_to_num(found.kappa[:m, :m]).clip(0), np.nan)
     figure, axis = new_figure(WIDTH, 1.7 + max(0.4 * m, 1))
     # up to the middle of the colours, on which black text is easy to read
@@ -180,7 +178,6 @@ def draw_agreement(names, found: Agreement, units):
         else:
             text = f"{found.both_right[i, i]:.0%}"
         bold = "bold" if i == j else "normal"
-        size = 8 if m <= 8 else 6
         axis.text(j, i, text, ha="center", va="center", fontsize=size, fontweight=bold)
     for n in range(1, m):  # lines between the cells
         axis.axhline(n - 0.5, color="0.8", linewidth=0.6, linestyle="-", marker="")
@@ -221,8 +218,8 @@ def draw_ranking(values, groups, what, low_is_best=False):
     and a bar for each group of runs that are not shown to differ.
 
     values {name: value}, the best first; groups: of agreement.groups; what: the axis. A bar has a
-    dot at each run of its group, for it may pass over one that is not: there is no one critical
-    difference, as the tests of two runs do not depend on their distance alone.
+    dot at each run of its group, for it may pass over a run that is not of the group: there is no
+    single critical difference, as the tests of two runs do not depend on their distance alone.
     """
     names, groups = list(values), groups[:MOST_GROUPS]
     short = {name: broken(text) for name, text in zip(names, labels(names))}

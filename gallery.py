@@ -1,7 +1,7 @@
 """Cards of the eyes that a run gets most wrong, most right and is least sure of.
 
-    found = make(opened, book, asked, found, predictions, encoder, bank, dev)    # in every replica
-    save(folder, result, found)               # gallery_SPLIT.json; None: removes every gallery
+    cards = make(opened, book, asked, found, predictions, encoder, bank, dev)    # in every replica
+    save(folder, result, cards)               # gallery_SPLIT.json; None: removes every gallery
     read(folder, result)                      # as it was written, checked; None where there is none
     of_participants(folder, result, ids)      # the same, of these participants alone
     planes_of(volume, facts, ...)             # two pictures of a volume, with its token maps
@@ -37,7 +37,7 @@ from results import Count, Number, Text, shape
 GROUPS = "most wrong", "most right", "least sure"
 SIDE, QUALITY = 176, 55  # pixels of the longest side of a card's picture, quality of its WebP
 SIDES = {"R": "right eye", "OD": "right eye", "L": "left eye", "OS": "left eye"}
-# blue and vermilion of Okabe and Ito, which people with any colour vision tell apart
+# blue, vermilion and yellow of Okabe and Ito, which people with any colour vision tell apart
 AGAINST, FOR, WEIGHT = (0, 114, 178), (213, 94, 0), (240, 228, 66)
 NOT_THERE = "its volume is not in paths.cache_dir any more: no picture"
 NO_VOLUME = "this run reads features (paths.features), not volumes: no picture"
@@ -124,7 +124,8 @@ def make(opened, book, asked, found, predictions, encoder, bank, dev):
 
 
 def draw_share(cfg, book, asked, found, encoder, bank, dev, shown):
-    """Draw the eyes of shown, [(sample, answer, eye of a card)], in place."""
+    """Draw the eyes of shown, [(sample, answer, eye of a card)], each in the replica that encoded
+    its volume; every replica then has all pictures, in place in these cards."""
     samples = [sample for sample, _, _ in shown]
     volumes = data.open_volumes(cfg, samples, encoder.size, book.ids, encoder.wants_intensities)
     row_of = {sample.path: n for n, sample in enumerate(found.samples)}
@@ -142,7 +143,7 @@ def draw_share(cfg, book, asked, found, encoder, bank, dev, shown):
                 drawn[str(i)] = NOT_THERE, []
                 continue
             volume = torch.from_numpy(kept)[None]  # (D, H, W) -> (1, D, H, W)
-            if cfg.model.pool_method == "attentive":
+            if cfg.model.pool_method == "attentive":  # its features are tokens: nothing to encode
                 tokens, grid = found.x[row_of[samples[i].path]], tuple(cfg.model.token_grid)
             else:
                 tokens, grid = tokens_of(cfg, module, volumes.seen(i, key, volume), dev)
@@ -173,8 +174,9 @@ def tokens_of(cfg, module, volume, dev):
 
 def planes_of(volume, facts, grid, scored, answer, frame, side, quality):
     """Volume (D, H, W), what its file says, and the Attribution of its tokens on a grid (d, h, w)
-    -> its B-scan `frame` and its lateral plane (the mean over depth): pictures at one scale, side
-    pixels at most, and the maps of each, with a pixel for every token.
+    -> two planes, dicts of PLANE: its B-scan `frame` and its lateral plane (the mean over depth),
+    as pictures at one scale, side pixels at most; and the maps of each for the class `answer`, with
+    a pixel for every token.
 
     The map of the B-scan is that of the tokens that hold the frame, that of the lateral plane the
     sum over depth."""
@@ -238,6 +240,7 @@ def overlay(values, below, above):
 
 
 def in_base64(image, **options):
+    """A Pillow image as a WebP file, in base64."""
     out = io.BytesIO()
     image.save(out, "WEBP", **options)
     return base64.b64encode(out.getvalue()).decode()
@@ -246,8 +249,8 @@ def in_base64(image, **options):
 # ------------------------------------------------------------------------------- the file
 
 
-def is_webp(text):
-    """The base64 of a WebP file, or nothing."""
+def webp(text):
+    """Check that a text is the base64 of a WebP file, or empty -> the text. ValueError."""
     content = base64.b64decode(text, validate=True)  # ValueError where it is no base64
     head = content[:4], content[8:12], int.from_bytes(content[4:8], "little") + 8
     if text and head != (b"RIFF", b"WEBP", len(content)):
@@ -255,7 +258,8 @@ def is_webp(text):
     return text
 
 
-Webp = Annotated[str, Field(strict=True, max_length=200_000), AfterValidator(is_webp)]
+# what gallery_SPLIT.json holds, beside its hash of itself
+Webp = Annotated[str, Field(strict=True, max_length=200_000), AfterValidator(webp)]
 Pixels = Annotated[int, Field(strict=True, ge=1, le=4096)]
 PLANE = {"name": Text, "is_to_scale": boolean, "width": Pixels, "height": Pixels}
 PLANE |= {"image": Webp, "map": Webp, "weights": Webp}
@@ -307,7 +311,7 @@ def read(folder, result):
 
 def of_participants(folder, result, ids):
     """The gallery of a result with the cards of these participants alone, in their order, those who
-    have one; None where it has no gallery."""
+    have one; None where it has no gallery. ValueError as `read`."""
     found = read(folder, result)
     if found is None:
         return None

@@ -15,6 +15,7 @@ from scipy.stats import norm
 
 import results
 
+MOST_SHOWN = 6  # other runs in the figure of the whole result
 SAME = ("task", "unit", "labels_sha256", "classes")  # what makes it the same question
 
 
@@ -25,10 +26,12 @@ def expected_maximum(count):
 
 
 def optimism(ci95, count):
-    """How far the best of so many equally good models is above what it is worth, in balanced
-    accuracy, whose 95 % interval is ci95: the SD that this tells times `expected_maximum`. An upper
-    bound, for it takes the models' errors to be independent, and they see the same participants:
-    -> SD, optimism."""
+    """How far the best score of so many equally good models is above their true one -> SD of a
+    score, optimism, both in balanced accuracy.
+
+    ci95: the 95 % interval of one of them, which gives the SD; the optimism is that times
+    `expected_maximum`. It is an upper bound, for it takes the models' errors to be independent, and
+    they see the same participants."""
     low, high = ci95
     sd = (high - low) / (2 * norm.ppf(0.975))
     return sd, sd * expected_maximum(count)
@@ -64,13 +67,14 @@ def count(opened, result):
     return {"runs": runs, "unreadable": unreadable, "sd": sd, "optimism": above}
 
 
-def best(opened, result, most=6):
-    """The best of `others`, to be shown beside the result -> {name: result}, the best first. Not
-    those whose numbers are not what their predictions give: --leaderboard says why."""
+def best(opened, result):
+    """The best MOST_SHOWN of `others`, to be shown beside the result -> {name: result}, the best
+    first. Those whose numbers are not what their predictions give are left out: --leaderboard says
+    why."""
     found, _ = others(opened, result)
     shown = {}
     for folder in sorted(found, key=lambda path: (-found[path]["balanced_accuracy"], path)):
-        if len(shown) < most:
+        if len(shown) < MOST_SHOWN:
             with contextlib.suppress(ValueError, OSError):
                 shown[folder.name] = results.open_results(
                     folder.name, folder, result["split"]

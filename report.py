@@ -64,7 +64,8 @@ def score_table(result, names=SCORE_NAMES):
 
 
 def score_names(result, names=SCORE_NAMES):
-    """Those of the names that mean something: of classes without an order, none is further away."""
+    """The names without quadratic kappa where the classes have no order: it weighs a wrong answer
+    by its distance from the true class."""
     return [name for name in names if result["ordered"] or name != "quadratic_kappa"]
 
 
@@ -85,7 +86,7 @@ def class_table(result):
 
 
 def group_table(result):
-    """Every subgroup: site, age, scanner, side."""
+    """Balanced accuracy of every site, age band, scanner and eye, and of all others."""
     rows = [
         [
             f"{name} {group['group']}",
@@ -102,9 +103,8 @@ def group_table(result):
 
 def counted(result):
     """How much was scored, in words."""
-    number = f"{result['n']} {units(result)}"
     people = f" of {result['participants']} participants" if result["unit"] != "participant" else ""
-    return f"{number}{people}, {result['volumes']} volumes"
+    return f"{result['n']} {units(result)}{people}, {result['volumes']} volumes"
 
 
 def text_table(header, rows):
@@ -135,7 +135,7 @@ def sentence(result):
 
 
 def how_fitted(result):
-    """What an epoch's number does not say of the head."""
+    """What else to know of the head of an epoch: that it was not trained, or refitted; or ""."""
     words = ["the start, before training"] if result["epoch"] == 0 else []
     words += ["refitted on train and val"] if result["refit"] else []
     return f" ({', '.join(words)})" if words else ""
@@ -152,11 +152,12 @@ def seeds_line(result):
 
 
 def print_result(result):
-    shown = [score_table(result, metrics.SCORES), *tables(result, is_brief=True)]
-    shown.append(class_table(result))
-    shown += [group_table(result)] if result["subgroups"] else []
+    """What eval.py shows in a terminal: the sentence, the tables, what else was found, alarms."""
+    printed = [score_table(result, metrics.SCORES), *tables(result, is_brief=True)]
+    printed.append(class_table(result))
+    printed += [group_table(result)] if result["subgroups"] else []
     print(f"\n{sentence(result)}\n")
-    for table in shown:
+    for table in printed:
         print(text_table(*table), end="\n\n")
     if "seeds" in result:
         print(seeds_line(result))
@@ -190,8 +191,8 @@ def write_plots(folder, result, y_true, p, others):
 
 
 def draw_course(folder, result):
-    """The figures of metrics.jsonl: the course of training. None of kNN and logistic regression,
-    which have no course."""
+    """The figures of metrics.jsonl, the course of training -> {name: figure}; {} of kNN and
+    logistic regression, which have none."""
     epochs = read_history(folder / "metrics.jsonl")
     if len(epochs) < 2:
         return {}

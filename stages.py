@@ -42,8 +42,8 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" + PACE + "{bound}{
 
 
 def plan(ahead):
-    """From now on these stages, [(kind, number of items at most)], are ahead. A Stage of a kind
-    takes the first of it off."""
+    """From now on these stages, [(kind, number of items at most, 0 where it is not known)], are
+    ahead. A Stage takes the first of its kind off the list when it is made."""
     PLAN[:] = ahead
 
 
@@ -51,8 +51,10 @@ class Stage(tqdm):
     """A stage and its line. Use it in a `with` statement, and call update() for every item, or go
     through `over`.
 
-    kind: see `plan`; None: it is not planned. reading: the Reading of the volumes that the stage
-    waits for. shown: None: on rank 0. leave: on a terminal, the line stays when the stage ends.
+    desc: its name; total: its number of items; unit: what an item is called. kind: see `plan`; None
+    where it is not planned. reading: the Reading of the volumes that the stage waits for. shown: is
+    there a line at all? None: on rank 0 alone. leave: does the line stay on a terminal when the
+    stage ends? options: of tqdm, such as initial.
     """
 
     monitor_interval = 0  # no thread of tqdm's: `keep_drawing` draws
@@ -113,6 +115,7 @@ class Stage(tqdm):
         print(" ".join(str(self).split()), file=sys.stderr, flush=True)
 
     def waited(self):
+        """{what held the consumer up: seconds} so far."""
         return self.reading.so_far() if self.reading else Counter()
 
     @property
@@ -131,6 +134,8 @@ class Stage(tqdm):
         }
 
     def job_left(self, rate):
+        """The time that this stage, at so many items a second, and the planned ones take, in
+        words; "" where none is planned."""
         if not PLAN:
             return ""
         seconds = SECONDS | ({self.kind: 1 / rate} if rate else {})
@@ -145,6 +150,8 @@ class Stage(tqdm):
         return f"; job: {', '.join(words)}"
 
     def close(self):
+        """End the stage, and remember its rate for the next of its kind. tqdm calls it at the end
+        of a `with` block."""
         if self.disable:
             return
         self.ended.set()

@@ -14,9 +14,10 @@ import numpy as np
 import figures
 import files
 
+# columns of sweep.csv that are no settings of a head
 NO_SETTINGS = ("seed", "best_epoch", "val_balanced_accuracy", "val_loss", "chosen", "converged")
 AXES = ("lr_head", "weight_decay")  # before others with as many values
-MOST_PANELS = 6
+MOST_PANELS = 6  # those with the best heads, where there are more
 MOST_CELLS = 12  # in a row of a heat map; more values of a single setting are drawn as a curve
 SCORES = {"val_loss": "log-loss", "val_balanced_accuracy": "balanced accuracy"}
 
@@ -77,14 +78,19 @@ def shown(text):
     return text if number(text) is None else f"{number(text):g}"
 
 
+def chosen_of(rows):
+    return next(row for row in rows if row.is_chosen)
+
+
 def score_shown(rows):
-    """The score that chose the head."""
+    """The score that chose the head: the loss, if the chosen head has the least."""
     least = np.nanmin([row.scores["val_loss"] for row in rows])
-    chosen = next(row for row in rows if row.is_chosen)
-    return "val_loss" if chosen.scores["val_loss"] <= least + 1e-9 else "val_balanced_accuracy"
+    is_least = chosen_of(rows).scores["val_loss"] <= least + 1e-9
+    return "val_loss" if is_least else "val_balanced_accuracy"
 
 
 def goodness(score, value):
+    """The value of a score, or its negative, so that more is better."""
     return -value if score == "val_loss" else value
 
 
@@ -107,8 +113,8 @@ def in_words(rows):
     """What the figure shows, for who cannot see it."""
     settings, score = varied(rows), score_shown(rows)
     values = [row.scores[score] for row in rows if not math.isnan(row.scores[score])]
-    chosen = next(row for row in rows if row.is_chosen)
-    of_chosen = ", ".join(f"{name} {shown(chosen.settings[name])}" for name in settings)
+    chosen = chosen_of(rows).settings
+    of_chosen = ", ".join(f"{name} {shown(chosen[name])}" for name in settings)
     words = (
         f"{SCORES[score]} on validation of {len(rows)} heads, by {', '.join(settings)}: "
         f"{min(values):.3f} to {max(values):.3f}. Marked is the chosen one: {of_chosen}."
@@ -129,17 +135,16 @@ def draw(rows):
     """A panel for every combination of the settings beyond two; one row where one setting varies,
     and a curve where that has many values."""
     settings, score = varied(rows), score_shown(rows)
-    (x, *rest), better = settings, "lower" if score == "val_loss" else "higher"
+    x, *rest = settings
     y, names = (rest[0] if rest else None), rest[1:]
+    better = "lower" if score == "val_loss" else "higher"
     if y is None and len(settings[x]) > MOST_CELLS and None not in map(number, settings[x]):
         return draw_curve(rows, x, score)
     panels, _ = panels_of(rows, names, score)
     columns = 2 if len(panels) > 1 and len(settings[x]) <= 6 else 1
-    lines, high = -(-len(panels) // columns), len(settings[y]) if y else 1
-    figure, axes = figures.new_figure(
-        figures.WIDTH, 0.35 + lines * (0.65 + 0.3 * high + 0.15 * len(names)), lines, columns
-    )
-    axes = np.array(axes).ravel()
+    height = 0.65 + 0.3 * (len(settings[y]) if y else 1) + 0.15 * len(names)  # of a panel
+    height = 0.35 + height * -(-len(panels) // columns)
+    figure, axes = figures.new_panels(len(panels), height, columns)
     figure.suptitle(f"validation: {SCORES[score]}, {better} is better (darker)", fontsize=9)
     good = [goodness(score, r.scores[score]) for r in rows if not math.isnan(r.scores[score])]
     # what is far worse than most would make all others alike
@@ -148,8 +153,6 @@ def draw(rows):
         draw_cells(axis, heads, x, settings[x], y, settings.get(y, [None]), score, span)
         title = [figures.label(f"{name} {shown(value)}", 28) for name, value in zip(names, values)]
         axis.set_title("\n".join(title), fontsize=8)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
     return figure
 
 
@@ -191,11 +194,12 @@ def draw_cells(axis, rows, x, columns, y, lines, score, span):
 
 
 def draw_curve(rows, x, score):
+    """The score over the one setting x, whose values are numbers."""
     figure, axis = figures.new_figure(figures.WIDTH, 2.6)
     rows = sorted(rows, key=lambda row: number(row.settings[x]))
     points = [(number(row.settings[x]), row.scores[score]) for row in rows]
     axis.plot(*zip(*points), linewidth=1)
-    chosen = next(row for row in rows if row.is_chosen)
+    chosen = chosen_of(rows)
     look = {"color": figures.RED, "marker": "D", "markersize": 7, "fillstyle": "none"}
     place = number(chosen.settings[x]), chosen.scores[score]
     axis.plot(*place, linestyle="", label="chosen", **look)

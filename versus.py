@@ -19,6 +19,7 @@ from findings import number, units
 from report import render
 
 MOST_SHOWN = 50  # participants on whom the runs are divided
+# title and explanation of the list of these participants, of two runs and of more
 TITLE_OF_TWO, TITLE_OF_MANY = "that exactly one run has right", "on whom the runs are divided"
 HOW_OF_TWO = (
     "Those come first to whose true class the two runs give the most different probabilities."
@@ -66,8 +67,8 @@ def write(found, with_images=True):
 
 
 def galleries(found, ids):
-    """{name of a run: its gallery of whose units these are}, of the runs that have cards of
-    them."""
+    """{name of a run: its gallery of the participants of these units (ids)}, of the runs that have
+    cards of them, the best first."""
     people = [found.runs[0].participant_of[i] for i in ids]
     opened = {
         run.name: gallery.of_participants(folder, run.result, people)
@@ -120,7 +121,7 @@ def summary(found, best):
 
 
 def sentences(found):
-    """What --compare prints of every pair."""
+    """What --compare prints of every pair -> a list of lines for each."""
     return [
         [
             f"{pair['sentence']}.",
