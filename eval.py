@@ -460,6 +460,11 @@ def command():
         help="of --ckpt, such as paths.data=ELSEWHERE",
     )
     args = parser.parse_intermixed_args()
+    for name in ("export", "explain"):
+        if getattr(args, name) == "":
+            raise ValueError(
+                f"--{name} is empty; name {'a file' if name == 'export' else 'a participant'}"
+            )
     split = args.split or ("all" if args.explain else "test")
     if split in ("train", "all") and not (args.export or args.explain):
         raise ValueError(f"--split {split} is for --export and --explain; score val or test")
