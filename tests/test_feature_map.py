@@ -236,7 +236,14 @@ def test_a_large_map_is_a_small_file():
 
 def test_points_that_differ_in_nothing_have_no_map():
     """Test of one class alone, a table without site, eye and age, and no features of training."""
-    alike = {"split": "test", "label": 0, "laterality": "", "manifest": {}, "path": "a.npy", "site": ""}
+    alike = {
+        "split": "test",
+        "label": 0,
+        "laterality": "",
+        "manifest": {},
+        "path": "a.npy",
+        "site": "",
+    }
     samples = [SimpleNamespace(unit=str(i), participant_id=str(i), **alike) for i in range(9)]
     rows = [SimpleNamespace(unit=s.unit, site="", age="") for s in samples]
     book = SimpleNamespace(of=lambda split: [], rows=rows, classes=CLASSES, facts={})
