@@ -6,6 +6,7 @@
     python eval.py --compare runs/A runs/B --power    # how many participants would show it?
     python eval.py --leaderboard runs/*                                        # ranks all runs
     python eval.py --ckpt runs/cls_demo --split all --export features.npz      # for other programs
+    python eval.py --ckpt runs/cls_demo --open            # and show the report in a browser
     python eval.py --ckpt runs/cls_demo --no-images       # a report without any image of an eye
     python eval.py --ckpt runs/cls_demo --explain 1001    # where it looks: explain_1001.html
 
@@ -383,6 +384,9 @@ def write(opened, book, result, table, predictions, cards):
     cards: of gallery.make."""
     folder, split = pathlib.Path(opened.folder), result["split"]
     others = looks.best(opened, result)
+    (folder / "report.html").unlink(
+        missing_ok=True
+    )  # should the rest fail: it is of another result
     update_ledger(folder / "ledger.csv", book, split)
     files.write(folder / f"predictions_{split}.csv", table)
     files.write(folder / f"eval_{split}.json", json.dumps(result, indent=1) + "\n")
@@ -472,6 +476,9 @@ def arguments():
         help="of --ckpt, such as paths.data=ELSEWHERE",
     )
     args = parser.parse_intermixed_args()
+    for name, what in {"export": "a file", "explain": "a participant"}.items():
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} is empty; name {what}")
     args.split = args.split or ("all" if args.explain else "test")
     if args.split in ("train", "all") and not (args.export or args.explain):
         raise ValueError(f"--split {args.split} is for --export and --explain; score val or test")

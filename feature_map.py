@@ -85,6 +85,11 @@ def examine(opened, book, found, encoder, dev):
     }
     if len(set(ages[~np.isnan(ages)])) > 1:
         summary["colourings"]["age"] = measured_by_age(components, ages)
+    if not summary["colourings"]:
+        return None, [
+            "the map of the features is left out: nothing is known in which its points differ "
+            "(class, site, scanner, eye or age)"
+        ]
     return Map(components, splits, texts, ages, book.classes, scored, summary), []
 
 

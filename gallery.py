@@ -280,6 +280,9 @@ def save(folder, result, found):
             pathlib.Path(folder, f"gallery_{split}.json").unlink(missing_ok=True)
         for page in sorted(pathlib.Path(folder).glob("explain_*.html")):
             print(f"note: {page} of --explain has images of an eye; remove it where none is to be")
+        if any(pathlib.Path(folder).glob("last/gallery_*.json")):  # results of last.pt
+            again = results.how_to_score(pathlib.Path(folder, "last.pt"), result["split"])
+            print(f"note: {folder}/last has images of eyes, too; {again} --no-images")
         return
     about = {name: result[name] for name in ("split", "predictions_sha256")}
     text = json.dumps(results.sealed(about | found)) + "\n"

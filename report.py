@@ -313,6 +313,13 @@ def summary_in_words(result):
     return f"{sentence(result)} Beside it: {', '.join(beside)}, and other runs of the task."
 
 
+def pictures_of(folder):
+    """{name: the bytes of plots/NAME.svg}. ValueError where one is no file."""
+    again = "remove it, and run eval.py again"
+    paths = sorted(folder.glob("plots/*.svg"))
+    return {path.stem: files.content_of(path, again) for path in paths}
+
+
 def write_report(folder):
     """report.html: every eval_SPLIT.json of the folder with its plots, the gallery of the first
     one, the course of training, the ledger and the provenance."""
@@ -334,7 +341,7 @@ def write_report(folder):
         feature_map=feature_map,
         swept=sweep.in_words(tried) if tried else "",
         results=results,
-        pictures={path.stem: path.read_bytes() for path in folder.glob("plots/*.svg")},
+        pictures=pictures_of(folder),
         classes=tuple(results[0]["classes"]),
         splits=SPLITS,
         gallery=of_main,

@@ -47,8 +47,11 @@ def read(folder):
         settings = {name: text for name, text in row.items() if name not in NO_SETTINGS}
         if row["seed"] == table[0]["seed"]:
             found.append(Tried(settings, scores, row["chosen"] == "True"))
-    if sum(tried.is_chosen for tried in found) != 1:
+    chosen = [tried.scores for tried in found if tried.is_chosen]
+    if len(chosen) != 1:
         raise ValueError(f"{path} is damaged (it must have one chosen head a seed); {again}")
+    if not all(map(math.isfinite, chosen[0].values())):  # it did not diverge
+        raise ValueError(f"{path} is damaged (a score of the chosen head is no number); {again}")
     return found if varied(found) else []
 
 

@@ -111,6 +111,8 @@ def test_a_participant_without_a_volume_is_an_error(written, run, command):
         (["--leaderboard", "a", "--no-images"], "--no-images is of --ckpt or --compare"),
         (["--ckpt", "a", "--explain", "1001", "--no-images"], "different jobs"),
         (["--ckpt", "a", "--explain", "1001", "--export", "b.npz"], "different jobs"),
+        (["--ckpt", "a", "--explain", ""], "--explain is empty; name a participant"),
+        (["--ckpt", "a", "--export", ""], "--export is empty; name a file"),
     ],
 )
 def test_jobs_that_contradict_each_other_are_an_error(command, args, words):

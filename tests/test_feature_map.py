@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import CLASSES, content, copy_of, quick, tables, trained, triton
+import torch
+from helpers import CLASSES, DEMO, content, copy_of, quick, tables, trained, triton
 from matplotlib.colors import to_hex
 from sklearn.metrics import silhouette_score
 
+import config
 import eval as evaluation
 import feature_map
 import features
@@ -230,3 +232,22 @@ def test_a_large_map_is_a_small_file():
     mapped = map_of(["a", "b"] * 2000)
     figure = feature_map.draw(mapped, mapped.components, ["PC1", "PC2"])
     assert len(figures.picture(figure, "svg")) < 300_000
+
+
+def test_points_that_differ_in_nothing_have_no_map():
+    """Test of one class alone, a table without site, eye and age, and no features of training."""
+    alike = {
+        "split": "test",
+        "label": 0,
+        "laterality": "",
+        "manifest": {},
+        "path": "a.npy",
+        "site": "",
+    }
+    samples = [SimpleNamespace(unit=str(i), participant_id=str(i), **alike) for i in range(9)]
+    rows = [SimpleNamespace(unit=s.unit, site="", age="") for s in samples]
+    book = SimpleNamespace(of=lambda split: [], rows=rows, classes=CLASSES, facts={})
+    found = features.Features(samples, torch.randn(9, 128))
+    opened = SimpleNamespace(saved={"train_participants": []}, cfg=config.load(DEMO))
+    mapped, [note] = feature_map.examine(opened, book, found, None, None)
+    assert mapped is None and "nothing is known in which its points differ" in note

@@ -215,10 +215,13 @@ def test_the_page_shows_the_cards_and_says_what_it_holds(scored):
 
 def test_no_images_leaves_no_image_in_page_and_folder(copied, command):
     gallery.save(copied, {"split": "val", "predictions_sha256": ""}, {"cards": []})
+    Path(copied, "last").mkdir()
+    Path(copied, "last/gallery_val.json").write_text("an eye")  # as eval.py --ckpt RUN/last.pt does
     Path(copied, "explain_1001.html").write_text("an eye")
     done = command("eval.py", "--ckpt", copied, "--split", "test", "--no-images")
     assert done.returncode == 0, done.stderr
     assert "explain_1001.html of --explain has images of an eye" in done.stdout
+    assert "last has images of eyes, too; run eval.py --ckpt" in done.stdout
     page = content(f"{copied}/report.html")
     assert "data:image/webp" not in page and "no image of an eye in it" in page
     assert not [name for name in os.listdir(copied) if name.startswith("gallery")]

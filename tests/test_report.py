@@ -1,9 +1,11 @@
 import csv
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -51,6 +53,16 @@ def text(reported):
 
 
 SPLITS = pytest.mark.parametrize("split", ["val", "test"])
+
+
+def test_a_pipe_among_the_figures_is_an_error_and_is_not_waited_for(tmp_path):
+    (tmp_path / "plots").mkdir()
+    os.mkfifo(tmp_path / "plots/roc_test.svg")
+    found = f"import pathlib, report; report.pictures_of(pathlib.Path({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", found], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert "roc_test.svg is not a file; remove it" in done.stderr
 
 
 @SPLITS

@@ -112,7 +112,11 @@ def test_without_a_sweep_there_is_nothing(tmp_path, settings):
 
 @pytest.mark.parametrize(
     "losses, chosen, message",
-    [(["x", 1, 2], 0, "a score is no number"), ([1, 2, 3], 7, "one chosen head")],
+    [
+        (["x", 1, 2], 0, "a score is no number"),
+        ([1, 2, 3], 7, "one chosen head"),
+        (["nan"] * 3, 0, "chosen head is no number"),
+    ],
 )
 def test_a_damaged_table_is_one_sentence(tmp_path, losses, chosen, message):
     write(tmp_path, {"lr_head": RATES}, losses, chosen)
