@@ -15,6 +15,8 @@ import pytest
 from b2_server import B2Server
 from helpers import DEMO, PREFIX, ROOT, TINY, settings
 
+import figures
+
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
@@ -40,6 +42,12 @@ def configure(tmp_path):
     import config
 
     return lambda root, *more: config.load(DEMO, [*settings(root, tmp_path), *more])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures_as_svg_alone():
+    """PNG and above all PDF take most of the time of a page; helpers.every_kind asks for them."""
+    figures.KINDS = ("svg",)
 
 
 @pytest.fixture(autouse=True)

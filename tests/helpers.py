@@ -42,6 +42,7 @@ from sklearn.metrics import (
 
 import config
 import features
+import figures
 import heads
 import metrics
 import results
@@ -64,6 +65,16 @@ CLASSES = (
 CLASS_NAMES = ("healthy", "pre-diabetes", "oral medication", "insulin")
 
 # ------------------------------------------------------------------------- settings and commands
+
+
+@contextlib.contextmanager
+def every_kind():
+    """Within the block, figures are written as PNG, SVG and PDF, as everywhere but in tests."""
+    earlier, figures.KINDS = figures.KINDS, ("png", "svg", "pdf")
+    try:
+        yield
+    finally:
+        figures.KINDS = earlier
 
 
 def settings(root, tmp_path):

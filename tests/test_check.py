@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from browser import seen
-from helpers import CLASSES, ROOT, content, edit, tables, triton
+from helpers import CLASSES, ROOT, content, edit, every_kind, tables, triton
 from PIL import Image
 
 import flow
@@ -171,7 +171,8 @@ def scans_of(page):
 
 
 def test_the_page_is_the_last_line_and_figures_lie_beside_it(written, command, tmp_path):
-    done = command("data.py", *DEMO, root=written)
+    with every_kind():
+        done = command("data.py", *DEMO, root=written)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"page: {tmp_path}/run_check.html"
     names = {path.name for path in tmp_path.glob("run*")}

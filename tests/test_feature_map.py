@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, DEMO, content, copy_of, quick, tables, trained, triton
+from helpers import CLASSES, DEMO, content, copy_of, every_kind, quick, tables, trained, triton
 from matplotlib.colors import to_hex
 from sklearn.metrics import silhouette_score
 
@@ -85,7 +85,8 @@ class UMAP:
 
 def test_a_batch_effect_is_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
-    result, run = scored(tmp_path, shift=2)
+    with every_kind():
+        result, run = scored(tmp_path, shift=2)
     found = result["feature_map"]["colourings"]
     assert list(found) == ["class", "site", "eye", "age"]  # nothing tells scanners apart
     assert found["site"]["components"][0] > 0.8 and found["site"]["silhouette"] > 0.3

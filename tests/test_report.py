@@ -21,6 +21,7 @@ from helpers import (
     answers,
     content,
     copy_of,
+    every_kind,
     quick,
     trained,
     write_results,
@@ -42,7 +43,9 @@ from config import load
 def reported(written, tmp_path_factory):
     """{split: result} of a run, its folder, and the page with all about it."""
     run = copy_of(trained(written, "train.epochs=3"), tmp_path_factory.mktemp("reported"))
-    results = {split: evaluation.evaluate_run(run, split)[0] for split in ("val", "test")}
+    results = {"val": evaluation.evaluate_run(run, "val")[0]}
+    with every_kind():
+        results["test"], _ = evaluation.evaluate_run(run, "test")
     return results, run, content(f"{run}/report.html")
 
 
@@ -155,8 +158,8 @@ def test_an_alarm_is_shown_in_the_section_that_it_is_about(alarm, section):
 def test_figures_are_saved_for_the_web_for_papers_and_as_text(reported):
     """Fonts stay text: SVG has text elements, PDF embeds TrueType fonts (42), not outlines (3)."""
     plots = Path(reported[1]) / "plots"
-    names = {path.stem for path in plots.iterdir()}
-    assert {"summary_test", "confusion_val", "roc_test", "training", "shares"} <= names
+    names = {path.stem for path in plots.iterdir() if not path.stem.endswith("_val")}
+    assert {"summary_test", "confusion_test", "roc_test", "training", "shares"} <= names
     for name in names:
         assert (plots / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         svg = ElementTree.parse(plots / f"{name}.svg")
@@ -392,11 +395,29 @@ def test_a_link_to_a_section_that_is_folded_opens_it(pages, tmp_path):
     assert not re.search(is_open, dump(link.partition("#")[0]))
 
 
-def test_the_report_is_small_and_quickly_made(reported):
+def test_the_report_is_small_and_quickly_made(reported, tmp_path):
+    """Its eight figures, in three kinds each, and the page: at most the time of 25 plain figures,
+    for how long a figure takes depends on the machine (docs/performance.md has seconds)."""
     results, run, page = reported
     assert len(page.encode()) < 1_500_000
     y, p = np.array([0, 1, 2, 3] * 10), np.full((40, 4), 0.25)
-    begun = time.process_time()
-    report.write_plots(run, results["test"], y, p, {})
-    report.write_report(run)
-    assert time.process_time() - begun < 5  # seconds of one core
+
+    def plain():
+        figure, axis = figures.new_figure(4, 3)
+        axis.plot([0, 1], [0, 1], label="a curve")
+        axis.legend()
+        figures.save(tmp_path, "plain", figure)
+
+    def written():
+        report.write_plots(run, results["test"], y, p, {})
+        report.write_report(run)
+
+    def seconds(work):
+        begun = time.process_time()
+        work()
+        return time.process_time() - begun
+
+    with every_kind():
+        plain(), written()  # what is imported at the first time
+        unit = min(seconds(plain) for _ in range(3))
+        assert seconds(written) < 25 * unit

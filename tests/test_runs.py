@@ -37,6 +37,7 @@ from helpers import (
 
 import config
 import eval as evaluation
+import figures
 import files
 import heads
 import ledger
@@ -85,9 +86,9 @@ def test_a_run_leaves_what_the_design_says(whole):
 def test_a_run_leaves_these_pictures(whole):
     expected = {"training", "shares"}
     for split in ("val", "test"):
-        plots = "summary", "confusion", "roc", "reliability"
+        plots = "summary", "confusion", "roc", "reliability", "features"
         expected |= {f"{plot}_{split}" for plot in plots}
-    expected = {f"{name}.{kind}" for name in expected for kind in ("png", "svg", "pdf")}
+    expected = {f"{name}.{kind}" for name in expected for kind in figures.KINDS}
     assert set(os.listdir(f"{whole.paths.run_dir}/plots")) == expected
 
 

@@ -8,13 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import CLASS_NAMES, LABELS_159, answers, read_bytes, write_results
+from helpers import CLASS_NAMES, LABELS_159, answers, every_kind, read_bytes, write_results
 from PIL import Image
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 import agreement
 import compare
-import figures
 import files
 import forest
 import leaderboard
@@ -48,12 +47,6 @@ def written_in(svg):
     return [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
 
 
-@pytest.fixture()
-def svg_alone(monkeypatch):
-    """Figures are written as SVG alone, which takes a third of the time."""
-    monkeypatch.setattr(figures, "KINDS", ("svg",))
-
-
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """The folder of four runs, what --compare says of them, and the page."""
@@ -61,7 +54,8 @@ def many(tmp_path_factory):
     for name, p in ANSWERS.items():
         write_results(folder / name, p)
     found = compare.open_runs([folder / name for name in sorted(ANSWERS)], "test")
-    assert versus.write(found) == str(folder / "comparison.html")
+    with every_kind():
+        assert versus.write(found) == str(folder / "comparison.html")
     return folder, compare.in_words(found), (folder / "comparison.html").read_text()
 
 
@@ -126,7 +120,6 @@ def test_two_runs_are_summed_up_by_their_sentence(pair):
     assert "ranking" not in {name.stem for name in (pair[0] / "comparison").iterdir()}
 
 
-@pytest.mark.usefixtures("svg_alone")
 def test_alarms_notes_and_powers_are_on_the_page(tmp_path):
     a = write_results(tmp_path / "a", answers(0.5, 0), alarms=["an alarm"])
     b = write_results(tmp_path / "b", answers(0.5, 1), volumes_asked="zeiss_cirrus, Macula")
@@ -136,7 +129,6 @@ def test_alarms_notes_and_powers_are_on_the_page(tmp_path):
     assert found.powers[0].strip() in page and found.powers[0] in compare.in_words(found)
 
 
-@pytest.mark.usefixtures("svg_alone")
 def test_validation_has_no_interval(tmp_path):
     for name in ("good", "poor"):
         folder = write_results(tmp_path / name, ANSWERS[name], split="val")
@@ -177,7 +169,6 @@ def test_the_agreement_is_scikit_learns(many):
         assert re.search(f"({first} and {second}|{second} and {first}): {words} {one:.0%}", alt)
 
 
-@pytest.mark.usefixtures("svg_alone")
 def test_runs_that_know_one_class_have_no_kappa(tmp_path):
     collapsed = np.tile([0.7, 0.1, 0.1, 0.1], (len(LABELS_159), 1))
     for name in "ab":
@@ -331,7 +322,6 @@ def test_the_figures_of_an_earlier_call_do_not_stay(many, tmp_path):
     assert {path.stem for path in tmp_path.iterdir()} == {"scores", "mine"}
 
 
-@pytest.mark.usefixtures("svg_alone")
 def test_what_the_commands_wrote_is_no_run(many, tmp_path, command):
     folder = shutil.copytree(many[0], tmp_path / "runs")
     for what in ("--leaderboard", "--compare", "--leaderboard"):
@@ -342,7 +332,6 @@ def test_what_the_commands_wrote_is_no_run(many, tmp_path, command):
     assert sorted(row["run"] for row in rows) == sorted(ANSWERS)
 
 
-@pytest.mark.usefixtures("svg_alone")
 def test_a_run_may_be_called_as_these_folders(tmp_path, command):
     folders = tmp_path / "comparison", tmp_path / "leaderboard"
     for folder, p in zip(folders, (ANSWERS["good"], ANSWERS["poor"])):
@@ -375,7 +364,6 @@ def test_a_folder_that_cannot_be_written_costs_only_the_page(many, command, monk
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("svg_alone")
 def test_of_many_runs_the_figures_show_what_fits(tmp_path):
     names = [f"cls_{'a_very_long_name_' * 3}{n:02d}_{'and_its_end_' * 2}" for n in range(14)]
     for n, name in enumerate(names):
@@ -395,7 +383,6 @@ def test_of_many_runs_the_figures_show_what_fits(tmp_path):
 HOSTILE = ["<script>alert(1)<", "$a_$b^", "a\"b'c", "\u202ereversed", "a&amp;b", "x\x1b[31m"]
 
 
-@pytest.mark.usefixtures("svg_alone")
 @pytest.mark.parametrize("number", [2, len(HOSTILE)])
 def test_hostile_names_and_ids_are_shown_as_text(tmp_path, number):
     ids = ["<script>alert(2)</script>", "$x$", '"><img src=x>', "\u202egnol", *IDS[4:]]
