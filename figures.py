@@ -28,7 +28,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED = (
     "#56B4E9",
     "#D55E00",
 )
-KINDS = ("png", "svg", "pdf")
+KINDS = ("svg", "png", "pdf")  # the first is laid out, and the others are as it is
 COLOURS = (BLUE, ORANGE, GREEN, PINK, RED, SKY)
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P")

@@ -70,7 +70,7 @@ CLASS_NAMES = ("healthy", "pre-diabetes", "oral medication", "insulin")
 @contextlib.contextmanager
 def every_kind():
     """Within the block, figures are written as PNG, SVG and PDF, as everywhere but in tests."""
-    earlier, figures.KINDS = figures.KINDS, ("png", "svg", "pdf")
+    earlier, figures.KINDS = figures.KINDS, ("svg", "png", "pdf")
     try:
         yield
     finally:

@@ -80,7 +80,8 @@ SENTENCE = re.compile(
 
 def test_the_command_prints_the_comparison_and_names_the_page(many, command):
     folder, said, page = many
-    job = command("eval.py", "--compare", *(folder / name for name in sorted(ANSWERS)))
+    with every_kind():
+        job = command("eval.py", "--compare", *(folder / name for name in sorted(ANSWERS)))
     assert job.stdout == f"{said}\nwritten: {folder}/comparison.html\n", job.stderr
     assert (folder / "comparison.html").read_text() == page
 
