@@ -94,16 +94,6 @@ def parsed(path):
     return ast.parse(Path(path).read_text(encoding="utf-8"))
 
 
-def without_command(tree):
-    """All nodes but those below `if __name__ == "__main__"`, which whoever imports the file never
-    reaches: there, data.py hands over to check.py, which imports it."""
-    for child in ast.iter_child_nodes(tree):
-        is_guard = isinstance(child, ast.If) and "__name__" in ast.unparse(child.test)
-        if not is_guard:
-            yield child
-            yield from without_command(child)
-
-
 def outside_functions(node):
     """The nodes that run when the file is imported."""
     for child in ast.iter_child_nodes(node):
@@ -119,7 +109,7 @@ def test_every_file_has_its_place():
 @pytest.mark.parametrize("name", ORDER)
 def test_a_file_imports_only_files_above_it(name):
     """Imports inside functions count too."""
-    imported = imports_in(without_command(parsed(f"{ROOT}/{name}.py")))
+    imported = imports_in(ast.walk(parsed(f"{ROOT}/{name}.py")))
     assert imported & set(ORDER) <= set(ORDER[: ORDER.index(name)])
 
 
