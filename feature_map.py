@@ -54,7 +54,7 @@ def examine(opened, book, found, encoder, dev):
     train = [s for s in book.of("train") if s.unit in trained]
     others = train + (book.of("val") if train and scored == "test" else [])
     kept = drawn(found.samples)
-    samples, x = [found.samples[i] for i in kept], flat(found.x[kept])
+    samples, x = [found.samples[i] for i in kept], features.flat(found.x[kept])
     more, x_more = recall(cfg, book, [others[i] for i in drawn(others)], encoder, dev)
     asked = {
         name: {s.unit for s in found.samples + others if s.split == name}
@@ -96,12 +96,6 @@ def examine(opened, book, found, encoder, dev):
 # ------------------------------------------------------------------------------------------ points
 
 
-def flat(x):
-    """Features (volumes, C), or tokens (volumes, T, C) of attentive pooling -> (volumes, C), the
-    mean over the tokens."""
-    return x.mean(dim=1) if x.ndim == 3 else x
-
-
 def drawn(samples):
     """Indices of the volumes of at most MOST_UNITS units, which are drawn with a fixed seed."""
     units = sorted({s.unit for s in samples})
@@ -115,7 +109,7 @@ def recall(cfg, book, samples, encoder, dev):
     """The samples whose features are in the cache already, and these, x (volumes, C), in every
     replica. Nothing is read from a volume or encoded."""
     if cfg.paths.features and samples:
-        return samples, flat(features.encode(cfg, book, samples, encoder, dev).x)
+        return samples, features.flat(features.encode(cfg, book, samples, encoder, dev).x)
     x, is_kept = torch.zeros(len(samples), cfg.model.emb_dim), torch.zeros(len(samples))
     if not samples:
         return [], x
@@ -129,26 +123,21 @@ def recall(cfg, book, samples, encoder, dev):
             key = None
         feature = kept.load(key) if key else None
         if feature is not None:
-            x[i], is_kept[i] = flat(torch.from_numpy(feature).float()[None])[0], 1
+            x[i], is_kept[i] = features.flat(torch.from_numpy(feature).float()[None])[0], 1
     x, is_kept = (device.all_sum(part.to(dev)).cpu() for part in (x, is_kept))
     rows = is_kept.nonzero()[:, 0]
     return [samples[i] for i in rows], x[rows]
-
-
-def scanner_of(sample):
-    """Its model by the manifest; "" where that does not say."""
-    return sample.manifest.get("manufacturers_model_name", "")
 
 
 def points_of(samples, x):
     """x (volumes, C) -> a Sample for every point, and the means (points, C)."""
     number_of, first = {}, []
     for sample in samples:
-        key = sample.unit, sample.laterality, scanner_of(sample)
+        key = sample.unit, sample.laterality, shortcuts.scanner_of(sample)
         if key not in number_of:
             number_of[key] = len(first)
             first.append(sample)
-    rows = [number_of[s.unit, s.laterality, scanner_of(s)] for s in samples]
+    rows = [number_of[s.unit, s.laterality, shortcuts.scanner_of(s)] for s in samples]
     sums = np.zeros((len(first), x.shape[1]))
     np.add.at(sums, rows, x)
     return first, sums / np.bincount(rows)[:, None]

@@ -278,8 +278,19 @@ def encode_share(cfg, samples, encoder, dev, desc, book=None, kept=None, transfo
 
 def begin(cfg, module, volume, dev):
     """Volume (1, D, H, W) -> its feature (C,) or (T, C) on dev, which may still be computing it."""
-    with torch.no_grad(), device.autocast(dev, cfg.train.precision):
-        tokens = module(device.send(volume[None], dev).float())  # (1, 1, D, H, W) -> (1, N, C)
-    feature = pooled(cfg, tokens, module.grid(volume.shape[-3:]))[0]
+    feature = pooled(cfg, *tokens_of(cfg, module, volume, dev))[0]
     device.step_done(dev)
     return feature
+
+
+def tokens_of(cfg, module, volume, dev):
+    """Volume (1, D, H, W) -> the encoder's tokens (1, N, C) on dev, and their grid (d, h, w)."""
+    with torch.no_grad(), device.autocast(dev, cfg.train.precision):
+        tokens = module(device.send(volume[None], dev).float())  # (1, 1, D, H, W) -> (1, N, C)
+    return tokens, module.grid(volume.shape[-3:])
+
+
+def flat(x):
+    """Features (volumes, C), or tokens (volumes, T, C) of attentive pooling -> (volumes, C), the
+    mean over the tokens."""
+    return x.mean(dim=1) if x.ndim == 3 else x

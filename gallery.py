@@ -160,9 +160,7 @@ def draw_share(cfg, book, asked, found, encoder, bank, dev, shown):
 def tokens_of(cfg, module, volume, dev):
     """Volume (1, D, H, W) -> its tokens as the head of the config pools them, (T, C) float32 on the
     CPU, and their grid (d, h, w)."""
-    with torch.no_grad(), device.autocast(dev, cfg.train.precision):
-        tokens = module(device.send(volume[None], dev).float())  # (1, 1, D, H, W) -> (1, N, C)
-    grid = module.grid(volume.shape[-3:])
+    tokens, grid = features.tokens_of(cfg, module, volume, dev)  # (1, N, C)
     if cfg.model.pool_method == "attentive":
         tokens, grid = features.pooled(cfg, tokens, grid), tuple(cfg.model.token_grid)
     device.step_done(dev)

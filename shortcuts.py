@@ -29,9 +29,13 @@ def values_of(samples, row_of, train_ages):
         "site": ([s.site for s in samples], False),
         "quarter of age": (["" if q == "unknown" else q for q in quarters], False),
         "eye": ([s.laterality for s in samples], True),
-        # AI-READI's column of the manifest
-        "scanner": ([s.manifest.get("manufacturers_model_name", "") for s in samples], True),
+        "scanner": ([scanner_of(s) for s in samples], True),
     }
+
+
+def scanner_of(sample):
+    """Its model by the manifest (AI-READI's column); "" where that does not say."""
+    return sample.manifest.get("manufacturers_model_name", "")
 
 
 def probe(train, x_train, scored, x, of_volumes):
@@ -82,9 +86,7 @@ def examine(opened, book, found, encoder, dev):
         return {}, ["eval.probes: these tables have none of training's participants"]
     # a ledger of its own, for encoding strikes off what cannot be read
     train = features.encode(opened.cfg, copy.deepcopy(book), samples, encoder, dev)
-    x_train, x = (  # tokens (volumes, T, C) -> (volumes, C)
-        part.x.mean(dim=1) if part.x.ndim == 3 else part.x for part in (train, found)
-    )
+    x_train, x = (features.flat(part.x) for part in (train, found))
     row_of = {row.unit: row for row in book.rows}
     ages = [row_of[s.unit].age for s in train.samples]
     of_train, of_split = (values_of(part.samples, row_of, ages) for part in (train, found))
