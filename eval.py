@@ -93,7 +93,10 @@ def evaluate_run(ckpt, split, overrides=()):
         result["floors"] = score_floors(opened, book, found, split, encoder, dev, predictions)
     if of_other_seeds:
         result["seeds"] = score_seeds(saved["repeats"], [predictions, *of_other_seeds])
-    result |= what_else(opened, book, found, encoder, dev, predictions, result)
+    result |= what_else(opened, book, found, encoder, dev, predictions, split)
+    others, unreadable = looks.others(opened, result)
+    if split == "test":
+        result["looks"] = looks.count(others, unreadable, result)
     if "curve" in saved:
         result["learning_curve"] = curve.score(saved["curve"], cfg, found)
     mapped, notes = feature_map.examine(opened, book, found, encoder, dev)
@@ -110,7 +113,7 @@ def evaluate_run(ckpt, split, overrides=()):
     if device.rank() == 0:
         if mapped:  # first, for the page shows it
             feature_map.write(pathlib.Path(opened.folder), split, mapped)
-        write(opened, book, result, table, predictions, cards)
+        write(opened, book, result, table, predictions, cards, others)
     return result, opened.folder
 
 
@@ -286,19 +289,15 @@ def score_floors(opened, book, found, split, encoder, dev, predictions):
     return floors
 
 
-def what_else(opened, book, found, encoder, dev, predictions, result):
+def what_else(opened, book, found, encoder, dev, predictions, split):
     """What a reader asks of the scores: how much can be known without the eye; what else the
-    features tell; the scores at other class shares; how often the test set was looked at -> parts
-    of eval_SPLIT.json."""
-    split = result["split"]
+    features tell; the scores at other class shares -> parts of eval_SPLIT.json."""
     parts = [
         confounding.examine(opened, book, predictions, split),
         prevalence.examine(opened, book, predictions, split),
     ]
     if opened.cfg.eval.probes:
         parts.append(shortcuts.examine(opened, book, found, encoder, dev))
-    if split == "test":
-        parts.append(({"looks": looks.count(opened, result)}, []))
     more = {"notes": [note for _, notes in parts for note in notes]}
     for part, _ in parts:
         more |= part
@@ -379,19 +378,18 @@ def training_alarms(saved):
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write(opened, book, result, table, predictions, cards):
+def write(opened, book, result, table, predictions, cards, others):
     """All files of a result in the run's folder. table: predictions_SPLIT.csv, of predictions;
-    cards: of gallery.make."""
+    cards: of gallery.make; others: runs of looks.others."""
     folder, split = pathlib.Path(opened.folder), result["split"]
-    others = looks.best(opened, result)
-    (folder / "report.html").unlink(
-        missing_ok=True
-    )  # should the rest fail: it is of another result
+    # should the rest fail, for it is of another result
+    (folder / "report.html").unlink(missing_ok=True)
     update_ledger(folder / "ledger.csv", book, split)
     files.write(folder / f"predictions_{split}.csv", table)
     files.write(folder / f"eval_{split}.json", json.dumps(result, indent=1) + "\n")
     gallery.save(folder, result, cards)
-    report.write_plots(folder, result, predictions.y_true, predictions.p, others)
+    beside = looks.best(others, split)
+    report.write_plots(folder, result, predictions.y_true, predictions.p, beside)
     if "learning_curve" in result:
         curve.write(folder, result)
     report.write_report(folder)

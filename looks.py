@@ -1,7 +1,8 @@
 """How often was this test set looked at? The best of many runs is better on it than it is.
 
-    count(opened, result)     # "looks" of eval_test.json
-    best(opened, result)      # those runs, for the figure of the whole result
+    found, unreadable = others(opened, result)
+    count(found, unreadable, result)     # "looks" of eval_test.json
+    best(found, split)                   # for the figure of the whole result
 
 eval.py never chooses anything by test. Whoever runs it for many runs, and takes the best, does.
 """
@@ -58,25 +59,21 @@ def others(opened, result):
     return found, unreadable
 
 
-def count(opened, result):
-    """-> {"runs", "unreadable", "sd", "optimism"}: how many runs `others` finds, this one
-    included."""
-    found, unreadable = others(opened, result)
+def count(found, unreadable, result):
+    """Of what `others` gives -> {"runs", "unreadable", "sd", "optimism"}: how many runs these are,
+    the result's own included."""
     runs = 1 + len(found)
     sd, above = optimism(result["ci95"]["balanced_accuracy"], runs)
     return {"runs": runs, "unreadable": unreadable, "sd": sd, "optimism": above}
 
 
-def best(opened, result):
-    """The best MOST_SHOWN of `others`, to be shown beside the result -> {name: result}, the best
-    first. Those whose numbers are not what their predictions give are left out: --leaderboard says
-    why."""
-    found, _ = others(opened, result)
+def best(found, split):
+    """The best MOST_SHOWN of the runs that `others` found, to be shown beside a result -> {name:
+    result}, the best first. Those whose numbers are not what their predictions give are left out:
+    --leaderboard says why."""
     shown = {}
     for folder in sorted(found, key=lambda path: (-found[path]["balanced_accuracy"], path)):
         if len(shown) < MOST_SHOWN:
             with contextlib.suppress(ValueError, OSError):
-                shown[folder.name] = results.open_results(
-                    folder.name, folder, result["split"]
-                ).result
+                shown[folder.name] = results.open_results(folder.name, folder, split).result
     return shown

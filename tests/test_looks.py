@@ -14,7 +14,8 @@ import results
 def counted(folder):
     """looks.count of the run in a folder that write_results wrote."""
     opened = SimpleNamespace(path=str(folder / "best.pt"), folder=str(folder))
-    return looks.count(opened, results.read_result(folder, "test"))
+    result = results.read_result(folder, "test")
+    return looks.count(*looks.others(opened, result), result)
 
 
 @pytest.fixture()
