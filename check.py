@@ -220,15 +220,6 @@ def problems(book, notes):
 # ---------------------------------------------------------------------------------------- the page
 
 
-def printable(value):
-    """Texts, in whatever holds them, without signs that order letters anew or show nothing."""
-    if isinstance(value, str):
-        return device.printable(value, keep="")
-    if isinstance(value, dict):
-        return {printable(key): printable(item) for key, item in value.items()}
-    return type(value)(map(printable, value)) if isinstance(value, (list, tuple)) else value
-
-
 def write_page(cfg, book, notes, scans, stops, args):
     """RUN_DIR_check.html, and RUN_DIR_flow.png, .svg and .pdf -> the page's path. stops: what ends
     the check, or ""; scans None: it is not known what the cache holds; args: of the command."""
@@ -257,7 +248,7 @@ def write_page(cfg, book, notes, scans, stops, args):
         "most": MOST_LINES,
         "scans": [] if args.no_images else list((scans or {}).values()),
     }
-    page = report.render("check.html", **printable(values), flow=figures.picture(drawing, "svg"))
+    page = report.render("check.html", **values, flow=figures.picture(drawing, "svg"))
     path = f"{run}_check.html"
     files.write(path, page)
     return path

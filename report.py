@@ -10,6 +10,7 @@ is one file, with its pictures inside, which opens offline and on a phone.
 """
 
 import base64
+import functools
 import itertools
 import json
 import pathlib
@@ -217,23 +218,26 @@ def read_history(path):
 # -------------------------------------------------------------------------------------------- pages
 
 
-def shown(value):
-    """A value as pages show it: without letters that turn the order of others, or are no text."""
+def shown(value, keep=""):
+    """A value as pages show it: without letters that turn the order of others, or are no text.
+    keep: of these, those that stay."""
     is_text = isinstance(value, str) and not hasattr(value, "__html__")  # not a macro's HTML
-    return device.printable(value) if is_text else value
+    return device.printable(value, keep) if is_text else value
 
 
 def render(template, **values):
     """A page of templates/. A value that is missing raises an error; HTML escapes every text."""
     import jinja2
 
+    # in Markdown, what a macro gives is a text of several lines
+    finalize = functools.partial(shown, keep="" if template.endswith(".html") else "\n\t")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
         autoescape=jinja2.select_autoescape(),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=shown,
+        finalize=finalize,
     )
     in_base64 = lambda image: base64.b64encode(image).decode()
     environment.filters |= {"number": number, "span": span, "json": json.dumps, "base64": in_base64}

@@ -14,7 +14,6 @@ import compare
 import files
 import forest
 import gallery
-from compare import printable
 from findings import number, units
 from report import render
 
@@ -46,10 +45,10 @@ def write(found, with_images=True):
     page = render(
         "comparison.html",
         title=f"comparison on {found.split}",
-        about=printable(compare.about(found)),
-        summary=printable(summary(found, runs[found.order[0]])),
-        notes=[printable(note) for note in compare.notes(found)],
-        alarms=[printable(alarm) for alarm in compare.alarms(found)],
+        about=compare.about(found),
+        summary=summary(found, runs[found.order[0]]),
+        notes=compare.notes(found),
+        alarms=compare.alarms(found),
         pictures=forest.write(beside, drawn),
         words=words,
         scores=compare.score_table(list(runs.values())),
@@ -155,7 +154,7 @@ def divided_table(runs, y, p):
     first."""
     first = next(iter(runs.values()))
     ids = list(first.label_of)
-    classes = [printable(name) for name in first.result["classes"]]
+    classes = first.result["classes"]
     rows = agreement.divided(y, p)
     header = [first.result["unit"], "true class"]
     is_pair = len(p) == 2
@@ -171,7 +170,7 @@ def divided_table(runs, y, p):
         said = {name: int(each[row].argmax()) for name, each in p.items()}
         answer = {name: f"{classes[k]} {number(p[name][row, k])}" for name, k in said.items()}
         right = [name for name, k in said.items() if k == y[row]]
-        cells = [printable(ids[row]), classes[y[row]]]
+        cells = [ids[row], classes[y[row]]]
         if is_pair:
             for name in p:
                 mark = "right" if name in right else "wrong"
