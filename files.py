@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 # of a file that a run left and that is read whole; most have some hundred kB
 MOST_BYTES = 64 << 20
@@ -168,9 +167,16 @@ def locked(path, stop=None):
                 yield file
                 return
         if tries == 600:  # after 30 s
-            tqdm.write(f"waiting for another thread or process that holds {path}", file=sys.stderr)
+            say(f"waiting for another thread or process that holds {path}")
         if stop.wait(0.05):
             raise Stopped
+
+
+def say(text):
+    """Print a line to stderr, above progress lines."""
+    from tqdm import tqdm  # here, so that the mathematics, which imports this file, needs no tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 def members(folder):
@@ -435,7 +441,7 @@ def load_array(path, dtype, shape):
         array = np.load(io.BytesIO(content))
         if array.dtype == dtype and array.shape == tuple(shape):
             return array
-    tqdm.write(f"cache file {path} is damaged; making it anew", file=sys.stderr)
+    say(f"cache file {path} is damaged; making it anew")
     Path(path).unlink(missing_ok=True)  # missing: another process noticed too
     return None
 

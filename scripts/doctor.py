@@ -27,8 +27,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def python(cfg):
     version = ".".join(map(str, sys.version_info[:2]))
-    if version != "3.11":
-        raise ValueError(f"Python {version} was not tried; octprobe is tested with 3.11")
+    if version not in ("3.11", "3.12", "3.13"):
+        raise ValueError(f"Python {version} was not tried; octprobe is for 3.11, 3.12 and 3.13")
     return f"Python {version}"
 
 
