@@ -17,7 +17,7 @@ CONFIGS = --config configs/$(CKPT).yaml$(TASK_CONFIG)$(if $(filter-out probe,$(M
 NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)$(if $(TASK),_$(TASK))_$(MODE))
 
 .PHONY: help doctor probe finetune sweep preview pictures check setup setup-xla lint test test-slow test-xla \
-    bench bench-limits bench-times bench-truth tpu-setup tpu-train tpu-fetch clean
+    bench bench-limits bench-times bench-truth bench-gpu tpu-setup tpu-train tpu-fetch clean
 
 help:
 	@echo "usage: make TARGET [VARIABLE=VALUE ...]"; echo
@@ -122,6 +122,10 @@ bench-times: setup
 	$(VENV)/bin/python bench/reading.py volumes
 	$(VENV)/bin/python bench/scaling.py growth
 	$(VENV)/bin/python bench/cost.py
+
+# without setup: it also runs on a machine without a network, with whatever python3 has
+bench-gpu:  ## what this machine's GPU does with the full-size encoder; eight minutes
+	$(if $(wildcard $(VENV)/installed),$(VENV)/bin/python,python3) bench/gpu.py
 
 # what is said of scores, on drawn data of which all is known
 bench-truth: setup

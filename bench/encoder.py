@@ -2,10 +2,9 @@
 
     .venv/bin/python bench/encoder.py forward              # 5 minutes on two cores, 9 GB of memory
     .venv/bin/python bench/encoder.py forward --depth 2    # a minute and a half: blocks are alike
-    .venv/bin/python bench/encoder.py step                 # a training step; --backend cuda
+    .venv/bin/python bench/encoder.py step                 # a training step
     .venv/bin/python bench/encoder.py checkpoint           # a minute, 1.5 GB of disk
     .venv/bin/python bench/encoder.py others               # five minutes; requirements-encoders.txt
-    .venv/bin/python bench/encoder.py gpu                  # has never met a GPU
 
 forward: as `make probe` runs it on the CPU, against the same network with the whole matrix of
 attention in memory, softmax(q k^T) v in float32, as V-JEPA's own code writes it; "q scaled" saves
@@ -19,8 +18,7 @@ time: clean pages are shared.
 others: the feature pass of one volume in bf16 by other encoders, against the pretraining's, and
 against the same network run by its own library: V-JEPA 2 of ViT-L's width (64x256x256, 8192
 tokens), and ViT-L on 1 and on 64 B-scans of 224x224. Of the first two, --depth blocks.
-gpu: volumes/s in bf16 by batch (aim: 45 % of the matrix product), and the feature pass from cached
-volumes (aim: 90 % of the encoder's rate).
+bench/gpu.py measures a GPU.
 """
 
 import functools
@@ -34,11 +32,13 @@ import threading
 
 import torch
 import torch.nn.functional as F
+from fullsize import DIM, SIZE, build, flop, matmul_rate
 from measure import apart, bench, figure, of_process, peak_gb, timed
 
 import config
 import data
 import device
+import dicom
 import features
 import files
 import heads
@@ -47,35 +47,10 @@ import model
 import phantom
 import volumes
 
-SIZE, DIM, TOKENS = (64, 384, 384), 768, 9216
-
 
 def settings(precision):
     overrides = [f"train.precision={precision}", f"model.emb_dim={DIM}", "log.wandb=disabled"]
     return config.load("configs/base.yaml", overrides)
-
-
-def build(depth):
-    torch.manual_seed(0)
-    return model.ViT3D(DIM, depth, TOKENS).eval().requires_grad_(False)
-
-
-def flop(depth):
-    """Of a volume's forward pass: products of the patches, of each block's four layers, and of
-    q k^T and of that with v."""
-    block = 2 * TOKENS * 12 * DIM * DIM + 4 * TOKENS * TOKENS * DIM
-    return 2 * TOKENS * (4 * 16 * 16) * DIM + depth * block
-
-
-def seconds(job, dev):
-    """Of job(), until the device has done it."""
-    return timed(lambda: (job(), torch.cuda.synchronize() if dev.type == "cuda" else None))[0]
-
-
-def matmul_rate(dev, dtype, n):
-    """FLOP/s of the best of ten products of n x n."""
-    a, b = torch.randn(2, n, n, device=dev).to(dtype)
-    return 2 * n**3 / min(seconds(lambda: a @ b, dev) for _ in range(10))
 
 
 def materialised(q, k, v):
@@ -130,35 +105,32 @@ def forward(depth=12):
         figure(f"{way}: share of attention in the time", share)
 
 
-def step_alone(backend, precision, checkpoints, depth):
+def step_alone(precision, checkpoints, depth):
     """-> seconds, peak GB, norm of the gradient."""
-    dev, cfg = device.get(backend), settings(precision)
-    encoder, volume = build(depth).to(dev), torch.randn(1, 1, *SIZE).half()
+    dev, cfg = device.get("cpu"), settings(precision)
+    encoder, volume = build(depth), torch.randn(1, 1, *SIZE).half()
     encoder.requires_grad_(True).train()
     encoder.checkpoint = device.checkpointing(dev) if checkpoints else None
-    bank = heads.Heads(DIM, 4, heads.settings_of(cfg)).to(dev)
+    bank, norms = heads.Heads(DIM, 4, heads.settings_of(cfg)), []
     optimizer = heads.Optimizer(cfg, bank, encoder)
 
     def step():
         with device.autocast(dev, precision):
-            tokens = encoder(volume.to(dev).float())
+            tokens = encoder(volume.float())
         logits = bank(model.pool(tokens.float(), "mean"))
-        F.cross_entropy(logits[0], torch.tensor([3], device=dev)).backward()
+        F.cross_entropy(logits[0], torch.tensor([3])).backward()
         norms.append(optimizer.clip(1.0).item())
         optimizer.step(1.0, 1.0)
 
-    norms, rounds = [], 1 if backend == "cpu" else 4  # on a GPU the first ones choose kernels
-    took = [seconds(step, dev) for _ in range(rounds)][-1]
-    peak = peak_gb() if backend == "cpu" else torch.cuda.max_memory_allocated() / 1e9
-    return took, peak, norms[-1]
+    took, _ = timed(step)
+    return took, peak_gb(), norms[0]
 
 
-def step(backend="cpu", precision="fp32", depth=12):
+def step(precision="fp32", depth=12):
     (off, memory_off, norm_off), (on, memory_on, norm_on) = (
-        apart(step_alone, backend, precision, checkpoints, depth)[0]
-        for checkpoints in (False, True)
+        apart(step_alone, precision, checkpoints, depth)[0] for checkpoints in (False, True)
     )
-    figure(f"{backend}, {precision}, no checkpointing: GB", memory_off)
+    figure(f"{precision}, no checkpointing: GB", memory_off)
     figure("activation checkpointing: GB", memory_on, at_most=memory_off / 2)
     figure("its time, against none", on / off)
     figure("difference of the gradients' norm, relative", abs(norm_on / norm_off - 1), at_most=0.01)
@@ -182,29 +154,8 @@ def fill_cache(folder, count, size):
         array = torch.randn(size).half().numpy()
         files.save_array(os.path.join(kept.folder, kept.key(i) + ".npy"), array)
         known = {"reading": volumes.READING, "pixels": str(i), "sketch": volumes.sketch(array)}
-        known |= {"patient_id": None, "notes": [], "mean": 0.0, "sd": 1.0}
+        known |= dicom.facts_of(size, "none") | {"notes": [], "mean": 0.0, "sd": 1.0}
         files.write(os.path.join(kept.cache_dir, "facts", kept.key(i) + ".json"), json.dumps(known))
-
-
-def gpu(depth=12, count=64):
-    dev, encoder, rates = device.get("cuda"), build(depth).to("cuda"), []
-    limit = matmul_rate(dev, torch.bfloat16, 8192)
-    for batch in (1, 2, 4, 8, 16):
-        x = torch.randn(batch, 1, *SIZE, device=dev)
-        torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad(), device.autocast(dev, "bf16"):
-            times = [seconds(lambda x=x: encoder(x), dev) for _ in range(6)]
-        rates.append(batch / statistics.median(times[2:]))  # the first ones choose kernels
-        figure(f"batch {batch}: volumes/s", rates[-1])
-        figure(f"batch {batch}: share of a matrix product's rate", rates[-1] * flop(depth) / limit)
-        figure(f"batch {batch}: GB", torch.cuda.max_memory_allocated() / 1e9)
-    cfg, whole = settings("bf16"), features.Encoder(encoder, SIZE, "0" * 64)
-    with tempfile.TemporaryDirectory() as folder:
-        fill_cache(folder, count, SIZE)
-        samples, cfg.paths.cache_dir = samples_below(folder, count), f"{folder}/cache"
-        book = ledger.Ledger([], samples, ())
-        rate = count / timed(features.encode, cfg, book, samples, whole, dev)[0]
-    figure("feature pass: share of the best batch's rate", rate / max(rates))
 
 
 def load(path, processes, barrier):
@@ -307,4 +258,4 @@ def others(depth=2):
 
 
 if __name__ == "__main__":
-    bench(__doc__, forward=forward, step=step, others=others, checkpoint=checkpoint, gpu=gpu)
+    bench(__doc__, forward=forward, step=step, others=others, checkpoint=checkpoint)

@@ -134,7 +134,8 @@ def test_tests_import_no_other_test_and_no_measurement(path):
 def test_the_mathematics_imports_torch_numpy_and_scikit_learn_alone():
     """bench/gpu.py runs with these; scipy comes with scikit-learn."""
     code = "import sys; sys.modules |= dict.fromkeys(sys.argv[1:])"  # None: not to be imported
-    code += "; import model, losses, metrics, heads, device; print(*(n for n, m in sys.modules.items() if m))"
+    code += "; import model, losses, metrics, heads, device"
+    code += "; print(*(name for name, module in sys.modules.items() if module))"
     others = ["yaml", "pydantic", "tqdm", "fsspec", "dotenv", "b2sdk"]
     environment = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run(
