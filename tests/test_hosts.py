@@ -1,0 +1,279 @@
+"""Replicas that torchrun or srun starts, on one host and on two. A host is a torchrun agent with its
+own cache; or a network namespace, in which the test's folder `disk` is another one.
+
+Traffic stays on loopback, and within namespaces that the tests make and remove.
+"""
+
+import contextlib
+import glob
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers import ROOT, TUNE, children_of, settings, trained
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ADDRESSES = "10.77.0.1", "10.77.0.2"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def group(command, agents=2, each=1, address="127.0.0.1", inside=None, **options):
+    """torchrun agents, each a host with `each` processes of command(node) -> their Popens. inside:
+    node -> the beginning of a command line that runs within the host."""
+    inside, port, found = inside or (lambda node: []), free_port(), []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        for node in range(agents):
+            where = [f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}"]
+            counts = [f"--nnodes={agents}", f"--nproc-per-node={each}"]
+            line = [*inside(node), *TORCHRUN, *counts, *where, *map(str, command(node))]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            found.append(subprocess.Popen(line, cwd=ROOT, env=environment, **pipes, **options))
+        yield found
+    finally:
+        for process in found:
+            process.kill()  # the replicas end with it
+            process.wait()
+
+
+def ended(agents, seconds):
+    """Wait for all -> [(returncode, output, errors)]."""
+    deadline, found = time.monotonic() + seconds, []
+    for process in agents:
+        output, errors = process.communicate(timeout=max(1, deadline - time.monotonic()))
+        found.append((process.returncode, output, errors))
+    return found
+
+
+def check_success(found):
+    for node, (code, output, errors) in enumerate(found):
+        assert code == 0, errors
+        assert not errors.count("error: ")
+        assert bool(output) == (node == 0)  # rank 0 alone prints
+
+
+def training(root, folder, *more):
+    """node -> train.py with a cache and a run folder of the host's own."""
+    base = settings(root, folder)
+    own = lambda node: [f"paths.cache_dir={folder}/cache{node}", f"paths.run_dir={folder}/run{node}"]
+    return lambda node: ["train.py", "--config", "configs/demo.yaml", *base, *own(node), *more]
+
+
+def same(folder, other, most=1e-6):
+    """Do run folders hold the same predictions of validation?"""
+    a, b = (
+        np.genfromtxt(f"{run}/predictions_val.csv", delimiter=",", skip_header=1)
+        for run in (folder, other)
+    )
+    assert a.shape == b.shape and np.abs(a - b).max() <= most
+
+
+CPU = "device.backend=cpu"
+JOBS = {
+    "probe": [CPU, "model.head.hidden=8", "data.batch_size=7"],
+    "seeds": [CPU, "train.seeds=[1,2]"],
+    "fine-tuning": TUNE,
+}
+
+
+# ------------------------------------------------------------------------------------ on loopback
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["probe", "fine-tuning"])
+def test_two_hosts_give_the_predictions_of_one_process(written, tmp_path, job):
+    with group(training(written, tmp_path, *JOBS[job]), each=2) as agents:
+        found = ended(agents, 300)
+    check_success(found)
+    assert " on 4 x cpu" in found[0][1] and found[0][1].count("features: ") >= 1
+    same(f"{tmp_path}/run0", f"{trained(written, *JOBS[job])}/run")
+    assert not os.path.exists(f"{tmp_path}/run1")  # rank 0 alone writes
+    assert not os.path.exists(f"{tmp_path}/.run0.lock")
+    if job == "probe":  # each host has read its share, and no more
+        kept = [set(glob.glob("*.npy", root_dir=f"{tmp_path}/cache{n}/volumes")) for n in (0, 1)]
+        assert all(kept) and not kept[0] & kept[1]
+
+
+# ------------------------------------------------------------- two hosts with disks of their own
+
+
+def shell(*command):
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+def must(*command):
+    done = shell(*command)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+class Lab:
+    """Two hosts: namespaces with a network between them and nothing else, each with its own disk
+    at the same path."""
+
+    def __init__(self, folder):
+        self.names = [f"octprobe{os.getpid()}{letter}" for letter in "ab"]
+        self.disk, self.disks = f"{folder}/disk", [f"{folder}/disk{n}" for n in (0, 1)]
+        self.wire = None
+
+    def make(self):
+        for name in self.names:
+            done = shell("ip", "netns", "add", name)
+            if done.returncode:
+                pytest.skip(f"ip netns add is not possible here: {done.stderr.strip()}")
+            must("ip", "-n", name, "link", "set", "lo", "up")
+        for folder in (self.disk, *self.disks):
+            os.mkdir(folder)
+
+    def connect(self, network):
+        """veth: a cable; netem: the same with 50 ms and 1 % loss; relay: slow_wire.py's."""
+        a, b = self.names
+        if network == "relay":
+            script = [sys.executable, f"{ROOT}/tests/slow_wire.py", a, b, "oct0", "0.05", "0.01"]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            self.wire = subprocess.Popen(script, **pipes)
+            if not self.wire.stdout.readline():
+                pytest.skip(f"no TUN device here: {self.wire.stderr.read().splitlines()[-1]}")
+        else:
+            ends = ["oct0", "netns", a, "type", "veth", "peer", "name", "oct0", "netns", b]
+            done = shell("ip", "link", "add", *ends)
+            if done.returncode:
+                pytest.skip(f"this kernel has no veth: {done.stderr.strip()}")
+        for name, own, other in zip(self.names, ADDRESSES, reversed(ADDRESSES)):
+            must("ip", "-n", name, "address", "add", own, "peer", other, "dev", "oct0")
+            must("ip", "-n", name, "link", "set", "oct0", "up")
+            if network == "netem":
+                slow = "qdisc add dev oct0 root netem delay 50ms loss 1%".split()
+                done = shell("tc", "-n", name, *slow)
+                if done.returncode:
+                    pytest.skip(f"this kernel has no netem: {done.stderr.strip()}")
+
+    def inside(self, node):
+        """The beginning of a command line on a host."""
+        mount = f'mount --bind {self.disks[node]} {self.disk} && exec "$@"'
+        return ["ip", "netns", "exec", self.names[node], "sh", "-c", mount, "sh"]
+
+    def group(self, job, hosts_=2, **options):
+        base = settings(f"{self.disk}/data", self.disk)
+        command = ["train.py", "--config", "configs/demo.yaml", *base, *job]
+        more = {"address": ADDRESSES[0], "inside": self.inside, **options}
+        return group(lambda node: command, hosts_, **more)
+
+    def remove(self):
+        if self.wire:
+            self.wire.kill()
+            self.wire.communicate()
+        for name in self.names:
+            shell("ip", "netns", "delete", name)  # and with it what is in it
+
+
+@pytest.fixture()
+def lab(written, tmp_path):
+    for tool in ("ip", "tc"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not there; install iproute2")
+    if os.geteuid():
+        pytest.skip("network namespaces are made by root alone")
+    hosts_ = Lab(tmp_path)
+    try:
+        hosts_.make()
+        for disk in hosts_.disks:
+            shutil.copytree(written, f"{disk}/data")
+        yield hosts_
+    finally:
+        hosts_.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network, job",
+    [("veth", "probe"), ("veth", "seeds"), ("veth", "fine-tuning"), ("netem", "probe")]
+    + [("relay", "probe"), ("relay", "fine-tuning")],
+)
+def test_hosts_that_share_no_disk_give_the_predictions_of_one_process(lab, written, network, job):
+    lab.connect(network)
+    with lab.group(JOBS[job]) as agents:
+        found = ended(agents, 400)
+    check_success(found)
+    same(f"{lab.disks[0]}/run", f"{trained(written, *JOBS[job])}/run")
+    assert not os.path.exists(f"{lab.disks[1]}/run") and os.path.exists(f"{lab.disks[1]}/cache")
+
+
+def descendants(pid):
+    children = children_of(pid) if os.path.exists(f"/proc/{pid}") else []
+    return children + [d for child in children for d in descendants(child)]
+
+
+def kill_host(agent):
+    family = [agent.pid, *descendants(agent.pid)]
+    for pid in family:
+        os.kill(pid, signal.SIGSTOP)  # none lives to tell of another's end
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+
+
+def read_until(process, beginning):
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_all_end_when_a_host_is_killed_and_the_restart_goes_on(lab, written, killed):
+    lab.connect("veth")
+    more = [*TUNE, "train.save_every=2", "train.resume=auto"]
+    with lab.group(more) as agents:
+        read_until(agents[0], "epoch   1/3")
+        kill_host(agents[killed])
+        left, begun = agents[1 - killed], time.monotonic()
+        _, errors = left.communicate(timeout=60)
+        took = time.monotonic() - begun
+    assert took < 15 and left.returncode
+    assert errors.count("error: ") == 1
+    assert f"error: replica {killed} of 2, on {ADDRESSES[killed]}, was killed" in errors
+    # one host has what the other lacks
+    with lab.group(more) as agents:
+        found = ended(agents, 100)
+    said = "".join(errors for _, _, errors in found)
+    assert all(code for code, _, _ in found) and said.count("error: ") == 1
+    assert "every host needs the same" in said
+    if killed == 0:  # on another number of hosts, where the run's folder is
+        with lab.group(more, hosts_=1, each=3) as agents:
+            found = ended(agents, 200)
+    else:
+        shutil.copytree(f"{lab.disks[0]}/run", f"{lab.disks[1]}/run")
+        with lab.group(more) as agents:
+            found = ended(agents, 200)
+    check_success(found)
+    assert "resuming after" in found[0][1]
+    same(f"{lab.disks[0]}/run", f"{trained(written, *TUNE)}/run", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("during", ["encoding", "epoch"])
+def test_all_end_when_a_network_is_gone(lab, during):
+    """Without a packet that would say so."""
+    lab.connect("veth")
+    more = [*TUNE, "train.epochs=500", "train.early_stopping.enabled=false"]
+    with lab.group(more) as agents:
+        read_until(agents[0], "epoch   1/500" if during == "epoch" else "(with a volume")
+        must("ip", "-n", lab.names[1], "link", "set", "oct0", "down")
+        begun = time.monotonic()
+        found = ended(agents, 60)
+        took = time.monotonic() - begun
+    print(f"ended {took:.1f} s after the network was gone")
+    assert took < 20 and all(code for code, _, _ in found)
+    assert all(errors.count("error: replica") == 1 for _, _, errors in found)
