@@ -172,12 +172,12 @@ def replica(rank, world, main, cfg, backend, meeting, failures):
     end_at_once(failure)
 
 
-def run_in_group(main, cfg, backend, rank, world, local_rank, local_world, **meeting):
-    """main(rank, cfg) as one of `world` replicas, local_world of which are on this host."""
+def run_in_group(main, cfg, backend, rank, world, local_rank, sharing, **meeting):
+    """main(rank, cfg) as one of `world` replicas. sharing: how many share this host's threads."""
     if backend == "cuda":
         torch.cuda.set_device(local_rank)
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // local_world))
+        torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
     name = "nccl" if backend == "cuda" else "gloo"
     # A replica whose features are in the cache may wait for days for one that must encode its own.
     # That one of them has ended is noticed otherwise.
@@ -271,13 +271,16 @@ def join(main, cfg, backend, processes, place, store, line):
         )
     if backend == "cuda" and place.local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"LOCAL_RANK={place.local_rank}, but this host has {torch.cuda.device_count()} GPUs; "
-            "start at most one process for each (torchrun --nproc-per-node)"
+            f"LOCAL_RANK={place.local_rank}, but this process sees {torch.cuda.device_count()} "
+            "GPUs; start at most one process for each (torchrun --nproc-per-node), and let every "
+            "process see all GPUs of its host (Slurm: --gpus-per-node)"
         )
     name = hosts.interface(place)
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    here = place.rank, place.world, place.local_rank, place.local_world
+    # OMP_NUM_THREADS, which torchrun sets, is of each process
+    share = 1 if "OMP_NUM_THREADS" in os.environ else place.local_world
+    here = place.rank, place.world, place.local_rank, share
     run_in_group(main, cfg, backend, *here, store=store)
 
 

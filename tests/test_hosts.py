@@ -1,11 +1,12 @@
-"""Replicas that torchrun or srun starts, on one host and on two. A host is a torchrun agent with its
-own cache; or a network namespace, in which the test's folder `disk` is another one.
+"""Replicas that torchrun or srun starts, on one host and on two. A host is a torchrun agent with
+its own cache; or a network namespace, in which the test's folder `disk` is another one.
 
 Traffic stays on loopback, and within namespaces that the tests make and remove.
 """
 
 import contextlib
 import glob
+import json
 import os
 import shutil
 import signal
@@ -16,10 +17,14 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, TUNE, children_of, settings, trained
+from helpers import ROOT, TUNE, children_of, content, settings, trained, warm
+
+import eval as evaluation
+import hosts
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ADDRESSES = "10.77.0.1", "10.77.0.2"
+NETEM = "netem", "delay", "50ms", "loss", "1%"
 
 
 def free_port():
@@ -67,7 +72,10 @@ def check_success(found):
 def training(root, folder, *more):
     """node -> train.py with a cache and a run folder of the host's own."""
     base = settings(root, folder)
-    own = lambda node: [f"paths.cache_dir={folder}/cache{node}", f"paths.run_dir={folder}/run{node}"]
+    own = lambda node: [
+        f"paths.cache_dir={folder}/cache{node}",
+        f"paths.run_dir={folder}/run{node}",
+    ]
     return lambda node: ["train.py", "--config", "configs/demo.yaml", *base, *own(node), *more]
 
 
@@ -104,6 +112,190 @@ def test_two_hosts_give_the_predictions_of_one_process(written, tmp_path, job):
     if job == "probe":  # each host has read its share, and no more
         kept = [set(glob.glob("*.npy", root_dir=f"{tmp_path}/cache{n}/volumes")) for n in (0, 1)]
         assert all(kept) and not kept[0] & kept[1]
+
+
+def errors_of(found):
+    """Lines that tell of an error, of all hosts; none shows where in the program it was."""
+    assert all(code for code, _, _ in found)
+    lines = [line for _, _, errors in found for line in errors.splitlines()]
+    assert not any(f'File "{ROOT}/{name}.py"' in line for line in lines for name in MODULES)
+    return [line for line in lines if line.startswith("error: ")]
+
+
+MODULES = "train", "eval", "device", "hosts", "runs"
+# Another error on one host alone, and one that all replicas find at once
+WRONG = {
+    "one host's": (["train.epochs=2"], ["paths.data=/nowhere"], "/nowhere"),
+    "everybody's": (["train.epochs=0"], [], "train.epochs"),
+    "processes": (["device.processes=2"], [], "set device.processes=1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WRONG)
+def test_an_error_is_one_sentence_once(written, tmp_path, case):
+    everywhere, on_one, said = WRONG[case]
+    command = training(written, tmp_path, CPU, *everywhere)
+    with group(lambda node: command(node) + node * on_one, each=2) as agents:
+        found = ended(agents, 60)
+    (error,) = errors_of(found)
+    assert said in error
+    assert not on_one or error in found[1][2]  # where it happened
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK is"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "does not fit"),
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, "whole numbers"),
+    ],
+)
+def test_half_a_group_is_said(monkeypatch, variables, said):
+    if len(variables) == 2:
+        variables |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        hosts.find()
+
+
+LONG = [*TUNE, "train.epochs=300", "train.early_stopping.enabled=false"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_one_host_ends_all(written, tmp_path, number):
+    """SIGTERM: with all saved. SIGKILL to the agent alone: its replicas do not outlive it."""
+    with group(training(written, tmp_path, *LONG, warm(written)), each=2) as agents:
+        read_until(agents[0], "epoch   1/300")
+        families = [d for agent in agents for d in descendants(agent.pid)]
+        agents[1].send_signal(number)
+        begun, found = time.monotonic(), ended(agents, 40)
+    assert time.monotonic() - begun < 15 and all(code for code, _, _ in found)
+    while any(map(is_alive, families)):
+        assert time.monotonic() - begun < 15
+        time.sleep(0.1)
+    everything = "".join(output + errors for _, output, errors in found)
+    if number == signal.SIGTERM:
+        assert everything.count("stopped by SIGTERM after") == 1
+        assert os.path.exists(f"{tmp_path}/run0/last.pt") and "error: " not in everything
+    elif number == signal.SIGINT:
+        assert everything.count("interrupted\n") == 1 and "error: " not in everything
+    else:
+        assert everything.count("error: replica ") == 1
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_by_several_hosts(written, tmp_path):
+    own = lambda node: f"paths.cache_dir={tmp_path}/{node}/cache"
+    with group(training(written, tmp_path, *JOBS["probe"]), each=2) as agents:
+        check_success(ended(agents, 100))
+    places = [f"{tmp_path}/{node}" for node in (0, 1)]
+    for node, place in enumerate(places):  # every host has the checkpoint, and what it encoded
+        shutil.copytree(f"{tmp_path}/run0", f"{place}/run")
+        shutil.copytree(f"{tmp_path}/cache{node}", f"{place}/cache")
+    command = lambda node: ["eval.py", "--ckpt", f"{places[node]}/run", own(node), "--split", "val"]
+    with group(command, each=2) as agents:
+        check_success(ended(agents, 100))
+    alone, _ = evaluation.evaluate_run(f"{places[1]}/run", "val", [warm(written)])
+    many = json.loads(content(f"{places[0]}/run/eval_val.json"))
+    assert set(many) == set(alone)
+    # predictions, scores, groups; and all points of the map, wherever their features are
+    for key in set(many) - {"content_sha256", "checkpoint_sha256", "looks"}:
+        assert flat(many[key]) == pytest.approx(flat(alone[key]), abs=1e-6), key
+    # of two that compare what is written, one does
+    pair = ["eval.py", "--compare", *(f"{place}/run" for place in places), "--split", "val"]
+    with group(lambda node: pair, agents=1, each=2) as agents:
+        found = ended(agents, 60)
+    assert found[0][1].count("written: ") == 1
+    # one host lacks the checkpoint
+    shutil.rmtree(f"{places[1]}/run")
+    with group(command) as agents:
+        (error,) = errors_of(ended(agents, 60))
+    assert f"--ckpt {places[1]}/run" in error
+
+
+def flat(value):
+    """Nested dicts and lists -> a list of what is in them."""
+    parts = value.values() if isinstance(value, dict) else value
+    return [x for part in parts for x in flat(part)] if isinstance(value, dict | list) else [value]
+
+
+@pytest.mark.slow
+def test_the_demos_data_are_written_once_a_host(tmp_path):
+    demo = f"demo.dir={tmp_path}/demo demo.participants=20 paths.data={tmp_path}/demo/data"
+    demo += f" paths.checkpoint_path={tmp_path}/demo/encoder.pt"
+    command = ["train.py", "--config", "configs/demo.yaml", CPU, *demo.split(), "train.epochs=1"]
+    command += ["train.sweep=null", f"paths.run_dir={tmp_path}/run"]
+    command += [f"paths.cache_dir={tmp_path}/cache"]
+    with group(lambda node: command, agents=1, each=3) as agents:
+        found = ended(agents, 300)
+    check_success(found)
+    assert sorted(os.listdir(f"{tmp_path}/demo")) == ["data", "encoder.pt"]
+    assert found[0][1].count("demo: writing") in (0, 2)  # by rank 0, or by another, which is silent
+
+
+# ------------------------------------------------------------------------------------------ Slurm
+
+# as Slurm's: a task for each of two, on this machine
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift; done
+pids=()
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@" & pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames host[1-2]" ] && printf 'localhost\nhost2\n'
+"""
+
+
+def slurm(tmp_path, *overrides, **variables):
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "host[1-2]",
+        "SLURM_SUBMIT_DIR": ROOT,
+        "MASTER_PORT": str(free_port()),
+        "RUN": f"{tmp_path}/run",
+        **variables,
+    }
+    line = ["bash", f"{ROOT}/scripts/slurm.sh", *overrides]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_slurm_trains_and_scores(written, tmp_path):
+    more = [m for m in settings(written, tmp_path) if "run_dir" not in m] + JOBS["probe"]
+    done = slurm(tmp_path, *more)
+    assert done.returncode == 0, done.stderr
+    assert " on 2 x cpu" in done.stdout and done.stdout.count("report: ") == 2
+    same(f"{tmp_path}/run", f"{trained(written, *JOBS['probe'])}/run")
+    # again: the run is there; an error ends all with one sentence
+    done = slurm(tmp_path, *more, "data.batch_size=8")
+    assert done.returncode and done.stderr.count("error: ") == 1
+    assert "data.batch_size 7 -> 8" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_slurm_only_prints_when_asked(tmp_path):
+    done = slurm(tmp_path, "seed=1", DRY="1", CKPT="single_domain_01", MODE="finetune", RUN="")
+    first, *others = done.stdout.splitlines()
+    run = "runs/cls_single_domain_01_finetune"
+    assert first.startswith("srun .venv/bin/python train.py --config configs/single_domain_01.yaml")
+    assert first.endswith(f"paths.run_dir={run} train.resume=auto seed=1")
+    assert [line.split("eval.py ")[1] for line in others] == [
+        f"--ckpt {run} --split {split}" for split in ("val", "test")
+    ]
+    assert not os.path.exists(f"{tmp_path}/run")
 
 
 # ------------------------------------------------------------- two hosts with disks of their own
@@ -154,8 +346,7 @@ class Lab:
             must("ip", "-n", name, "address", "add", own, "peer", other, "dev", "oct0")
             must("ip", "-n", name, "link", "set", "oct0", "up")
             if network == "netem":
-                slow = "qdisc add dev oct0 root netem delay 50ms loss 1%".split()
-                done = shell("tc", "-n", name, *slow)
+                done = shell("tc", "-n", name, "qdisc", "add", "dev", "oct0", "root", *NETEM)
                 if done.returncode:
                     pytest.skip(f"this kernel has no netem: {done.stderr.strip()}")
 
@@ -215,6 +406,13 @@ def descendants(pid):
     return children + [d for child in children for d in descendants(child)]
 
 
+def is_alive(pid):
+    """And no zombie, which its new parent has not noticed yet."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return content(f"/proc/{pid}/stat").rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def kill_host(agent):
     family = [agent.pid, *descendants(agent.pid)]
     for pid in family:
@@ -263,14 +461,17 @@ def test_all_end_when_a_host_is_killed_and_the_restart_goes_on(lab, written, kil
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("during", ["encoding", "epoch"])
-def test_all_end_when_a_network_is_gone(lab, during):
-    """Without a packet that would say so."""
-    lab.connect("veth")
+@pytest.mark.parametrize("network, during", [("veth", "encoding"), ("relay", "epoch")])
+def test_all_end_when_a_network_is_gone(lab, network, during):
+    """Its cable is pulled out, or it loses every packet from now on: nothing says so."""
+    lab.connect(network)
     more = [*TUNE, "train.epochs=500", "train.early_stopping.enabled=false"]
     with lab.group(more) as agents:
         read_until(agents[0], "epoch   1/500" if during == "epoch" else "(with a volume")
-        must("ip", "-n", lab.names[1], "link", "set", "oct0", "down")
+        if network == "veth":
+            must("ip", "-n", lab.names[1], "link", "set", "oct0", "down")
+        else:
+            lab.wire.send_signal(signal.SIGSTOP)
         begun = time.monotonic()
         found = ended(agents, 60)
         took = time.monotonic() - begun
