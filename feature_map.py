@@ -11,9 +11,7 @@ and validation: all of it where the encoder is frozen. A point is an eye, the me
 (an eye that two scanners saw is two points); where no eye is known, a participant.
 """
 
-import contextlib
 import dataclasses
-import os
 
 import numpy as np
 import torch
@@ -117,18 +115,13 @@ def recall(cfg, book, samples, encoder, dev):
         return [], x
     kept, ids = features.Kept(cfg, encoder, view=0), book.ids
     volumes = data.open_volumes(cfg, samples, encoder.size, ids, encoder.wants_intensities)
-    key_of = {}
-    for i in range(len(samples)):
-        with contextlib.suppress(data.Unreadable):  # no map is worth a stop
+    # as features.encode_share parts them: on several hosts, each has the features of its own share
+    for i in range(device.rank(), len(samples), device.world()):
+        try:
             key = volumes.key(i)
-            if key and os.path.exists(kept.path(key)):
-                key_of[i] = key
-    # every host has the features of its own share alone; replicas of a host part what it has
-    holders = [set(held) for held in device.gather(list(key_of), dev)]
-    for i, key in key_of.items():
-        having = [rank for rank, held in enumerate(holders) if i in held]
-        is_mine = having[i % len(having)] == device.rank() % device.world()
-        feature = kept.load(key) if is_mine else None
+        except data.Unreadable:  # no map is worth a stop
+            key = None
+        feature = kept.load(key) if key else None
         if feature is not None:
             x[i], is_kept[i] = features.flat(torch.from_numpy(feature).float()[None])[0], 1
     x, is_kept = (device.all_sum(part.to(dev)).cpu() for part in (x, is_kept))

@@ -196,17 +196,20 @@ def test_a_run_is_scored_by_several_hosts(written, tmp_path):
     for node, place in enumerate(places):  # every host has the checkpoint, and what it encoded
         shutil.copytree(f"{tmp_path}/run0", f"{place}/run")
         shutil.copytree(f"{tmp_path}/cache{node}", f"{place}/cache")
-    command = lambda node: ["eval.py", "--ckpt", f"{places[node]}/run", own(node), "--split", "val"]
+    command = lambda node: ["eval.py", "--ckpt", f"{places[node]}/run", own(node)]
     with group(command, each=2) as agents:
         check_success(ended(agents, 100))
-    alone, _ = evaluation.evaluate_run(f"{places[1]}/run", "val", [warm(written)])
-    many = json.loads(content(f"{places[0]}/run/eval_val.json"))
+    for node in (0, 1):
+        shutil.copytree(f"{tmp_path}/cache{node}", f"{tmp_path}/cache", dirs_exist_ok=True)
+    cache = f"paths.cache_dir={tmp_path}/cache"
+    alone, _ = evaluation.evaluate_run(f"{places[1]}/run", "test", [cache])
+    many = json.loads(content(f"{places[0]}/run/eval_test.json"))
     assert set(many) == set(alone)
     # predictions, scores, groups; and all points of the map, wherever their features are
     for key in set(many) - {"content_sha256", "checkpoint_sha256", "looks"}:
         assert flat(many[key]) == pytest.approx(flat(alone[key]), abs=1e-6), key
     # of two that compare what is written, one does
-    pair = ["eval.py", "--compare", *(f"{place}/run" for place in places), "--split", "val"]
+    pair = ["eval.py", "--compare", *(f"{place}/run" for place in places)]
     with group(lambda node: pair, agents=1, each=2) as agents:
         found = ended(agents, 60)
     assert found[0][1].count("written: ") == 1
