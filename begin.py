@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 
+STARTED_BY = os.getppid()  # now: it may be gone when torch is imported
 PARENT = "OCTPROBE_PARENT"  # variable by which a process tells those that it starts who it is
 
 

@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import hosts
-from begin import end_when_gone, end_with_parent
+from begin import STARTED_BY, end_when_gone, end_with_parent
 
 
 def choose(backend):
@@ -217,7 +217,7 @@ def in_group(command):
     that fails, all end."""
     place = hosts.find()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    end_when_gone(os.getppid())  # torchrun, say, that was killed
+    end_when_gone(STARTED_BY)  # torchrun, say, that is killed
 
     def job():
         GROUP.extend([place, *meet(place)])

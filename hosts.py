@@ -160,7 +160,8 @@ class Line:
         """Of any other rank: the connection to rank 0."""
         address, port, token = json.loads(store.get("line"))
         # on Debian a host's own name leads to its loopback
-        address = self.place.address if address.startswith("127.") else address
+        is_loopback = address.startswith("127.") or address == "::1"
+        address = self.place.address if is_loopback else address
         connection = socket.create_connection((address, port), MEETING)
         connection.sendall(f"{token}{self.place.rank:8d}".encode())
         keep_alive(connection)

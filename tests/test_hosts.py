@@ -161,6 +161,44 @@ def test_half_a_group_is_said(monkeypatch, variables, said):
         hosts.find()
 
 
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import torch
+import device
+from types import SimpleNamespace
+
+
+def main(rank, cfg):
+    assert (rank, device.world()) == (device.rank(), 2)
+    print("rank", rank, device.all_sum(torch.tensor([rank + 1.0])).item())
+    if rank == 1 and "fail" in sys.argv:
+        raise ValueError("no such thing")
+    device.barrier(torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    settings = SimpleNamespace(backend="cpu", processes=1)
+    job = lambda: device.launch(main, SimpleNamespace(device=settings))
+    device.run(job) if "run" in sys.argv else job()
+"""
+
+
+@pytest.mark.parametrize("arguments", [["run"], [], ["run", "fail"]])
+def test_processes_that_srun_starts_are_one_group(tmp_path, arguments):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    line, pipes = [sys.executable, tmp_path / "script.py", *arguments], {"text": True}
+    pipes |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    own = [where | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    processes = [subprocess.Popen(line, env=os.environ | more, **pipes) for more in own]
+    found = ended(processes, 60)
+    assert [output for _, output, _ in found] == ["rank 0 3.0\n", ""]
+    fails = "fail" in arguments
+    assert [code for code, _, _ in found] == [fails, fails]
+    assert [errors for _, _, errors in found] == ["", "error: no such thing\n" if fails else ""]
+
+
 LONG = [*TUNE, "train.epochs=300", "train.early_stopping.enabled=false"]
 
 
@@ -392,8 +430,8 @@ def lab(written, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "network, job",
-    [("veth", "probe"), ("veth", "seeds"), ("veth", "fine-tuning"), ("netem", "probe")]
-    + [("relay", "probe"), ("relay", "fine-tuning")],
+    [("veth", "probe"), ("veth", "seeds"), ("veth", "fine-tuning")]
+    + [("netem", "fine-tuning"), ("relay", "fine-tuning")],
 )
 def test_hosts_that_share_no_disk_give_the_predictions_of_one_process(lab, written, network, job):
     lab.connect(network)
