@@ -242,6 +242,7 @@ def in_group(command):
 def meet(place):
     """-> torch's store of the group, and its hosts.Line. ConnectionError where not all come."""
     where, patience = f"{place.address}:{place.port}", timedelta(seconds=hosts.MEETING)
+    hosts.own_address(place)  # says at once what waiting would not help
     try:
         found = dist.rendezvous("env://", place.rank, place.world, timeout=patience)
         store, _, _ = next(found)

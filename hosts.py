@@ -67,12 +67,19 @@ def find():
 
 
 def own_address(place):
-    """-> family, text: this host's address on the way to where the replicas meet."""
+    """-> family, text: this host's address on the way to where the replicas meet. ValueError where
+    no way leads there."""
     kind = socket.SOCK_DGRAM
-    family, _, _, _, target = socket.getaddrinfo(place.address, place.port, type=kind)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # sends nothing
-        return family, probe.getsockname()[0]
+    try:
+        family, _, _, _, target = socket.getaddrinfo(place.address, place.port, type=kind)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing
+            return family, probe.getsockname()[0]
+    except OSError as error:
+        raise ValueError(
+            f"MASTER_ADDR={place.address}: {socket.gethostname()} does not reach that "
+            f"({error.strerror}); name the host of rank 0 as all others know it"
+        ) from error
 
 
 def interface(place):

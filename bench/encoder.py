@@ -182,7 +182,8 @@ def fill_cache(folder, count, size):
         array = torch.randn(size).half().numpy()
         files.save_array(os.path.join(kept.folder, kept.key(i) + ".npy"), array)
         known = {"reading": volumes.READING, "pixels": str(i), "sketch": volumes.sketch(array)}
-        known |= {"patient_id": None, "notes": [], "mean": 0.0, "sd": 1.0}
+        known |= {"patient_id": None, "notes": [], "mean": 0.0, "sd": 1.0, "laterality": None}
+        known |= dict(zip(("frames", "rows", "columns"), size)) | {"spacing": [], "thickness": None}
         files.write(os.path.join(kept.cache_dir, "facts", kept.key(i) + ".json"), json.dumps(known))
 
 

@@ -161,6 +161,11 @@ def test_half_a_group_is_said(monkeypatch, variables, said):
         hosts.find()
 
 
+def test_a_meeting_point_that_is_nowhere_is_said_at_once():
+    with pytest.raises(ValueError, match="MASTER_ADDR=nowhere.invalid: .* does not reach that"):
+        hosts.own_address(hosts.Place(0, 2, 0, 1, "nowhere.invalid", 29500))
+
+
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {ROOT!r})
