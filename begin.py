@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 
+STARTED_BY = os.getppid()  # now: it may be gone when torch is imported
 PARENT = "OCTPROBE_PARENT"  # variable by which a process tells those that it starts who it is
 
 
@@ -22,15 +23,19 @@ def process():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        parent = int(os.environ[PARENT])  # it may be dead already, so getppid would not tell
-
-        def watch():
-            while os.getppid() == parent:
-                time.sleep(0.2)
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+        end_when_gone(int(os.environ[PARENT]))  # it may be dead already: getppid would not tell
     os.environ[PARENT] = str(os.getpid())
+
+
+def end_when_gone(parent):
+    """From now on this process ends when its parent, by its number, does."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with_parent():

@@ -10,7 +10,8 @@ The only file that names torch_xla, torch.cuda and torch.distributed.
 
 XLA: through xmp.spawn, a replica for every core of the host (with PJRT_DEVICE=CPU, one). CUDA and
 CPU: device.processes replicas on this host, which talk by nccl or gloo; with 1, main runs in this
-process. Every replica calls the same functions in the same order. Needs torch, begin.py beside it,
+process; where torchrun or srun has started replicas, on one host or several, they are joined. Every
+replica calls the same functions in the same order. Needs torch, begin.py and hosts.py beside it,
 and torch_xla where it is chosen.
 """
 
@@ -31,12 +32,14 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from begin import end_with_parent
+import hosts
+from begin import STARTED_BY, end_when_gone, end_with_parent
 
 
 def choose(backend):
@@ -66,7 +69,12 @@ def launch(main, cfg):
     When one fails, all end within seconds, with the first error on the screen.
     """
     backend, processes = choose(cfg.device.backend), cfg.device.processes
-    if backend == "xla":
+    if hosts.find():
+        if not GROUP:
+            in_group(lambda: launch(main, cfg))
+        else:
+            join(main, cfg, backend, processes, *GROUP)
+    elif backend == "xla":
         if processes != 1:
             raise ValueError(
                 "device.processes is for CPU and CUDA; on XLA there is a replica for every core: "
@@ -156,31 +164,125 @@ def replica(rank, world, main, cfg, backend, meeting, failures):
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if backend == "cuda":
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world))
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    failure = None
-    try:
-        dist.init_process_group(
-            "nccl" if backend == "cuda" else "gloo",
-            init_method=meeting,
-            rank=rank,
-            world_size=world,
-        )
-        quietly(main, rank, cfg)
-        dist.destroy_process_group()
-    except SystemExit as exit_:
-        failure = exit_.code
-    except Exception as error:
-        failure = explain(error)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    here = rank, world, rank, world
+    failure = failure_of(lambda: run_in_group(main, cfg, backend, *here, init_method=meeting))
     if failure:
         failures.put(failure)
+    end_at_once(failure)
+
+
+def run_in_group(main, cfg, backend, rank, world, local_rank, sharing, **meeting):
+    """main(rank, cfg) as one of `world` replicas. sharing: how many share this host's threads."""
+    if backend == "cuda":
+        torch.cuda.set_device(local_rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
+    name = "nccl" if backend == "cuda" else "gloo"
+    # A replica whose features are in the cache may wait for days for one that must encode its own.
+    # That one of them has ended is noticed otherwise.
+    patience = timedelta(days=30)
+    dist.init_process_group(name, rank=rank, world_size=world, timeout=patience, **meeting)
+    quietly(main, rank, cfg)
+    dist.destroy_process_group()
+
+
+def failure_of(job):
+    """job() -> None, or why it failed: an exit status, or what to print."""
+    try:
+        job()
+    except SystemExit as exit_:
+        return exit_.code
+    except KeyboardInterrupt:
+        return "interrupted"
+    except Exception as error:
+        return explain(error)
+    return None
+
+
+def end_at_once(failure):
+    """End this process, whatever its threads still fetch: a peer may wait."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # at once: threads may still fetch, and a peer may wait
-    os._exit(failure if isinstance(failure, int) else bool(failure))
+    status = 130 if failure == "interrupted" else bool(failure)
+    os._exit(failure if isinstance(failure, int) else status)
+
+
+# of this process where torchrun or srun has started it: hosts.Place, torch's store, hosts.Line
+GROUP = []
+
+
+def in_group(command):
+    """command() as one of the replicas that torchrun or srun has started. With the first of them
+    that fails, all end."""
+    place = hosts.find()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_when_gone(STARTED_BY)  # torchrun, say, that is killed
+
+    def job():
+        GROUP.extend([place, *meet(place)])
+        try:
+            with silent(place.rank):
+                command()
+        except RuntimeError:
+            time.sleep(2)  # has it lost another replica? The line then says so, and ends it
+            raise
+
+    failure = failure_of(job)
+    if failure:
+        erase_line()
+    if GROUP:
+        GROUP[2].leave(failure)
+    elif isinstance(failure, str) and place.local_rank == 0:
+        print(failure, file=sys.stderr, flush=True)
+    if failure:
+        end_at_once(failure)
+
+
+def meet(place):
+    """-> torch's store of the group, and its hosts.Line. ConnectionError where not all come."""
+    where, patience = f"{place.address}:{place.port}", timedelta(seconds=hosts.MEETING)
+    hosts.own_address(place)  # says at once what waiting would not help
+    try:
+        found = dist.rendezvous("env://", place.rank, place.world, timeout=patience)
+        store, _, _ = next(found)
+        # torchrun --max-restarts may begin again with the same store
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"octprobe {attempt}", store)
+        return store, hosts.Line(place, store)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ConnectionError(
+            f"replica {place.rank} of {place.world} did not meet the others at {where} (MASTER_ADDR"
+            f" and MASTER_PORT) within {hosts.MEETING} s: {reason}"
+        ) from error
+
+
+def join(main, cfg, backend, processes, place, store, line):
+    """`launch` in a replica that torchrun or srun has started."""
+    if processes != 1:
+        raise ValueError(
+            f"torchrun or srun has started {place.world} replicas, and device.processes={processes}"
+            " would start more; set device.processes=1"
+        )
+    if backend == "xla":
+        raise ValueError(
+            "torchrun and srun are for GPUs and CPUs; on XLA, start this script by itself on every "
+            "host, or set device.backend=cpu"
+        )
+    if backend == "cuda" and place.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={place.local_rank}, but this process sees {torch.cuda.device_count()} "
+            "GPUs; start at most one process for each (torchrun --nproc-per-node), and let every "
+            "process see all GPUs of its host (Slurm: --gpus-per-node)"
+        )
+    name = hosts.interface(place)
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    # OMP_NUM_THREADS, which torchrun sets, is of each process
+    share = 1 if "OMP_NUM_THREADS" in os.environ else place.local_world
+    here = place.rank, place.world, place.local_rank, share
+    run_in_group(main, cfg, backend, *here, store=store)
 
 
 @dataclass
@@ -229,8 +331,14 @@ def watch_replicas():
 def quietly(main, rank, cfg):
     """main(rank, cfg), printing only on rank 0."""
     print_safely()
-    with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
+    with silent(rank):
         main(rank, cfg)
+
+
+def silent(rank):
+    """Within, nothing is printed, but on rank 0."""
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
+    return contextlib.redirect_stdout(nowhere) if rank else contextlib.nullcontext()
 
 
 # what torch and Python say with an error of the program's own kind, and what it means
@@ -276,7 +384,7 @@ def run(command):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of begin.process
     print_safely()
     try:
-        command()
+        in_group(command) if hosts.find() else command()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sys.exit(explain(error))
     except KeyboardInterrupt:
@@ -326,7 +434,7 @@ def rank_and_world():
         import torch_xla.runtime
 
         return torch_xla.runtime.global_ordinal(), torch_xla.runtime.world_size()
-    return 0, 1
+    return (GROUP[0].rank, GROUP[0].world) if GROUP else (0, 1)
 
 
 def rank():

@@ -497,6 +497,8 @@ def arguments():
 def command():
     args = arguments()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar in a file, too
+    if device.rank() and not args.ckpt:
+        return  # of the replicas that torchrun started, one compares what is written
     if args.compare:
         found = compare.open_runs(args.compare, args.split, args.power)
         print(compare.in_words(found))
@@ -518,7 +520,7 @@ def command():
         if args.explain:
             job = functools.partial(explain_participant, participant=args.explain, **what)
         device.launch(job, cfg)
-        if args.open:
+        if args.open and device.rank() == 0:
             show(os.path.join(opened.folder, "report.html"))
 
 

@@ -584,17 +584,27 @@ def prepare(cfg):
 
     encoder, data = cfg.paths.checkpoint_path or "", cfg.paths.data
     participants, effect = cfg.demo.participants, cfg.demo.effect
-    if below(encoder) and not os.path.exists(encoder):
-        print(f"demo: writing a small random encoder to {encoder}")
-        write_encoder(encoder)
     description = Path(data, "phantom.json")
-    if below(data) and not description.exists():
-        print(
-            f"demo: writing synthetic OCT volumes of {participants} participants "
-            f"({effect} class effect) to {data}"
-        )
-        write_dataset(data, participants, 0, effect)
-    elif below(data):
+
+    def missing():
+        proofs = {encoder: encoder, data: description}
+        return [path for path in proofs if below(path) and not os.path.exists(proofs[path])]
+
+    if missing():
+        lock = os.path.join(cfg.demo.dir, ".lock")
+        with files.locked(lock):  # of several processes of this host, one writes for all
+            for path in missing():
+                if path == encoder:
+                    print(f"demo: writing a small random encoder to {encoder}")
+                    write_encoder(encoder)
+                else:
+                    print(
+                        f"demo: writing synthetic OCT volumes of {participants} participants "
+                        f"({effect} class effect) to {data}"
+                    )
+                    write_dataset(data, participants, 0, effect)
+            os.unlink(lock)
+    if below(data):
         facts = json.loads(description.read_text())
         if (facts["effect"], facts["participants"]) != (effect, participants):
             raise ValueError(

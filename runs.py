@@ -89,6 +89,9 @@ def check_folder(cfg):
 @contextlib.contextmanager
 def locked(cfg):
     """The run's folder, for this process and its replicas alone. ValueError says who holds it."""
+    if device.rank():  # torchrun's: rank 0 holds it for all
+        yield
+        return
     folder = os.path.abspath(files.local_folder(cfg.paths.run_dir, "paths.run_dir"))
     path = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.lock")
     at_once = threading.Event()
@@ -193,12 +196,6 @@ class Run:
                 ) from error
             vars(progress).update(self.earlier["progress"])
             print(f"resuming after {self.position()} of {self.folder}")
-        positions = device.gather([progress.epoch, progress.step], self.dev)
-        if any(position != positions[0] for position in positions):
-            raise ValueError(
-                f"the replicas would go on after [epoch, step] {positions}: every host needs the "
-                f"same {os.path.join(self.folder, LAST)}; copy that of host 0"
-            )
         self.prepare()
         self.write_history(progress.history)
         self.stopping = device.sigterm()
@@ -308,6 +305,13 @@ def start(cfg, book, encoder, train, val, dev, needed):
     identity = dict(zip(IDENTITY, values)) | {"volumes": [len(train.samples), len(val.samples)]}
     folder = os.path.expanduser(cfg.paths.run_dir)
     earlier = resumable(folder, identity, needed) if cfg.train.resume == "auto" else None
+    found = device.gather(earlier and [earlier.get("epoch"), earlier.get("step")], dev)
+    if any(position != found[0] for position in found):
+        said = ", ".join(f"replica {i}: {after or 'none'}" for i, after in enumerate(found))
+        raise ValueError(
+            f"the replicas would go on after different steps ([epoch, step]; {said}): every host "
+            f"needs the same {os.path.join(folder, LAST)}; copy the newest to all"
+        )
     wandb_run = tracking.start(cfg, folder, earlier and earlier["wandb"])
     scans = facts.summary(book.samples, book.facts)
     return Run(folder, cfg, book, identity, scans, dev, wandb_run, earlier)

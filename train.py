@@ -5,6 +5,7 @@
     python train.py --config FILE train.epochs=10 train.lr_head=3e-4
     python train.py --config FILE --config configs/finetune.yaml   # later files go over earlier
     python train.py --config FILE device.processes=4             # a process for each of four GPUs
+    torchrun --nproc-per-node=8 ... train.py --config FILE       # several hosts: docs/hosts.md
     python train.py --config FILE train.resume=auto              # resume from the last checkpoint
     .venv-xla/bin/python train.py --config FILE                  # on every host of a TPU pod
 

@@ -16,6 +16,7 @@ ORDER = [
     "config",
     "files",
     "losses",
+    "hosts",
     "device",
     "stages",
     "resampling",
