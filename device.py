@@ -369,8 +369,10 @@ def get(backend):
     """The torch.device of this replica."""
     backend = choose(backend)
     if backend == "xla":
-        import torch_xla
+        import torch_xla.backends
 
+        # a TPU would round float32 to bfloat16 before it multiplies; bfloat16 is not concerned
+        torch_xla.backends.set_mat_mul_precision("highest")
         return torch_xla.device()
     if backend == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
@@ -444,8 +446,12 @@ def attention_flash(q, k, v):
     torch_xla 2.9 fills the last block of keys with zeros that the softmax counts, and has no
     backward pass for a part of a block. So tokens are added here, which no other looks at.
     """
+    import jax
     from torch_xla.experimental.custom_kernel import flash_attention
 
+    # as in `get`, for the kernels of this pass and of its backward pass; they refuse it of bfloat16
+    precision = "highest" if q.dtype == torch.float32 else None
+    jax.config.update("jax_default_matmul_precision", precision)
     n = q.shape[2]
     # sizes that all of the kernel's blocks divide: 128, 256, 512, and multiples of 1024
     block = next((size for size in (128, 256, 512) if n <= size), 1024)

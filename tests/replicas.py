@@ -122,11 +122,9 @@ EXECUTED = []  # of each step {"pod": ..., "programs": ..., "alone": ...}
 
 def pod_replica(rank):
     """What xmp.spawn calls in each of 16 threads."""
-    import torch_xla
-
     with BATON:
         try:
-            fit(torch_xla.device(), after_step_of_replica)
+            fit(device.get("xla"), after_step_of_replica)
         except BaseException:
             MEETING.abort()  # the others would wait for this one
             raise

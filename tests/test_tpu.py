@@ -76,8 +76,10 @@ def test_sixteen_replicas_take_the_step_of_one_process(written, features_file, o
     for step in steps:
         plain, pod = step["plain"], step["pod"]
         assert len(step["programs"]) == 16 and len(set(step["programs"])) == 1
-        assert step["programs"][0].count('"stablehlo.all_reduce"') == 1
-        assert set(plain) - set(pod) == {name for name in plain if name.endswith(" step")}
+        assert '"stablehlo.all_reduce"' in step["programs"][0]
+        assert "[DEFAULT" not in step["programs"][0]  # products that a TPU would round to bfloat16
+        # AdamW may count its steps on the host
+        assert set(pod) <= set(plain) and all(n.endswith(" step") for n in set(plain) - set(pod))
         scale = max(np.abs(plain[name]).max() for name in plain if "gradient" in name)
         for name, values in pod.items():  # (16, ...)
             if name in ("losses", "norms", "seen"):  # each replica has its share
@@ -196,7 +198,7 @@ def test_the_tpus_kernel_is_plain_attention(interpreted, shape, kind):
 
 
 COMPILED = """
-import json, sys
+import json
 import torch, torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.experimental.custom_kernel as custom_kernel
@@ -211,14 +213,16 @@ jax._src.tpu_custom_call.get_ir_version = lambda ctx: 7
 def trace_pallas(kernel, *args, static_argnums=None, static_argnames=None, use_cache=0, **named):
     given = [custom_kernel.to_jax_shape_dtype_struct(x) if torch.is_tensor(x) else x for x in args]
     jitted = jax.jit(kernel, static_argnums=static_argnums, static_argnames=static_argnames)
+    precisions.add(jax.config.jax_default_matmul_precision)
     lowered = jitted.trace(*given, **named).lower(lowering_platforms=("tpu",))
     return custom_kernel._extract_backend_config(lowered.compiler_ir()), None
 custom_kernel.trace_pallas = trace_pallas
 device.has_flash_attention = lambda: True
 place = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x4").devices[0]
-for tokens in map(int, sys.argv[1:]):
-    size = 2, 2, tokens, 64
-    q, k, v = (torch.zeros(size, dtype=torch.bfloat16).to("xla").requires_grad_() for _ in range(3))
+for kind, tokens in (("bfloat16", 64), ("bfloat16", 600), ("float32", 64)):
+    zeros = torch.zeros(2, 2, tokens, 64, dtype=getattr(torch, kind))
+    q, k, v = (zeros.to("xla").requires_grad_() for _ in range(3))
+    precisions = set()
     out = device.attention(q, k, v)
     out.sum().backward()
     program = xm.get_stablehlo([out, q.grad, k.grad, v.grad])
@@ -226,17 +230,20 @@ for tokens in map(int, sys.argv[1:]):
         module = mlir.module_to_bytecode(ir.Module.parse(program))
     devices, options = xla_client.DeviceList((place,)), xla_client.CompileOptions()
     place.client.compile(module, devices, options)
-    print("COMPILED", json.dumps([tokens, program.count("tpu_custom_call")]))
+    kernels = program.count("tpu_custom_call")
+    print("COMPILED", json.dumps([kind, tokens, kernels, *precisions]))
 """
 
 
 def test_googles_compiler_takes_the_kernel_at_any_number_of_tokens():
-    """Forward, and the two kernels of the backward pass, for one core of a v4."""
+    """Forward, and the two kernels of the backward pass, for one core of a v4. In float32 they
+    multiply in float32."""
     pytest.importorskip("libtpu", reason="needs libtpu, which torch_xla[tpu] brings")
     of_no_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    printed = run("-c", COMPILED, 64, 600, **of_no_tpu).splitlines()
+    printed = run("-c", COMPILED, **of_no_tpu).splitlines()
     found = [json.loads(line.split(" ", 1)[1]) for line in printed if "COMPILED" in line]
-    assert found == [[64, 3], [600, 3]]
+    of_bfloat16 = [["bfloat16", tokens, 3, None] for tokens in (64, 600)]
+    assert found == [*of_bfloat16, ["float32", 64, 3, "highest"]]
 
 
 # ------------------------------------------------------------------------ programs that are kept
