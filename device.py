@@ -19,6 +19,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -372,6 +373,7 @@ def get(backend):
         import torch_xla.backends
 
         # a TPU would round float32 to bfloat16 before it multiplies; bfloat16 is not concerned
+        logging.getLogger("torch_xla.backends").disabled = True  # it warns at the first time too
         torch_xla.backends.set_mat_mul_precision("highest")
         return torch_xla.device()
     if backend == "cuda":

@@ -18,6 +18,7 @@ import os
 import pickle
 import sys
 import threading
+import traceback
 
 REPLICAS, STEPS = 16, 2
 os.environ["CPU_NUM_DEVICES"] = str(REPLICAS)
@@ -116,7 +117,7 @@ def plain():
 
 BATON = threading.Lock()  # one traces at a time, for all share torch's generator of random numbers
 MEETING = threading.Barrier(REPLICAS)
-TRACED = {}  # rank: (program, inputs of the program, names of its outputs)
+TRACED = {}  # rank: (program, inputs of the program, names of its outputs, {name: other values})
 EXECUTED = []  # of each step {"pod": ..., "programs": ..., "alone": ...}
 
 
@@ -125,8 +126,9 @@ def pod_replica(rank):
     with BATON:
         try:
             fit(device.get("xla"), after_step_of_replica)
-        except BaseException:
-            MEETING.abort()  # the others would wait for this one
+        except Exception:
+            traceback.print_exc()  # with that of the others, who would wait for this one
+            MEETING.abort()
             raise
     if rank == 0:
         with open(f"{FOLDER}/pod.pkl", "wb") as f:
@@ -137,33 +139,46 @@ def after_step_of_replica(state):
     import torch_xla.core.xla_model as xm
 
     state = {name: value for name, value in state.items() if value.device.type == "xla"}
-    outputs = list(state.values())
+    pending = {name: value for name, value in state.items() if is_pending(value)}
+    others = {name: state[name].cpu().numpy() for name in state if name not in pending}
+    outputs = list(pending.values())
     program = xm.get_stablehlo(outputs)
     _, inputs = xm.torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
     rank = device.rank()
-    TRACED[rank] = program, [value.cpu().numpy() for value in inputs], list(state)
+    TRACED[rank] = program, [value.cpu().numpy() for value in inputs], list(pending), others
     BATON.release()
-    MEETING.wait()
-    if rank == 0:
-        EXECUTED.append(execute())
-    MEETING.wait()
-    BATON.acquire()
+    try:
+        MEETING.wait()
+        if rank == 0:
+            EXECUTED.append(execute())
+        MEETING.wait()
+    finally:
+        BATON.acquire()
     pod = EXECUTED[-1]["pod"]
     with torch.no_grad():
-        for name, value in state.items():
-            value.copy_(torch.from_numpy(pod[name][rank]))
+        for name, value in pending.items():
+            value.copy_(torch.as_tensor(pod[name][rank]))
     if len(EXECUTED) == STEPS:
         raise Enough
     # torch_xla must have nothing left to reduce: it would deadlock
     assert "all_reduce" not in xm.get_stablehlo([])
 
 
+def is_pending(value):
+    """Has torch_xla recorded what gives this tensor, and not executed it?"""
+    import torch_xla
+
+    recorded = torch_xla._XLAC._get_xla_tensors_text([value])
+    return not ("xla::device_data" in recorded and recorded.count(" = ") == 1)
+
+
 def execute():
     """The step that all replicas have traced."""
-    programs, inputs, (names, *_) = zip(*(TRACED[rank] for rank in range(REPLICAS)))
+    programs, inputs, (names, *_), others = zip(*(TRACED[rank] for rank in range(REPLICAS)))
 
     def by_name(rows):  # -> {name: (replicas, ...)}
-        return {name: np.stack([row[i] for row in rows]) for i, name in enumerate(names)}
+        found = {name: np.stack([row[i] for row in rows]) for i, name in enumerate(names)}
+        return found | {name: np.stack([row[name] for row in others]) for name in others[0]}
 
     step = {"programs": programs, "pod": by_name(run_by_jax(programs[0], inputs))}
     if not EXECUTED:
