@@ -98,7 +98,7 @@ tests/node_modules: tests/package.json
 	touch $@
 
 test-xla: setup-xla
-	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py
+	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py tests/test_tpu.py
 
 # bench-limits: requirements that hold on a busy machine too, for CI. bench-times: ratios of times, which want a quiet one
 bench: bench-limits bench-times bench-truth  ## measurements; two hours

@@ -11,8 +11,8 @@ The only file that names torch_xla, torch.cuda and torch.distributed.
 XLA: through xmp.spawn, a replica for every core of the host (with PJRT_DEVICE=CPU, one). CUDA and
 CPU: device.processes replicas on this host, which talk by nccl or gloo; with 1, main runs in this
 process; where torchrun or srun has started replicas, on one host or several, they are joined. Every
-replica calls the same functions in the same order. Needs torch, begin.py and hosts.py beside it,
-and torch_xla where it is chosen.
+replica calls the same functions in the same order. Needs torch, begin.py, files.py and
+hosts.py beside it, and torch_xla where it is chosen.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -38,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import files
 import hosts
 from begin import STARTED_BY, end_when_gone, end_with_parent
 
@@ -306,12 +308,34 @@ class ReplicaXla:
 
     def __call__(self, index):
         try:
+            keep_programs(self.cfg)
             quietly(self.main, rank(), self.cfg)
         except Exception as error:
             if world() == 1:
                 raise
             print(explain(error), file=sys.stderr, flush=True)
             os._exit(1)  # the others would wait for it in the next reduction
+
+
+def keep_programs(cfg):
+    """On a TPU, before anything is computed: programs are kept below paths.cache_dir when they have
+    been compiled, so that the next start finds them. XLA_PERSISTENT_CACHE_PATH says another place.
+
+    Each replica has a folder of its own, because torch_xla writes a file under its final name.
+    """
+    import torch_xla.runtime
+
+    # the CPU's client writes such files, and cannot read them
+    if "XLA_PERSISTENT_CACHE_PATH" in os.environ or torch_xla.runtime.device_type() != "TPU":
+        return
+    cache = files.local_folder(cfg.paths.cache_dir, "paths.cache_dir", must_write=False)
+    folder = os.path.join(cache, "compiled", torch_xla.__version__, str(rank()))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:  # a cache that is for reading alone
+        print(f"note: compiled programs are not kept: {error}", file=sys.stderr)
+        return
+    torch_xla.runtime.initialize_cache(folder, readonly=not os.access(folder, os.W_OK))
 
 
 def watch_replicas():
@@ -454,8 +478,11 @@ def get(backend):
     """The torch.device of this replica."""
     backend = choose(backend)
     if backend == "xla":
-        import torch_xla
+        import torch_xla.backends
 
+        # a TPU would round float32 to bfloat16 before it multiplies; bfloat16 is not concerned
+        logging.getLogger("torch_xla.backends").disabled = True  # it warns at the first time too
+        torch_xla.backends.set_mat_mul_precision("highest")
         return torch_xla.device()
     if backend == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
@@ -503,9 +530,7 @@ def attention(q, k, v, chunk=512):
     """softmax(q k^T / sqrt(d)) v of q, k, v (B, heads, N, d), by the kernel of their device."""
     if q.device.type == "xla":
         if has_flash_attention():
-            from torch_xla.experimental.custom_kernel import flash_attention
-
-            return flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5)
+            return attention_flash(q, k, v)
         # XLA would hold all N x N scores, 4 GB a sample and layer at 9216 tokens
         parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(chunk, dim=2)]
         return torch.cat(parts, dim=2)
@@ -523,6 +548,31 @@ def has_flash_attention():
     import torch_xla.runtime
 
     return torch_xla.runtime.device_type() == "TPU"
+
+
+def attention_flash(q, k, v):
+    """`attention` by the TPU's kernel, which takes whole blocks of tokens alone.
+
+    torch_xla 2.9 fills the last block of keys with zeros that the softmax counts, and has no
+    backward pass for a part of a block. So tokens are added here, which no other looks at.
+    """
+    import jax
+    from torch_xla.experimental.custom_kernel import flash_attention
+
+    # as in `get`, for the kernels of this pass and of its backward pass; they refuse it of bfloat16
+    precision = "highest" if q.dtype == torch.float32 else None
+    jax.config.update("jax_default_matmul_precision", precision)
+    n = q.shape[2]
+    # sizes that all of the kernel's blocks divide: 128, 256, 512, and multiples of 1024
+    block = next((size for size in (128, 256, 512) if n <= size), 1024)
+    segments, added = None, -n % block
+    if added:
+        q, k, v = (F.pad(x, (0, 0, 0, added)) for x in (q, k, v))
+        # (B, N): tokens look at those of their own number
+        segments = (torch.arange(n + added, device=q.device) >= n).int().expand(len(q), -1)
+    scale = q.shape[-1] ** -0.5
+    out = flash_attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, sm_scale=scale)
+    return out[:, :, :n] if added else out
 
 
 @functools.cache
