@@ -279,17 +279,20 @@ class Optimizer:
         ]
         return [*self.heads, *encoder]
 
+    @torch.no_grad()
     def prepare(self):
-        """Zeros for the gradients and moments of all that trains now. AdamW would make them in its
-        first step, which on XLA would then be another program than all later ones."""
+        """On XLA: zeros for the gradients and moments of what trains from now on. AdamW would make
+        them within the first step, which would be another program than all later ones."""
+        if not self.is_xla:
+            return
         for p in self.trained():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for group in self.adamw.param_groups:
             for p in group["params"]:
                 is_head = group is self.adamw.param_groups[0]
                 if (is_head or p.requires_grad) and p not in self.adamw.state:
-                    is_there = group["fused"] or group["capturable"]
-                    step = torch.zeros((), device=p.device if is_there else "cpu")
+                    # equal tensors without an axis would be one input of the program
+                    step = torch.zeros(1, device=p.device)
                     moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                     self.adamw.state[p] = {"step": step, **moments}
 

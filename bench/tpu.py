@@ -19,6 +19,7 @@ meanwhile. Outputs that replace inputs are counted twice, which torch_xla would 
 """
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -56,7 +57,7 @@ JOBS = {  # beside configs/finetune.yaml, and the programs in the order in which
     ),
     "head": ([], ["zeros", "head: forward, backward", "head: reduce, clip, AdamW"]),
 }
-STEPS = 3  # that are looked at: the first might differ from the later ones
+STEPS = 2  # that are looked at: the first might differ from the later ones
 
 
 # ---- tracing
@@ -74,22 +75,21 @@ def trace(rank, cfg):
     import torch_xla.debug.metrics as metrics
 
     pretend_pod(cfg.attention)
-    job, order, texts, run, count = cfg.log.run_name, [], [], torch_xla.sync, 0
+    job, order, texts, run = cfg.log.run_name, [], [], torch_xla.sync
 
     def sync():
-        nonlocal count
         text, live = own_program(xm.get_stablehlo())
         if text and text not in texts:
             texts.append(text)
             with open(f"{cfg.paths.run_dir}/{job}{len(texts)}.mlir", "w", encoding="utf-8") as f:
                 f.write(text)
-        order.extend([[texts.index(text), live]] if text else [])
-        forget()
+        if text:
+            order.append([texts.index(text), live])
+            if len(order) == cfg.expected:
+                raise Enough
+            forget()
         run()  # nothing is left to be run, if no tensor was overlooked
         assert not metrics.metric_data("CompileTime")
-        count += 1
-        if count == cfg.syncs:
-            raise Enough
 
     torch_xla.sync = sync
     with contextlib.suppress(Enough):
@@ -131,10 +131,15 @@ def pretend_pod(attention):
 
 def forget():
     """Every tensor on the device becomes zeros that lie there, whatever was to be computed."""
-    for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and found.device.type == "xla":
-            for tensor in filter(None.__ne__, (found, found.grad if found.is_leaf else None)):
-                tensor.data = torch.zeros(tensor.shape, dtype=tensor.dtype).to(tensor.device)
+    found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.device.type == "xla"]
+    found += [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
+    for tensor in {id(tensor): tensor for tensor in found}.values():
+        tensor.data = zeros(tensor.shape, tensor.dtype).to(tensor.device)
+
+
+@functools.cache
+def zeros(shape, dtype):
+    return torch.zeros(shape, dtype=dtype)
 
 
 def own_program(text):
@@ -253,13 +258,12 @@ def traced(job, attention, depth, folder):
     cfg = config.load(["configs/base.yaml", "configs/finetune.yaml"], [*more, *settings])
     micro_batches = {"encode": 0, "step": cfg.data.batch_size // REPLICAS, "head": 1}[job]
     of_step = [*[1] * micro_batches, 2] if micro_batches else [0]
-    # torch_xla.sync before the first, and at least once more than there are programs in a step
-    cfg.syncs = 1 + STEPS * (len(of_step) + bool(micro_batches))
+    expected = [*[0] * bool(micro_batches), *of_step * STEPS]
+    cfg.expected = len(expected)
     cfg.attention, cfg.depth = attention, depth
     apart(device.launch, trace, cfg)
     with open(f"{folder}/{job}.json", encoding="utf-8") as f:
         order = json.load(f)
-    expected = [*[0] * bool(micro_batches), *of_step * STEPS]
     is_same = [number for number, _ in order] == expected
     figure(f"{job}: each of {STEPS} steps is the same programs", is_same, at_least=1)
     live = {names[number]: size for number, size in order}
