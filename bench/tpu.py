@@ -41,6 +41,7 @@ from probing import features_of  # noqa: E402
 import config  # noqa: E402
 import device  # noqa: E402
 import features  # noqa: E402
+import files  # noqa: E402
 import train  # noqa: E402
 
 REPLICAS, TOPOLOGY = 16, "v4:2x2x4"
@@ -81,8 +82,7 @@ def trace(rank, cfg):
         text, live = own_program(xm.get_stablehlo())
         if text and text not in texts:
             texts.append(text)
-            with open(f"{cfg.paths.run_dir}/{job}{len(texts)}.mlir", "w", encoding="utf-8") as f:
-                f.write(text)
+            files.write(f"{cfg.paths.run_dir}/{job}{len(texts)}.mlir", text)
         if text:
             order.append([texts.index(text), live])
             if len(order) == cfg.expected:
@@ -94,8 +94,7 @@ def trace(rank, cfg):
     torch_xla.sync = sync
     with contextlib.suppress(Enough):
         run_job(job, cfg, device.get("xla"))
-    with open(f"{cfg.paths.run_dir}/{job}.json", "w", encoding="utf-8") as f:
-        json.dump(order, f)
+    files.write(f"{cfg.paths.run_dir}/{job}.json", json.dumps(order))
 
 
 def pretend_pod(attention):
