@@ -17,7 +17,7 @@ CONFIGS = --config configs/$(CKPT).yaml$(TASK_CONFIG)$(if $(filter-out probe,$(M
 NAME = $(if $(filter-out probe,$(MODE)), log.run_name=$(CKPT)$(if $(TASK),_$(TASK))_$(MODE))
 
 .PHONY: help doctor probe finetune sweep preview pictures check setup setup-xla lint test test-slow test-xla \
-    bench bench-limits bench-times bench-truth bench-gpu tpu-setup tpu-train tpu-fetch clean
+    test-tpu-compile bench bench-limits bench-times bench-truth bench-gpu tpu-setup tpu-train tpu-fetch clean
 
 help:
 	@echo "usage: make TARGET [VARIABLE=VALUE ...]"; echo
@@ -99,6 +99,10 @@ tests/node_modules: tests/package.json
 
 test-xla: setup-xla
 	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py tests/test_tpu.py
+
+# the TPU's compiler needs no TPU
+test-tpu-compile: setup-xla
+	.venv-xla/bin/python bench/tpu.py
 
 # bench-limits: requirements that hold on a busy machine too, for CI. bench-times: ratios of times, which want a quiet one
 bench: bench-limits bench-times bench-truth  ## measurements; two hours

@@ -664,6 +664,11 @@ def all_sum_gradients(parameters):
     if world() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients[0].device.type == "xla":
+        import torch_xla.core.xla_model as xm
+
+        xm.all_reduce(xm.REDUCE_SUM, gradients)  # in place, one reduction, without copies of them
+        return
     total = all_sum(torch.cat([g.flatten() for g in gradients]))
     for gradient, part in zip(gradients, total.split([g.numel() for g in gradients])):
         gradient.copy_(part.view_as(gradient))

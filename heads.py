@@ -263,12 +263,14 @@ class Optimizer:
         # (G,) on the host: what is sent anew in each step is no constant that XLA would compile in
         self.rates = torch.tensor([h["lr_head"] for h in bank.settings])
         self.decays = torch.tensor([h["weight_decay"] for h in bank.settings])
+        self.is_xla = bank.weight.device.type == "xla"
         fused = bank.weight.device.type in ("cpu", "cuda") or None
         groups = [{"params": self.directions, "lr": 1.0, "weight_decay": 0.0, "fused": fused}]
         if encoder:
             rates = cfg.train.lr_encoder, cfg.train.layer_decay
             groups += model.parameter_groups(encoder, *rates, cfg.train.weight_decay)
-        self.adamw = torch.optim.AdamW(groups)
+        # capturable: the numbers that change from step to step are computed on the device
+        self.adamw = torch.optim.AdamW(groups, capturable=self.is_xla)
 
     def trained(self):
         """The parameters that get a gradient now."""
@@ -276,6 +278,23 @@ class Optimizer:
             p for group in self.adamw.param_groups[1:] for p in group["params"] if p.requires_grad
         ]
         return [*self.heads, *encoder]
+
+    @torch.no_grad()
+    def prepare(self):
+        """On XLA: zeros for the gradients and moments of what trains from now on. AdamW would make
+        them within the first step, which would be another program than all later ones."""
+        if not self.is_xla:
+            return
+        for p in self.trained():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for group in self.adamw.param_groups:
+            for p in group["params"]:
+                is_head = group is self.adamw.param_groups[0]
+                if (is_head or p.requires_grad) and p not in self.adamw.state:
+                    # equal tensors without an axis would be one input of the program
+                    step = torch.zeros(1, device=p.device)
+                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    self.adamw.state[p] = {"step": step, **moments}
 
     @torch.no_grad()
     def clip(self, most):
@@ -298,8 +317,14 @@ class Optimizer:
     @torch.no_grad()
     def step(self, head_factor, encoder_factor):
         """A step at these shares of the learning rates; gradients are zeros afterwards."""
-        for group in self.adamw.param_groups[1:]:
-            group["lr"] = group["peak"] * encoder_factor
+        groups = self.adamw.param_groups[1:]
+        rates = [group["peak"] * encoder_factor for group in groups]
+        if self.is_xla:
+            # As numbers, those that are equal once rounded would be one input of XLA's program:
+            # which are, changes as the rates fall, and each time it would be compiled anew.
+            rates = torch.tensor(rates).to(self.bank.weight.device)
+        for group, rate in zip(groups, rates):
+            group["lr"] = rate
         for direction, p in zip(self.directions, self.heads):
             direction.zero_()
             direction.grad = p.grad.contiguous()  # the fused kernel reads nothing else rightly

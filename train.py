@@ -156,6 +156,7 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None, stage=None):
         bank.train()
         if network:
             network.requires_grad_(encoder_trains).train(encoder_trains)
+        optimizer.prepare()
         # volumes are read from the first next() on, so never while the encoder is frozen
         volumes = volumes_of(cfg, train_set.samples, steps[first_step:], encoder, epoch)
         with contextlib.closing(volumes):
@@ -188,6 +189,8 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None, stage=None):
                     head_factor = encoder_factor = 0.0
                     progress.step = step + 1
                     continue
+                # a program of its own, so that all micro-batches of all steps are the same one
+                device.step_done(dev)
                 device.all_sum_gradients(optimizer.trained())
                 summary.norms += optimizer.clip(cfg.train.grad_clip) / device.world()
                 head_factor, encoder_factor = (

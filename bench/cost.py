@@ -8,9 +8,11 @@ Measured here, now: the full-size encoder's forward pass in bf16; decoding and p
 Triton volume on one core; the sweep of configs/probe.yaml on so many features, with reading these
 from the cache and hashing the encoder. All else is ASSUMED: network in MB/s, peak in TFLOP/s, share
 of the peak that the encoder reaches, cores that decode, each as fast as one here; the TPU's cores
-and network are each host's. A first pass fetches, decodes and encodes every volume once; here
-decoding and encoding share the cores, elsewhere the host decodes while the accelerator computes.
-Further probes, whatever head, rate or seed, read cached features.
+and network are each host's. The TPU's row rests on the least time of a volume on a v4 chip, from
+what the TPU's compiler counts in the compiled encoder (bench/tpu.py); the share of that speed is
+assumed. A first pass fetches, decodes and encodes every volume once; here decoding and encoding
+share the cores, elsewhere the host decodes while the accelerator computes. Further probes, whatever
+head, rate or seed, read cached features.
 """
 
 import itertools
@@ -31,6 +33,7 @@ import model
 import train
 import volumes
 
+TPU_LEAST = 0.0191  # s a volume and v4 chip, by bench/tpu.py (docs/performance.md)
 TRAIN, VAL, TEST = 743, 159, 159
 
 
@@ -71,7 +74,7 @@ def cost(
     gpu_share=0.4,
     gpu_cores=16,
     gpu_network=300.0,
-    tpu_peak=16 * 275.0,  # 16 chips
+    tpu_chips=16,
     tpu_share=0.4,
     tpu_hosts=4,
     tpu_cores=60,
@@ -83,7 +86,7 @@ def cost(
     decoding = {syntax: apart(measure_decoding, syntax)[0] for syntax in SYNTAXES}
     measure_probe(1)  # imports
     probes, cores = {each: measure_probe(each) for each in (1, 2)}, os.cpu_count()
-    gpu, tpu = (flop(12) / 1e12 / n for n in (gpu_peak * gpu_share, tpu_peak * tpu_share))
+    gpu, tpu = flop(12) / 1e12 / (gpu_peak * gpu_share), TPU_LEAST / (tpu_chips * tpu_share)
     print(f"MEASURED here ({cores} cores): encoder {encode:.1f} s a volume")
     for syntax, (spent, size) in decoding.items():
         print(f"  {syntax}: {spent:.2f} core-seconds, {size:.0f} MB a volume")
@@ -91,7 +94,7 @@ def cost(
     machines = {  # seconds a volume of the encoder, cores that decode, MB/s
         "this machine, measured a volume": (encode, cores, network),
         "one H200-class GPU, extrapolated": (gpu, gpu_cores, gpu_network),
-        "v4-32, extrapolated": (tpu, tpu_hosts * tpu_cores, tpu_hosts * tpu_network),
+        "v4-32, from its compiler's count": (tpu, tpu_hosts * tpu_cores, tpu_hosts * tpu_network),
     }
     parts = "network", "decode", "encoder"
     row("hours", "volumes", "files", "first pass", *parts, "bound by", "a further probe, s, here")

@@ -46,8 +46,6 @@ setup)
     copy octprobe.tar.gz .env "$TPU:" all
     on_all "sudo apt-get update && sudo apt-get install -y make python3.11 python3.11-venv"
     on_all "mkdir -p octprobe/runs && tar xzf octprobe.tar.gz -C octprobe && mv .env octprobe && cd octprobe && make setup-xla"
-    # tpu: the runtime; pallas: jax, whose flash attention device.py uses
-    on_all "octprobe/.venv-xla/bin/pip install 'torch_xla[tpu,pallas]==2.9.0'"
     ;;
 train)
     if [ -e "$run" ]; then send_run; fi

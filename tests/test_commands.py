@@ -230,6 +230,10 @@ def test_tpu_setup_prints_what_it_would_run_on_all_hosts(project):
     assert setup.returncode == 0, setup.stderr
     lines = [line for line in setup.stdout.splitlines() if line.startswith("gcloud")]
     assert lines and all("--zone=here --worker=all" in line for line in lines)
+    # with the kernel's packages, in make setup-xla
+    assert "make setup-xla" in on_all(setup)[-1]
+    with open(f"{ROOT}/requirements-tpu.txt", encoding="utf-8") as f:
+        assert "torch_xla[tpu,pallas]==" in f.read()
 
 
 def test_tpu_train_prints_what_it_would_run_on_all_hosts(project):

@@ -160,12 +160,13 @@ def test_nothing_is_compiled_after_the_first_steps(written, tmp_path):
     same."""
     more = ["data.batch_size=13", "train.epochs=6", "model.head.hidden=8", NO_START]
     encoding, training = compiled_after(*settings(written, tmp_path), *more)
-    epoch, step = len(training) // 6, 2  # step_done before a micro-batch, and after the step
+    # step_done before a micro-batch, after the last, and after the step
+    epoch, step = len(training) // 6, 3
     assert epoch * 6 == len(training) and epoch >= 4 * step
     first, later = training[:epoch], training[epoch:]
     assert len(set(encoding[2:])) == 1  # eval of the encoder, one volume a time
-    # after two steps: training, with the last batch that is not full
-    assert len(set(first[2 * step - 1 :])) == 1
+    # after the second step's first program: training, with the last batch that is not full
+    assert len(set(first[step + 1 :])) == 1
     # from the second epoch on, predictions of val and train between them
     assert len(set(later[2 * step - 1 :])) == 1
 
@@ -177,16 +178,45 @@ def test_fine_tuning_compiles_nothing_after_its_first_steps(written, tmp_path):
     encoding, training = compiled_after(*settings(written, tmp_path), *more)
     with open(tmp_path / "run" / "ledger.csv") as f:
         val = sum(int(line.split(",")[4]) for line in f if ",val," in line)
-    # step_done before each of four micro-batches (4, 4, 4 and one with three of padding), and after
-    # the step
-    step = 4 + 1
+    # step_done before each of four micro-batches (4, 4, 4 and one with three of padding), after the
+    # last, and after the step
+    step = 4 + 2
     epoch = step * math.ceil((len(encoding) - val) / 13)
     first, rest = training[:epoch], training[epoch:]
     assert len(rest) == 2 * epoch + 3 * val
-    assert len(set(first[2 * step - 1 :])) == 1  # training, after two steps
+    # training, after the second step's first micro-batch
+    assert len(set(first[step + 1 :])) == 1
+    # a micro-batch, what follows the last, and the micro-batch once more
+    assert first[-1] - first[0] <= 3
     assert set(rest[:val]) == {first[-1]}  # validation: the same graph as in the feature pass
     # from the second epoch on; between them, the end of the first
     assert len(set(rest[val:])) == 1
+
+
+RATES = """
+import torch, torch_xla
+import torch_xla.debug.metrics as met
+import config, heads, model
+cfg = config.load("configs/base.yaml", ["train.lr_encoder=3e-5", "train.layer_decay=0.7"])
+dev = torch_xla.device()
+encoder = model.ViT3D(64, 6, 8).to(dev)
+bank = heads.Heads(64, 4, heads.settings_of(cfg)).to(dev)
+optimizer = heads.Optimizer(cfg, bank, encoder)
+optimizer.prepare()
+torch_xla.sync()
+compiled = []
+for factor in (0.02, 0.04, 0.5, 1.0, 0.3):
+    optimizer.step(factor, factor)
+    torch_xla.sync()
+    compiled.append(met.metric_data("CompileTime")[0])
+print("COMPILED", len(set(compiled)))
+"""
+
+
+def test_no_learning_rate_compiles_the_step_anew():
+    """1 - rate * decay rounds to the same number for some layers, for others at another rate."""
+    done = run("-c", RATES)
+    assert "COMPILED 1\n" in done.stdout, done.stdout + done.stderr
 
 
 # ------------------------------------------------------------------------------- several replicas
