@@ -174,12 +174,11 @@ class Line:
         keep_alive(connection)
         return {0: connection}
 
-    def say(self, word, rank=None):
-        """Send a word to a replica, or to all at the other ends."""
-        for other, end in self.ends.items():
-            if rank in (None, other):
-                with contextlib.suppress(OSError):  # gone: `listen` sees that too
-                    end.sendall(word)
+    def say(self, word, *ranks):
+        """Send a word to replicas at the other ends."""
+        for rank in ranks:
+            with contextlib.suppress(OSError):  # gone: `listen` sees that too
+                self.ends[rank].sendall(word)
 
     def listen(self):
         """The thread: until all others have left."""
@@ -199,7 +198,7 @@ class Line:
     def hear(self, word, rank):
         """A word of a replica; b"" when its connection is gone."""
         if word == ASK:
-            self.say(YES if self.claim() else NO, rank)
+            self.say(YES if self.claim(rank) else NO, rank)
         elif word in (YES, NO):
             self.is_told, self.is_first = True, self.is_first or word == YES
             self.answered.set()
@@ -216,13 +215,14 @@ class Line:
                 print(f"error: {who} {what}; {remedy}", file=sys.stderr, flush=True)
             self.end()
 
-    def claim(self):
-        """Is no failure known yet? From now on one is. Rank 0 tells the others."""
+    def claim(self, asking=None):
+        """Is no failure known yet? From now on one is. Rank 0 tells the others, but not the one
+        that asks, which would take that for its answer."""
         with self.lock:
             is_first, self.is_told = not self.is_told, True
         if self.place.rank == 0:
             if is_first:
-                self.say(NO)
+                self.say(NO, *(rank for rank in self.ends if rank != asking))
             return is_first
         # rank 0 is lost and can tell nobody: one replica of each host says so
         speaker = 1 if self.place.rank == self.place.local_rank else 0
@@ -238,24 +238,22 @@ class Line:
         """Is a failure of this replica the first of all?"""
         if self.place.rank == 0:
             return self.claim()
-        self.say(ASK)
-        self.answered.wait(2 * GRACE)
-        return self.is_first
+        self.say(ASK, 0)
+        is_answered = self.answered.wait(2 * GRACE)
+        return self.is_first or not is_answered
 
     def leave(self, failure):
         """Print a text of the first failure; the others end too then. failure: None where there is
         none, or an exit status, with which the others are about to end too, perhaps."""
+        self.has_left = bool(failure)  # first, so that `listen` does not end this process meanwhile
         if isinstance(failure, str):
             if self.may_speak():
                 print(failure, file=sys.stderr, flush=True)
-            self.has_left = True
             return  # and the connections close with this process
-        if failure:
-            self.has_left = True
-            if self.place.rank == 0:
-                self.claim()
+        if failure and self.place.rank == 0:
+            self.claim()
         if self.place.rank:
             self.has_left = True
-            self.say(FAILED if failure else DONE)
+            self.say(FAILED if failure else DONE, 0)
         else:  # the others' store may live in this process
             self.thread.join(GRACE if failure else None)

@@ -485,6 +485,7 @@ def test_all_end_when_a_host_is_killed_and_the_restart_goes_on(lab, written, kil
         left, begun = agents[1 - killed], time.monotonic()
         _, errors = left.communicate(timeout=60)
         took = time.monotonic() - begun
+    print(f"ended {took:.1f} s after a host was killed")
     assert took < 15 and left.returncode
     assert errors.count("error: ") == 1
     assert f"error: replica {killed} of 2, on {ADDRESSES[killed]}, was killed" in errors
