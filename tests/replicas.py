@@ -139,8 +139,10 @@ def after_step_of_replica(state):
     import torch_xla.core.xla_model as xm
 
     state = {name: value for name, value in state.items() if value.device.type == "xla"}
-    pending = {name: value for name, value in state.items() if is_pending(value)}
-    others = {name: state[name].cpu().numpy() for name in state if name not in pending}
+    # what a step sums up may be computed before its last program
+    done = [name for name in ("losses", "norms", "seen") if not is_pending(state[name])]
+    others = {name: state[name].cpu().numpy() for name in done}
+    pending = {name: value for name, value in state.items() if name not in others}
     outputs = list(pending.values())
     program = xm.get_stablehlo(outputs)
     _, inputs = xm.torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
