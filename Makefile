@@ -125,6 +125,7 @@ bench-times: setup
 	$(VENV)/bin/python bench/encoder.py forward --depth 2
 	$(VENV)/bin/python bench/reading.py volumes
 	$(VENV)/bin/python bench/scaling.py growth
+	$(VENV)/bin/python bench/reduction.py measure
 	$(VENV)/bin/python bench/cost.py
 
 # without setup: it also runs on a machine without a network, with whatever python3 has

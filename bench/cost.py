@@ -22,7 +22,8 @@ import tempfile
 
 import numpy as np
 import torch
-from encoder import DIM, SIZE, build, encode_alone, flop
+from encoder import encode_alone
+from fullsize import DIM, SIZE, build, flop
 from measure import apart, bench, row, timed
 from probing import features_of
 from reading import SYNTAXES, write_volume

@@ -19,7 +19,7 @@ sum begins when the backward pass has ended, as device.all_sum_gradients does.
 import statistics
 
 import torch
-from encoder import DIM, TOKENS, flop, seconds
+from fullsize import DIM, TOKENS, flop, seconds
 from measure import bench, row
 
 import config

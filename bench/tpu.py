@@ -34,7 +34,7 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from encoder import DIM, SIZE, TOKENS, build  # noqa: E402
+from fullsize import DIM, SIZE, TOKENS, build  # noqa: E402
 from measure import apart, bench, figure, row  # noqa: E402
 from probing import features_of  # noqa: E402
 
