@@ -296,6 +296,16 @@ class Optimizer:
                     moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                     self.adamw.state[p] = {"step": step, **moments}
 
+    def load(self, state):
+        """Go on from the state_dict of an AdamW on any backend. ValueError where it does not fit."""
+        names = ("fused", "capturable")  # how this backend computes a step, whatever another did
+        own = [{name: group[name] for name in names} for group in self.adamw.param_groups]
+        groups = [saved | flags for saved, flags in zip(state["param_groups"], own, strict=True)]
+        self.adamw.load_state_dict(state | {"param_groups": groups})
+        for kept in self.adamw.state.values():
+            # as `prepare` makes them
+            kept["step"] = kept["step"].reshape([1] if self.is_xla else [])
+
     @torch.no_grad()
     def clip(self, most):
         """Scale the gradients down to a norm of at most `most` (0: any), each head by itself ->

@@ -188,7 +188,7 @@ class Run:
                 bank.load_state_dict(self.earlier["head"])
                 if "encoder" in self.earlier:
                     module.load_state_dict(self.earlier["encoder"])
-                self.optimizer.load_state_dict(self.earlier["optimizer"])
+                optimizer.load(self.earlier["optimizer"])
             except (RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(

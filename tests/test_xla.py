@@ -315,6 +315,23 @@ def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted(written, tmp_p
     assert np.abs(predictions(tmp_path) - predictions(tmp_path / "whole")).max() < 1e-5
 
 
+@pytest.mark.parametrize("backends", [("xla", "cpu"), ("cpu", "xla")], ids=" then ".join)
+def test_a_run_goes_on_on_another_backend(written, tmp_path, backends):
+    more = [*TUNE, "train.resume=auto", "train.epochs=3", "train.choose_by=balanced_accuracy"]
+    stop = "import runs, train\nsave = runs.Run.save_epoch\n"
+    stop += "def save_once(run, summary, *rest):\n    save(run, summary, *rest)\n"
+    stop += "    if summary.number == 2:\n        raise SystemExit(7)\n"
+    stop += "runs.Run.save_epoch = save_once\nimport config, sys\n"
+    stop += "train.main(0, config.load('configs/demo.yaml', sys.argv[1:]))"
+    first, second = (f"device.backend={backend}" for backend in backends)
+    done = run("-c", stop, *settings(written, tmp_path), *more, first)
+    assert done.returncode == 7, done.stderr
+    for folder in (tmp_path, tmp_path / "whole"):
+        done = run("train.py", *DEMO_CONFIG, *settings(written, folder), *more, second)
+        assert done.returncode == 0, done.stderr
+    assert np.abs(predictions(tmp_path) - predictions(tmp_path / "whole")).max() < 1e-4
+
+
 # -------------------------------------------------------------------------------------- attention
 
 
