@@ -67,6 +67,7 @@ class Machine:
         self.dev = device.get(backend)
         self.depth, self.dim, self.size = (1, 64, (16, 96, 96)) if small else (12, DIM, SIZE)
         self.batches, self.count = ((1, 2), 4) if small else ((1, 2, 4, 8, 16), 64)
+        self.participants = 20 if small else 60  # of the demo
         self.flop = flop(self.depth, self.dim, self.size)
         self.rate_of = {}  # volumes/s by batch
 
@@ -255,21 +256,18 @@ def feature_pass(machine):
 def train(folder, name, backend, *overrides, stop_after=None):
     """train.py on the demo's data -> validation predictions (n, 4), or None where SIGTERM stops it
     after a line."""
-    command = [sys.executable, "train.py", *overrides, f"paths.cache_dir={folder}/cache_{backend}"]
-    command += [
-        f"device.backend={backend}",
-        f"paths.run_dir={folder}/{name}",
-        f"demo.dir={folder}/demo",
-    ]
+    demo = f"{folder}/demo"
+    command = [sys.executable, "train.py", "--config", "configs/demo.yaml", *overrides]
+    command += [f"demo.dir={demo}", f"paths.data={demo}/data"]
+    command += [f"paths.checkpoint_path={demo}/encoder.pt", f"paths.run_dir={folder}/{name}"]
+    command += [f"paths.cache_dir={folder}/cache_{backend}", f"device.backend={backend}"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if stop_after and line.startswith(stop_after):
                 process.terminate()
     wanted = 128 + signal.SIGTERM if stop_after else 0
     if process.returncode != wanted:
-        raise RuntimeError(
-            f"exit status {process.returncode} in place of {wanted}: {' '.join(command)}"
-        )
+        raise RuntimeError(f"exit status {process.returncode}, not {wanted}: {' '.join(command)}")
     if stop_after:
         return None
     table = np.genfromtxt(f"{folder}/{name}/predictions_val.csv", delimiter=",", skip_header=1)
@@ -277,19 +275,16 @@ def train(folder, name, backend, *overrides, stop_after=None):
 
 
 def runs(machine):
-    backend = machine.dev.type
-    probe = ("--config", "configs/demo.yaml", "train.sweep=null")
-    tune = ("--config", "configs/demo.yaml", "--config", "configs/finetune.yaml", "train.epochs=3")
-    tune += ("train.early_stopping.enabled=false", "train.save_every=1", "train.resume=auto")
+    backend, few = machine.dev.type, f"demo.participants={machine.participants}"
+    probe = (few, "train.sweep=null", "train.early_stopping.enabled=false")
+    tune = ("--config", "configs/finetune.yaml", few, "train.early_stopping.enabled=false")
+    tune += ("train.epochs=2", "train.save_every=1", "train.resume=auto")
     with tempfile.TemporaryDirectory() as folder:
         here, cpu = (train(folder, f"probe_{b}", b, *probe) for b in (backend, "cpu"))
-        figure(
-            "demo: largest difference of a probability to the CPU's",
-            np.abs(here - cpu).max(),
-            at_most=1e-3,
-        )
+        what = "demo: largest difference of a probability to the CPU's"
+        figure(what, np.abs(here - cpu).max(), at_most=1e-3)
         whole = train(folder, "whole", backend, *tune)
-        train(folder, "stopped", backend, *tune, stop_after="epoch   1/3")
+        train(folder, "stopped", backend, *tune, stop_after="epoch   1/2")
         resumed = train(folder, "stopped", backend, *tune)
         difference = np.abs(resumed - whole).max()
         figure("fine-tuning resumed, against not stopped: the same", difference, at_most=1e-3)
