@@ -90,7 +90,7 @@ test: setup  ## the quick tests, five minutes on two cores
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not browser" tests
 
 test-slow: setup tests/node_modules  ## the others
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "slow or browser" tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup -m "slow or browser" tests
 
 # axe-core, which checks that pages can be read by everybody
 tests/node_modules: tests/package.json

@@ -17,6 +17,8 @@ import config
 import ledger
 
 DEMO_CONFIG = ["--config", "configs/demo.yaml"]
+# with --dist loadgroup, one worker makes the probe of the demo, instead of both
+pytestmark = pytest.mark.xdist_group("commands")
 
 
 # ----------------------------------------------------------------- make, in a copy of the project

@@ -157,9 +157,9 @@ def test_average_precision_of_no_information_is_covered(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hit", [0.82, 0.9, 0.96])
+@pytest.mark.parametrize("hit", [0.82, 0.96])
 def test_no_group_carries_a_model_that_is_as_good_everywhere(hit):
-    """The bootstrap's alarm was raised in 13, 35 and 53 % of data sets: a group that is all right
+    """The bootstrap's alarm was raised in 13 and 53 % of data sets: a group that is all right
     has no variance there."""
     rng, y, raised = np.random.default_rng(0), np.repeat(range(4), 40)[:159], 0
     for _ in range(200):

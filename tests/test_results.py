@@ -386,12 +386,12 @@ SHOWN = "balanced accuracy", "95 % interval", "chance band", "log-loss", "partic
 
 @pytest.mark.slow
 def test_random_damage_never_changes_a_score_that_is_believed(three, tmp_path, capsys):
-    """600 times: whatever befell a run, the leaderboard shows the right scores of the others, and
+    """300 times: whatever befell a run, the leaderboard shows the right scores of the others, and
     of this one the right scores or none."""
     folder, counts = shutil.copytree(three, tmp_path / "runs"), {"right": 0, "refused": 0}
     leaderboard.leaderboard(paths_of(folder), "test")
     expected = board_of(folder)
-    for seed in range(600):
+    for seed in range(300):
         chance = random.Random(seed)
         shutil.rmtree(folder / "b")
         shutil.copytree(three / "b", folder / "b")
@@ -406,7 +406,7 @@ def test_random_damage_never_changes_a_score_that_is_believed(three, tmp_path, c
         assert (pair is None) == (board["b"]["place"] in ("not ranked", "not compared")), seed
         counts["refused" if was_refused else "right"] += 1
     with capsys.disabled():
-        print(f"\n600 damaged runs: {counts}")
+        print(f"\n300 damaged runs: {counts}")
 
 
 @pytest.mark.slow
