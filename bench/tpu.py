@@ -47,7 +47,7 @@ import train  # noqa: E402
 REPLICAS, TOPOLOGY = 16, "v4:2x2x4"
 PEAK, BANDWIDTH, MEMORY = 275e12, 1.2e12, 32e9  # of a v4 chip, by its data sheet
 HEADS, LANES = 12, 128  # the kernels' arrays are padded to 128 lanes
-# before the flash kernel, in CPU seconds; shared cores take up to half as long again (130 in place of 86)
+# before the flash kernel, in CPU seconds; on shared cores a step took 130 in place of 86
 CHUNKS_TOOK, BUSY = {"encode": 85, "step": 350}, 2
 
 JOBS = {  # beside configs/finetune.yaml, and the programs in the order in which they are first run
