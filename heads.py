@@ -297,7 +297,7 @@ class Optimizer:
                     self.adamw.state[p] = {"step": step, **moments}
 
     def load(self, state):
-        """Go on from the state_dict of an AdamW on any backend. ValueError where it does not fit."""
+        """Go on from the state_dict of an AdamW on any backend. ValueError if it does not fit."""
         names = ("fused", "capturable")  # how this backend computes a step, whatever another did
         own = [{name: group[name] for name in names} for group in self.adamw.param_groups]
         groups = [saved | flags for saved, flags in zip(state["param_groups"], own, strict=True)]
