@@ -175,9 +175,10 @@ def step(machine):
             # forward, and twice that backward; what is computed again is not counted
             share = 3 * batch * machine.flop / took / machine.limit
             aim(f"{what}: share of the matrix product's speed", share, at_least=0.45)
-            (aim if batch == 1 else figure)(
-                f"{what}: GB", machine.gb(), **(dict(at_most=20) if batch == 1 else {})
-            )
+            if batch == 1:
+                aim(f"{what}: GB", machine.gb(), at_most=20)
+            else:
+                figure(f"{what}: GB", machine.gb())
 
 
 def seconds_of_step(machine, batch, checkpoints):

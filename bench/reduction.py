@@ -31,11 +31,6 @@ SMALL, FEWER = (16, 96, 96), 64  # a volume, and how many times fewer tokens it 
 MEGABYTES = (1, 16, 128)
 
 
-def multiplications(tokens):
-    """Of a block's layers and of its attention, as encoder.flop counts them."""
-    return 2 * tokens * 12 * DIM * DIM + 4 * tokens * tokens * DIM
-
-
 def measure_in_replica(rank, cfg):
     dev = device.get(cfg.device.backend)
     if dev.type == "cpu":
@@ -70,7 +65,7 @@ def measure_in_replica(rank, cfg):
     took = median(lambda: device.all_sum_gradients(encoder.parameters()))
     size = sum(p.numel() for p in encoder.parameters()) * 4 / 1e6
     row(f"{size:.0f}, the encoder's", f"{took:.3g}", f"{size / took:.3g}")
-    whole = alone * multiplications(TOKENS) / multiplications(TOKENS // FEWER)
+    whole = alone * flop(12) / flop(12, size=SMALL)
     row("step", "without the sum, s", "share of the sum")
     row(f"1/{FEWER} of the tokens", f"{alone:.3g}", f"{took / (took + alone):.1%}")
     row("a whole volume, EXTRAPOLATED", f"{whole:.3g}", f"{took / (took + whole):.2%}")
