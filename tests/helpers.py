@@ -105,6 +105,14 @@ def start(script, *args, **options):
     )
 
 
+def make(folder, *args):
+    """`make` as from a shell: without the variables by which the `make test` that runs this test
+    tells its children what it was asked for."""
+    told = lambda name: name.startswith("MAKE") or name in ("MFLAGS", "VENV", "PYTHON")
+    env = {name: value for name, value in os.environ.items() if not told(name)}
+    return subprocess.run(["make", *args], cwd=folder, env=env, capture_output=True, text=True)
+
+
 def children_of(pid):
     """Process ids of the children of a process."""
     children = []

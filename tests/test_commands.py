@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers import DEMO, ROOT, TINY, edit, quick, read_bytes, settings, write_bytes
+from helpers import DEMO, ROOT, TINY, edit, make, quick, read_bytes, settings, write_bytes
 
 import config
 import ledger
@@ -41,13 +41,6 @@ def copy_project(folder):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     return copy_project(tmp_path_factory.mktemp("clone"))
-
-
-def make(project, *args):
-    """`make` as from a shell: without the variables by which `make test-slow` tells a make that it
-    is called by another, for then it prints the folders that it enters as well."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    return subprocess.run(["make", *args], cwd=project, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -405,7 +405,7 @@ def of_scans(fault):
 
 def test_the_first_volume_needs_one_listing_and_two_tables(scans):
     book, volumes, cfg = scans("data.prefetch=1")
-    next(data.stream(volumes, book, range(len(book.samples)), cfg))
+    (_,) = data.stream(volumes, book, range(1), cfg)  # the first alone: a second is fetched ahead
     requests = [kind for kind, name in scans.server.requests if not name.endswith("phantom.json")]
     a_table = ["head", "download"]
     assert requests == ["authorize", "list_buckets", *a_table, *a_table, "list", "download"]

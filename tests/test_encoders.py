@@ -622,7 +622,8 @@ def test_which_scans_are_taken(tmp_path, frames, places):
     torch.testing.assert_close(tokens_of(encoder, volume), expected, rtol=0, atol=1e-5)
 
 
-def test_the_middle_of_an_even_number_and_too_many_scans(tmp_path):
+def test_the_middle_of_an_even_number_and_too_many_scans():
+    library("timm")
     encoder = slices.load(None, name="test_vit", size=32, frames=1, random=True)
     assert encoder.places(8) == [4] and encoder.places(1) == [0]
     encoder.frames = 5
@@ -833,7 +834,8 @@ def test_layers_of_a_vit_are_in_order_and_of_a_cnn_there_are_none(tmp_path, kind
         assert x.shape == out.shape and x.shape[0] == 2
 
 
-def test_gradients_of_slices_reach_the_patches(tmp_path):
+def test_gradients_of_slices_reach_the_patches():
+    library("timm")
     encoder = slices.load(None, name="test_vit", size=32, random=True, tokens="patches").train()
     encoder(encoder.normalise(random_volume(2, 40, 40))).square().sum().backward()
     patches, *_ = encoder.layers()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, make
 
 HERE = os.path.realpath(sys.executable)
 VERSION = "{}.{}".format(*sys.version_info)
@@ -100,10 +100,7 @@ def test_an_environment_of_another_version_is_not_taken_for_it(tmp_path):
     (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\necho Python 3.99.1\n")
     (tmp_path / ".venv/bin/python").chmod(0o755)
     (tmp_path / ".venv/installed").touch()
-    make = lambda *args: subprocess.run(
-        ["make", "setup", *args], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert make().returncode == 0
-    done = make(f"PYTHON={HERE}")
+    assert make(tmp_path, "setup").returncode == 0
+    done = make(tmp_path, "setup", f"PYTHON={HERE}")
     assert done.returncode == 2
     assert "error: .venv is there already, with Python 3.99.1; remove it" in done.stdout
