@@ -35,6 +35,7 @@ import ledger
 import loader
 import phantom
 import report
+import settings
 import stages
 import weights
 from labels import SPLITS
@@ -271,7 +272,7 @@ def main():
     parser.add_argument("--no-images", action="store_true", help="no B-scans in check.html")
     args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
-    config.check_placeholders(cfg)
+    settings.check_placeholders(cfg)
     phantom.prepare(cfg)
     book = ledger.read(cfg)
     print(f"{book.description}: {ledger.volumes_asked(cfg)}")

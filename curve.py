@@ -13,7 +13,6 @@ import pathlib
 
 import numpy as np
 
-import config
 import figures
 import files
 import heads
@@ -21,6 +20,7 @@ import intervals
 import metrics
 import references
 import resampling
+import settings
 
 SUBSETS = 5  # draws of each share, where train.seeds does not say
 FEWEST = 2  # participants of a class: of one, nothing can be left out to judge the rest by
@@ -52,10 +52,10 @@ def drawn(samples, fraction, seed):
 def check(cfg, samples):
     """ValueError where a share of the training samples leaves a class with too few participants."""
     for fraction in cfg.train.fractions or []:
-        people = [set() for _ in config.class_names(cfg)]
+        people = [set() for _ in settings.class_names(cfg)]
         for i in drawn(samples, fraction, cfg.seed):  # the numbers are those of every seed
             people[samples[i].label].add(samples[i].participant_id)
-        for name, of_class in zip(config.class_names(cfg), people):
+        for name, of_class in zip(settings.class_names(cfg), people):
             if len(of_class) < FEWEST:
                 raise ValueError(
                     f"train.fractions={cfg.train.fractions}: a share of {fraction:g} leaves class "

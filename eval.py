@@ -35,7 +35,6 @@ import webbrowser
 import numpy as np
 
 import compare
-import config
 import confounding
 import curve
 import device
@@ -57,6 +56,7 @@ import references
 import report
 import results
 import runs
+import settings
 import shortcuts
 import stages
 import versus
@@ -132,7 +132,7 @@ def identity(opened, encoder, book, split):
         "unit": cfg.data.unit,
         "volumes_asked": ledger.volumes_asked(cfg),
         "encoder": encoder_name(cfg),
-        "mode": config.mode(cfg),
+        "mode": settings.mode(cfg),
         "encoder_sha256": encoder.sha256,
         "pretrained_sha256": saved["encoder_sha256"],
         "checkpoint_sha256": files.sha256(opened.path),

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import config
 import data
 import device
 import facts
@@ -27,6 +26,7 @@ import files
 import given
 import ledger
 import model
+import settings
 import stages
 from loader import Encoder, open_encoder, random_encoder  # noqa: F401  (where they are looked for)
 from volumes import READING
@@ -179,13 +179,13 @@ def encode(cfg, book, samples, encoder, dev, view=0, again=False, earlier=facts.
 
 def number_of_views(cfg):
     """How many augmented views of a volume are encoded beside it."""
-    is_asked = data.strengths(cfg) and config.first_epoch_of_encoder(cfg) > 1
+    is_asked = data.strengths(cfg) and settings.first_epoch_of_encoder(cfg) > 1
     return cfg.data.augment_views if is_asked else 0
 
 
 def views_of_both(cfg):
     """Has validation such views too?"""
-    return bool(number_of_views(cfg) and (cfg.data.cv or config.refits(cfg)))
+    return bool(number_of_views(cfg) and (cfg.data.cv or settings.refits(cfg)))
 
 
 def encode_for_training(cfg, book, encoder, dev):

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 
 import b2
-import config
 import facts
+import settings
 from files import first_few, hashed, merge_spellings
 
 SPLITS = ("train", "val", "test")
@@ -353,7 +353,7 @@ def label_of(cfg, text, who, column):
     value = same_value(text, cfg.data.classes)
     if value is None:
         raise ValueError(unknown(who, column, text, cfg.data.classes, " (data.classes)"))
-    return config.class_names(cfg).index(cfg.data.classes[value])
+    return settings.class_names(cfg).index(cfg.data.classes[value])
 
 
 def unknown(who, column, text, known, where=""):
@@ -387,7 +387,7 @@ def draw_splits(cfg, rows):
         labels_of[row.participant_id].add(row.label)
     strata = grouped(labels_of, lambda pid: tuple(sorted(labels_of[pid])))
     split_of, owed = {}, dict.fromkeys(shares, 0.0)
-    names = config.class_names(cfg)  # by them, so that the order of data.classes changes nothing
+    names = settings.class_names(cfg)  # by them, so that the order of data.classes changes nothing
     for stratum in sorted(strata, key=lambda labels: [names[label] for label in labels]):
         people = sorted(strata[stratum], key=lambda pid: hashed(f"{cfg.seed} {pid}"))
         number, left = len(people), len(people) - 1  # one at least is for training
@@ -528,7 +528,7 @@ def read_units(cfg, tables, people, volumes, notes):
                 f"both have '{unit}' as {cfg.data.unit}; write ids without spaces"
             )
         if earlier.label != label:
-            names = config.class_names(cfg)
+            names = settings.class_names(cfg)
             finer = {"participant": "eye or volume", "eye": "volume"}.get(cfg.data.unit)
             instead = f", or where that has a label of its own, set data.unit={finer}"
             raise ValueError(

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 import b2
-import config
 import facts
 import given
 import labels
+import settings
 from files import checksum, first_bytes, first_few, hashed, json_object, read_table, sha256
 from labels import SPLITS, Row, Sample, grouped  # noqa: F401  (for whoever has them from here)
 
@@ -123,7 +123,7 @@ def read(cfg):
             row.status = "missing"
         elif reasons:
             notes.append(f"participant {unit}: {row.reason}")
-    classes = config.class_names(cfg)
+    classes = settings.class_names(cfg)
     book = Ledger(list(rows.values()), used, classes, notes, describe(cfg), hashes)
     book.ids, book.unit, book.left_out = found.ids, cfg.data.unit, found.left_out
     if not cfg.paths.features:

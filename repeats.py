@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-import config
 import curve
 import files
 import heads
@@ -21,6 +20,7 @@ import losses
 import metrics
 import references
 import runs
+import settings
 import stages
 from progress import Epoch, Progress, epoch_lines, epoch_record, training_tables
 
@@ -102,8 +102,8 @@ def stage_of(cfg):
 def fit_and_refit(fit, cfg, seed, train, val):
     """The Fitted of fit, with the chosen head fitted again on train and val, where that is asked
     for and takes no steps."""
-    fitted, num_classes = fit(cfg, seed, train, val), len(config.class_names(cfg))
-    if config.refits(cfg):
+    fitted, num_classes = fit(cfg, seed, train, val), len(settings.class_names(cfg))
+    if settings.refits(cfg):
         if cfg.model.head.kind != "network":
             fitted.refit = references.refit(cfg, fitted.best, train, val, num_classes)
         elif fitted.best["best_epoch"] == 0:
@@ -114,7 +114,7 @@ def fit_and_refit(fit, cfg, seed, train, val):
 def fit_references(cfg, seed, train, val, dev, stage=None):
     """As train.fit, of scikit-learn's logistic regression for every C, or of kNN for every k. There
     is nothing to train in steps, so it is recorded as a single epoch; seed and dev are not used."""
-    num_classes, labels = len(config.class_names(cfg)), train.labels
+    num_classes, labels = len(settings.class_names(cfg)), train.labels
     bank = references.fit(cfg, train, num_classes, stage=stage)
     if stage and cfg.model.head.kind == "knn":
         stage.update()
@@ -244,7 +244,7 @@ class Fold:
 
 def check_folds(cfg, samples):
     """ValueError where data.cv asks for more folds than a class has participants."""
-    people = [set() for _ in config.class_names(cfg)]
+    people = [set() for _ in settings.class_names(cfg)]
     for sample in samples:
         people[sample.label].add(sample.participant_id)
     counts = [len(of_class) for of_class in people]
@@ -264,7 +264,7 @@ def cross_validate(fit, cfg, seeds, train, val):
     everybody = train.with_others(val)
     units, labels = list(everybody.units), np.array(list(everybody.units.values()))
     person_of = {s.unit: s.participant_id for s in everybody.samples}
-    num_classes = len(config.class_names(cfg))
+    num_classes = len(settings.class_names(cfg))
     check_folds(cfg, everybody.samples)
     # a participant is never in two folds
     by_person = list(person_of.values()) == units

@@ -36,6 +36,7 @@ import facts
 import files
 import ledger
 import loader
+import settings
 import tracking
 from progress import epoch_lines, epoch_record, training_tables
 
@@ -350,11 +351,11 @@ def changed_settings(old, new):
 
 def refit_lines(cfg, is_refit):
     """What training says of train.refit, where that is on and the encoder stays frozen."""
-    if cfg.train.refit and config.first_epoch_of_encoder(cfg) > cfg.train.epochs:
+    if cfg.train.refit and settings.first_epoch_of_encoder(cfg) > cfg.train.epochs:
         yield (
             "refit: test is scored by this head fitted again on train and val, and val by the head "
             "that never saw it"
-            if is_refit and config.refits(cfg)
+            if is_refit and settings.refits(cfg)
             else "no refit: this head takes steps to train, so it scores val and test alike"
         )
 

@@ -46,6 +46,7 @@ import model
 import phantom
 import repeats
 import runs
+import settings
 import stages
 import tracking
 from progress import Epoch, Progress
@@ -79,7 +80,7 @@ def main(rank, cfg):
     print(f"{book.description}\n{ledger.table(book)}")
     ledger.check(book, cfg.data.max_missing)
     check_classes(cfg, book)
-    for note in config.doubts(cfg, len(book.of("train"))):
+    for note in settings.doubts(cfg, len(book.of("train"))):
         print(f"note: {note}")
 
     stages.plan(ahead(cfg, book))  # for the time left that progress lines show
@@ -87,7 +88,7 @@ def main(rank, cfg):
     encoder = features.open_encoder(cfg)
     train_set, val_set = features.encode_for_training(cfg, book, encoder, dev)
 
-    if config.trains_one_head(cfg):
+    if settings.trains_one_head(cfg):
         # what last.pt must hold to be resumed
         needed = {"head", "wandb", "optimizer", "progress", "epoch", "step"}
         run = runs.start(cfg, book, encoder, train_set, val_set, dev, needed)
@@ -121,8 +122,9 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None, stage=None):
     Shapes: G heads, b volumes of a micro-batch, C channels, N tokens of the encoder, T tokens that
     an attentive head takes. A plain probe and fine-tuning are G = 1.
     """
-    epochs, unfreeze_epoch = cfg.train.epochs, config.first_epoch_of_encoder(cfg)  # infinity: never
-    bank = heads.start(cfg, seed, train_set, len(config.class_names(cfg))).to(dev)
+    epochs = cfg.train.epochs
+    unfreeze_epoch = settings.first_epoch_of_encoder(cfg)  # infinity: never
+    bank = heads.start(cfg, seed, train_set, len(settings.class_names(cfg))).to(dev)
     num_classes = bank.weight.shape[1]
     network = prepare_encoder(cfg, encoder, dev) if unfreeze_epoch <= epochs else None
     optimizer = heads.Optimizer(cfg, bank, network)
@@ -219,7 +221,7 @@ def fit(cfg, seed, train_set, val_set, dev, encoder=None, run=None, stage=None):
         finished.append(summary)
         if run:
             again = None
-            if epoch == 0 and improved and config.refits(cfg):
+            if epoch == 0 and improved and settings.refits(cfg):
                 again = heads.refit(cfg, seed, bank.settings[0], train_set, val_set, num_classes)
             run.save_epoch(summary, train_set, again)
 
@@ -237,7 +239,7 @@ def ahead(cfg, book):
     """The stages of `main`, for stages.plan."""
     train, val = (len(book.of(split)) for split in ("train", "val"))
     found = features.ahead(cfg, book)
-    if config.trains_one_head(cfg):
+    if settings.trains_one_head(cfg):
         return found + epochs_ahead(cfg, train, val)
     if cfg.eval.floors:
         found += [("encoding", math.ceil(n / device.world())) for n in (train, val)]
@@ -246,7 +248,7 @@ def ahead(cfg, book):
 
 def epochs_ahead(cfg, train, val, epoch=1):
     """The stages of an encoder's training, from an epoch on, of so many volumes in all."""
-    first = max(epoch, config.first_epoch_of_encoder(cfg))
+    first = max(epoch, settings.first_epoch_of_encoder(cfg))
     both = [
         (kind, math.ceil(n / device.world()))
         for kind, n in (("training", train), ("encoding", val))
@@ -333,7 +335,7 @@ def command():
     # flush every line, so that a log file has output and progress bars in order
     sys.stdout.reconfigure(line_buffering=True)
     cfg = config.load(args.config, args.overrides)
-    config.check_placeholders(cfg)
+    settings.check_placeholders(cfg)
     phantom.prepare(cfg)  # the synthetic data of a demo, where they are not there yet
     with runs.locked(cfg):
         device.launch(main, cfg)

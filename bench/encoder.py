@@ -23,7 +23,6 @@ bench/gpu.py measures a GPU.
 
 import functools
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
@@ -36,16 +35,11 @@ from fullsize import DIM, SIZE, build, flop, matmul_rate
 from measure import apart, bench, figure, of_process, peak_gb, timed
 
 import config
-import data
 import device
-import dicom
 import features
-import files
 import heads
-import ledger
 import model
 import phantom
-import volumes
 
 
 def settings(precision):
@@ -134,28 +128,6 @@ def step(precision="fp32", depth=12):
     figure("activation checkpointing: GB", memory_on, at_most=memory_off / 2)
     figure("its time, against none", on / off)
     figure("difference of the gradients' norm, relative", abs(norm_on / norm_off - 1), at_most=0.01)
-
-
-def samples_below(folder, count):
-    """Samples whose files are never decoded: what that would give is in the cache."""
-    samples = []
-    for i in range(count):
-        path, split = f"{folder}/{i}", ledger.SPLITS[i % 3]
-        samples.append(ledger.Sample(str(i), split, 0, "", "L", path, data.b2.Object(path, 1)))
-    return samples
-
-
-def fill_cache(folder, count, size):
-    samples = samples_below(folder, count)
-    kept = data.Volumes(samples, size, f"{folder}/cache")
-    for i, sample in enumerate(samples):
-        files.write(sample.path, str(i))
-        files.write(kept.note(i), files.checksum(sample.path, "sha1"))
-        array = torch.randn(size).half().numpy()
-        files.save_array(os.path.join(kept.folder, kept.key(i) + ".npy"), array)
-        known = {"reading": volumes.READING, "pixels": str(i), "sketch": volumes.sketch(array)}
-        known |= dicom.facts_of(size, "none") | {"notes": [], "mean": 0.0, "sd": 1.0}
-        files.write(os.path.join(kept.cache_dir, "facts", kept.key(i) + ".json"), json.dumps(known))
 
 
 def load(path, processes, barrier):

@@ -5,8 +5,8 @@
     python bench/gpu.py --backend cpu        # tries this script: small sizes, figures mean nothing
 
 It prints the rows of docs/performance.md. With torch, numpy and scikit-learn alone, on any Python
-from 3.11 on, it measures the model and the heads; parts that need more packages (of
-requirements-common.txt) are skipped, by name. "required" decides the exit status, "aim" does not.
+from 3.11 on, it measures all but `runs`, which needs more packages (of requirements-common.txt) and
+is skipped, with their names. "required" decides the exit status, "aim" does not.
 
 forward: volumes/s in bf16 by batch, as a share of the speed of a matrix product of 8192 x 8192.
 compile: the same with torch.compile, at the best batch.
@@ -43,16 +43,19 @@ import metrics
 import model
 
 
-def settings(precision, dim=DIM):
-    """What heads.py reads of a config; a config itself needs PyYAML and pydantic."""
+def settings(precision, dim=DIM, cache_dir=None):
+    """What heads.py and features.py read of a config; config.py needs PyYAML and pydantic."""
     sweep = dict.fromkeys(("loss", "ordinal", "class_weights", "lr_head", "weight_decay"))
     train = dict(loss="cross_entropy", class_weights="auto", lr_head=1e-3, weight_decay=0.01)
     train |= dict(lr_encoder=1e-5, layer_decay=1.0, precision=precision)
     head = SimpleNamespace(hidden=0, dropout=0.0, ordinal=False)
+    cache = dict(cache_gb=1e3, fetch_deadline=300, num_workers=0, prefetch=8)
+    reading = dict(axes=None, variable=None, max_missing=0, augment=SimpleNamespace())
     return SimpleNamespace(
         train=SimpleNamespace(**train, sweep=SimpleNamespace(**sweep)),
         model=SimpleNamespace(head=head, pool_method="mean", emb_dim=dim),
-        data=SimpleNamespace(sampler="shuffle"),
+        data=SimpleNamespace(sampler="shuffle", **cache, **reading),
+        paths=SimpleNamespace(features=None, cache_dir=cache_dir),
     )
 
 
@@ -233,20 +236,35 @@ def predictions(machine, count=64):
         figure(what, difference, **limit)
 
 
-def feature_pass(machine):
-    from encoder import fill_cache, samples_below
+class NoBar:
+    """In place of tqdm's bar, where that is not installed: nothing is shown."""
 
-    import config
+    def __init__(self, **options):
+        self.disable = True
+
+    def update(self):
+        pass
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def feature_pass(machine):
+    if "tqdm" not in INSTALLED:
+        sys.modules["tqdm"] = SimpleNamespace(tqdm=NoBar)
+    from cached import fill_cache, samples_below  # now, for all of them import tqdm
+
     import features
     import ledger
 
     batch_1 = machine.rate_of.get(1) or volumes_a_second(machine, machine.encoder(), 1)
-    overrides = ["train.precision=bf16", f"model.emb_dim={machine.dim}", "log.wandb=disabled"]
-    cfg = config.load("configs/base.yaml", overrides)
     whole = features.Encoder(machine.encoder(), machine.size, "0" * 64)
     with tempfile.TemporaryDirectory() as folder:
         fill_cache(folder, machine.count, machine.size)
-        samples, cfg.paths.cache_dir = samples_below(folder, machine.count), f"{folder}/cache"
+        samples, cfg = (
+            samples_below(folder, machine.count),
+            settings("bf16", machine.dim, f"{folder}/cache"),
+        )
         book = ledger.Ledger([], samples, ())
         took, _ = timed(features.encode, cfg, book, samples, whole, machine.dev)
     rate = machine.count / took
@@ -293,15 +311,16 @@ def runs(machine):
 
 # ------------------------------------------------------------------------------------ the command
 
-PASS = ("yaml", "pydantic", "tqdm")
+MORE = ("yaml", "pydantic", "tqdm", "pydicom", "imagecodecs", "fsspec")
+INSTALLED = [package for package in MORE if importlib.util.find_spec(package)]
 PARTS = {  # and the packages that each imports, beside torch, numpy and scikit-learn
     "forward": (forward, ()),
     "compile": (compiled, ()),
     "neighbours": (neighbours, ()),
     "step": (step, ()),
     "predictions": (predictions, ()),
-    "feature_pass": (feature_pass, PASS),
-    "runs": (runs, (*PASS, "pydicom", "imagecodecs", "fsspec")),
+    "feature_pass": (feature_pass, ()),
+    "runs": (runs, MORE),
 }
 
 
@@ -329,7 +348,7 @@ def command():
     row("---", "---", "---")
     for name in args.parts:
         job, packages = PARTS[name]
-        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        missing = [package for package in packages if package not in INSTALLED]
         if missing:
             row(f"{name}: skipped", f"needs {', '.join(missing)}", "")
             continue

@@ -44,6 +44,7 @@ import phantom
 import references
 import repeats
 import runs
+import settings
 import train
 
 SHARES = np.array([290, 162, 233, 58])
@@ -252,7 +253,7 @@ def finetune(seeds=(1, 2, 3)):
     names = (
         "balanced accuracy",
         "macro F1",
-        *(f"F1 {name}" for name in config.class_names(config.load("configs/demo.yaml"))),
+        *(f"F1 {name}" for name in settings.class_names(config.load("configs/demo.yaml"))),
     )
     row("on test", *names, "above chance")
     for name, arguments in WAYS.items():

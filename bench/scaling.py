@@ -23,7 +23,7 @@ import time
 
 import numpy as np
 import torch
-from encoder import fill_cache, samples_below
+from cached import fill_cache, samples_below
 from measure import apart, bench, figure, peak_gb, row, script, timed
 from probing import features_of
 

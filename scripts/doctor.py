@@ -20,6 +20,7 @@ import b2
 import config
 import device
 import ledger
+import settings
 import tracking
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -76,7 +77,7 @@ def disk(cfg):
 
 
 def data(cfg):
-    config.check_placeholders(cfg)
+    settings.check_placeholders(cfg)
     if cfg.demo.dir:
         return "the demo's data and encoder are written by make probe"
     b2.find(ledger.place_of(cfg, cfg.data.labels), 30)

@@ -23,6 +23,7 @@ import figures  # noqa: E402
 import files  # noqa: E402
 import ledger  # noqa: E402
 import phantom  # noqa: E402
+import settings  # noqa: E402
 import stages  # noqa: E402
 
 
@@ -63,7 +64,7 @@ def main():
     parser = config.parser(__doc__, path="file to write, for example views.png")
     args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
-    config.check_placeholders(cfg)
+    settings.check_placeholders(cfg)
     if not data.strengths(cfg):
         raise ValueError(
             "there is nothing to preview: every switch of data.augment is off; set "

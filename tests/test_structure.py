@@ -13,6 +13,7 @@ from helpers import ROOT
 ORDER = [
     "begin",
     "keys",
+    "settings",
     "config",
     "files",
     "losses",
@@ -132,12 +133,15 @@ def test_tests_import_no_other_test_and_no_measurement(path):
     assert not imports_in(ast.walk(parsed(path))) & names
 
 
-def test_the_mathematics_imports_torch_numpy_and_scikit_learn_alone():
-    """bench/gpu.py runs with these; scipy comes with scikit-learn."""
+@pytest.mark.parametrize(
+    ("names", "also"), [("model, losses, metrics, heads, device", []), ("features", ["tqdm"])]
+)
+def test_the_mathematics_imports_torch_numpy_and_scikit_learn_alone(names, also):
+    """bench/gpu.py runs with these; scipy comes with scikit-learn. The feature pass draws a bar."""
     code = "import sys; sys.modules |= dict.fromkeys(sys.argv[1:])"  # None: not to be imported
-    code += "; import model, losses, metrics, heads, device"
+    code += f"; import {names}"
     code += "; print(*(name for name, module in sys.modules.items() if module))"
-    others = ["yaml", "pydantic", "tqdm", "fsspec", "dotenv", "b2sdk"]
+    others = {"yaml", "pydantic", "tqdm", "fsspec", "dotenv", "b2sdk"} - set(also)
     environment = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run(
         [sys.executable, "-c", code, *others],

@@ -22,12 +22,12 @@ from helpers import (
 )
 from sklearn.utils.class_weight import compute_class_weight
 
-import config
 import data
 import heads
 import ledger
 import model
 import runs
+import settings
 import train
 
 SIZE = (16, 64, 64)
@@ -149,7 +149,7 @@ def test_a_run_shorter_than_the_warm_up_runs(written, tmp_path, capsys):
     ],
 )
 def test_what_corrects_more_than_once_is_said(configure, overrides, said):
-    notes = " ".join(config.doubts(configure("/none", *overrides), num_volumes=58))
+    notes = " ".join(settings.doubts(configure("/none", *overrides), num_volumes=58))
     assert said in notes if said else "correct" not in notes
 
 
