@@ -286,7 +286,12 @@ class Optimizer:
         if not self.is_xla:
             return
         for p in self.trained():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+                # A step changes a parameter in two ways that are no values and yet part of the next
+                # program's key: its views (weight.t()) are made anew at each use, and torch_xla
+                # forgets the type it was declared with. This does the same before the first step.
+                p.addcmul_(p.grad, p.grad)
         for group in self.adamw.param_groups:
             for p in group["params"]:
                 is_head = group is self.adamw.param_groups[0]

@@ -165,8 +165,8 @@ def test_nothing_is_compiled_after_the_first_steps(written, tmp_path):
     assert epoch * 6 == len(training) and epoch >= 4 * step
     first, later = training[:epoch], training[epoch:]
     assert len(set(encoding[2:])) == 1  # eval of the encoder, one volume a time
-    # after the second step's first program: training, with the last batch that is not full
-    assert len(set(first[step + 1 :])) == 1
+    # after the first step: training, with the last batch that is not full
+    assert len(set(first[step - 1 :])) == 1
     # from the second epoch on, predictions of val and train between them
     assert len(set(later[2 * step - 1 :])) == 1
 
@@ -184,10 +184,9 @@ def test_fine_tuning_compiles_nothing_after_its_first_steps(written, tmp_path):
     epoch = step * math.ceil((len(encoding) - val) / 13)
     first, rest = training[:epoch], training[epoch:]
     assert len(rest) == 2 * epoch + 3 * val
-    # training, after the second step's first micro-batch
-    assert len(set(first[step + 1 :])) == 1
-    # a micro-batch, what follows the last, and the micro-batch once more
-    assert first[-1] - first[0] <= 3
+    # training, after the first step
+    assert len(set(first[step - 1 :])) == 1
+    assert first[-1] - first[0] == 2  # a micro-batch, and what follows the last
     assert set(rest[:val]) == {first[-1]}  # validation: the same graph as in the feature pass
     # from the second epoch on; between them, the end of the first
     assert len(set(rest[val:])) == 1
