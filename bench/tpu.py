@@ -4,6 +4,7 @@ libtpu, without a TPU.
     .venv-xla/bin/python bench/tpu.py                        # make test-tpu-compile: three minutes
     .venv-xla/bin/python bench/tpu.py --attention chunks     # without the flash kernel: 15 minutes
     .venv-xla/bin/python bench/tpu.py --part_of_chip core    # for one of a chip's two cores
+    .venv-xla/bin/python bench/tpu.py --blocks scan          # `scanned`: FLOP, bytes of one block
 
 features.begin and train.fit run as in one of 16 replicas, with one volume in bf16 at a time, but
 nothing is computed: where torch_xla would run what was recorded, its program is written down, and
@@ -42,6 +43,7 @@ import config  # noqa: E402
 import device  # noqa: E402
 import features  # noqa: E402
 import files  # noqa: E402
+import model  # noqa: E402
 import train  # noqa: E402
 
 REPLICAS, TOPOLOGY = 16, "v4:2x2x4"
@@ -76,6 +78,8 @@ def trace(rank, cfg):
     import torch_xla.debug.metrics as metrics
 
     pretend_pod(cfg.attention)
+    if cfg.blocks == "scan":
+        model.ViT3D.forward = scanned
     job, order, texts, run = cfg.log.run_name, [], [], torch_xla.sync
 
     def sync():
@@ -128,9 +132,35 @@ def pretend_pod(attention):
     kernels.trace_pallas = trace_for_tpu
 
 
+def scanned(self, volume, noise=None):
+    """model.ViT3D.forward with torch_xla's scan over the blocks, so that a single block is
+    compiled. What is computed again in the backward pass is chosen by functorch's min-cut."""
+    from functorch.compile import default_partition, min_cut_rematerialization_partition
+    from torch_xla.experimental.scan import scan
+
+    x = self.patch_embed(volume) + self.pos_embed
+    blocks = [dict(block.named_parameters()) for block in self.blocks]
+    each = {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
+    if self.training:
+        shares = [self.drop_path * (i + 1) / len(blocks) for i in range(len(blocks))]
+        keep = [noise.keep(share, (2, 1, 1), layer=i) for i, share in enumerate(shares)]
+        each["keep"] = (
+            torch.stack(keep).transpose(1, 2).to(x.device, x.dtype)
+        )  # (depth, 2, B, 1, 1)
+
+    def one(x, given):
+        parameters = {name: value for name, value in given.items() if name != "keep"}
+        args = x, given.get("keep")
+        return torch.func.functional_call(self.blocks[0], parameters, args), None
+
+    partition = min_cut_rematerialization_partition if self.training else default_partition
+    return self.norm(scan(one, x, each, partition_fn=partition)[0])
+
+
 def forget():
     """Every tensor on the device becomes zeros that lie there, whatever was to be computed."""
-    found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.device.type == "xla"]
+    kinds = torch.Tensor, torch.nn.Parameter  # no fake ones, which scan leaves behind
+    found = [o for o in gc.get_objects() if type(o) in kinds and o.device.type == "xla"]
     found += [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
     for tensor in {id(tensor): tensor for tensor in found}.values():
         tensor.data = zeros(tensor.shape, tensor.dtype).to(tensor.device)
@@ -146,14 +176,14 @@ def own_program(text):
     would not run), and the live tensors' bytes.
 
     Tensors that are merely passed through are left out. Inputs are numbered in the order of their
-    use, so that the same program is the same text.
+    use, and functions in that of their calls, so that the same program is the same text.
     """
     head = re.search(r"^  func\.func @main\((.*)\) -> .* \{$", text, re.M)
     if not head:
         return "", 0
     kinds = dict(argument.split(": ") for argument in head[1].split(", ") if argument)
     body, returned, types, end = re.fullmatch(
-        r"(.*)^    return (.*?) : (.*?)$(.*)", text[head.end() :], re.M | re.S
+        r"(.*?)^    return (.*?) : (.*?)$(.*)", text[head.end() :], re.M | re.S
     ).groups()
     results = [
         pair for pair in zip(returned.split(", "), types.split(", ")) if pair[0] not in kinds
@@ -168,6 +198,8 @@ def own_program(text):
     signature = f"  func.func @main({inputs}) -> ({types}) {{"
     start = re.sub(r"@IrToHlo\.\d+", "@program", text[: head.start()])
     whole = f"{start}{signature}{body}    return {names} : {types}{end}"
+    called = list(dict.fromkeys(re.findall(r"@[a-zA-Z]+\.\d+\b", whole)))  # by scan
+    whole = re.sub(r"@[a-zA-Z]+\.\d+\b", lambda m: f"@called{called.index(m[0])}", whole)
     return whole, sum(map(size_of, kinds.values()))
 
 
@@ -249,7 +281,7 @@ def of_kernels(name, depth):
 # ---- the table and the requirements
 
 
-def traced(job, attention, depth, folder):
+def traced(job, attention, blocks, depth, folder):
     """-> (path of the program, bytes of live tensors) by name."""
     settings, names = JOBS[job]
     more = f"""train.precision=bf16 model.emb_dim={DIM} log.wandb=disabled log.run_name={job}
@@ -259,7 +291,7 @@ def traced(job, attention, depth, folder):
     of_step = [*[1] * micro_batches, 2] if micro_batches else [0]
     expected = [*[0] * bool(micro_batches), *of_step * STEPS]
     cfg.expected = len(expected)
-    cfg.attention, cfg.depth = attention, depth
+    cfg.attention, cfg.blocks, cfg.depth = attention, blocks, depth
     apart(device.launch, trace, cfg)
     with open(f"{folder}/{job}.json", encoding="utf-8") as f:
         order = json.load(f)
@@ -270,12 +302,13 @@ def traced(job, attention, depth, folder):
     return {name: (paths[name], live[name]) for name in names if name != "zeros"}
 
 
-def programs(depth=12, attention="flash", part_of_chip="chip"):
+def programs(depth=12, attention="flash", blocks="apart", part_of_chip="chip"):
     share = 1 if part_of_chip == "chip" else 2
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for job in JOBS:
-            for name, (path, live) in traced(job, attention, depth, folder).items():
+            found_in = traced(job, attention, blocks, depth, folder)
+            for name, (path, live) in found_in.items():
                 [found[name]] = apart(compile_alone, path, part_of_chip)
                 found[name]["live"] = live
     columns = """TFLOP, GB accessed, GB read again, GB temporary, GB of tensors, MB of code, CPU
@@ -293,7 +326,7 @@ def programs(depth=12, attention="flash", part_of_chip="chip"):
         row(name, *(f"{n:.3g}" for n in cells), bound)
         held = sum(one[part] for part in ("temporary", "live", "outputs", "code"))
         figure(f"{name}: share of memory", held * share / MEMORY, at_most=0.5)
-    is_whole = attention == "flash" and depth == 12
+    is_whole = attention == "flash" and blocks == "apart" and depth == 12
     for job, most in (("encode", 15), ("step", 65)):
         parts = [one for name, one in found.items() if name.startswith(job)]
         gb, took = sum(one["bytes"] for one in parts) / 1e9, sum(one["took"] for one in parts)
