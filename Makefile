@@ -48,7 +48,7 @@ preview: setup  ## draw augmented views of CKPT's volumes
 	$(VENV)/bin/python scripts/preview.py $(CONFIGS) runs/preview_$(CKPT).png
 
 check: setup  ## who is in the data, who is missing and why, with a page; with DEEP=1, every volume is opened
-	$(VENV)/bin/python check.py$(if $(DEEP), --deep) --config configs/$(CKPT).yaml$(TASK_CONFIG)
+	$(VENV)/bin/python check.py$(if $(DEEP), --deep) $(CONFIGS)
 
 SHOOT = $(VENV)/bin/python scripts/pictures.py docs
 pictures: setup  ## the pictures of README.md and docs/, from the demo; needs chromium; half an hour
@@ -64,7 +64,7 @@ pictures: setup  ## the pictures of README.md and docs/, from the demo; needs ch
 	$(VENV)/bin/python scripts/preview.py --config configs/demo.yaml --config configs/finetune.yaml docs/preview.png
 
 doctor: setup  ## is this machine ready? packages, GPU or TPU, disk, memory, B2, W&B
-	$(VENV)/bin/python scripts/doctor.py --config configs/$(CKPT).yaml$(TASK_CONFIG)
+	$(VENV)/bin/python scripts/doctor.py $(CONFIGS)
 
 setup: $(VENV)/installed  ## install the pinned packages into .venv; VENV=folder names another
 	@[ -z "$(PYTHON)" ] || { wanted=$$(scripts/python.sh "$(PYTHON)") || exit 1; \
@@ -98,7 +98,7 @@ tests/node_modules: tests/package.json
 	touch $@
 
 test-xla: setup-xla
-	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q tests/test_xla.py tests/test_tpu.py
+	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -q -n 2 tests/test_xla.py tests/test_tpu.py
 
 # the TPU's compiler needs no TPU
 test-tpu-compile: setup-xla
@@ -146,5 +146,5 @@ bench-truth: setup
 tpu-setup tpu-train tpu-fetch:
 	scripts/tpu.sh $(@:tpu-%=%)
 
-clean:  ## remove the demo's data, caches and runs; yours stay
+clean:  ## remove the demo's data and caches, and every run whose name begins with runs/cls_demo
 	rm -rf demo demo_literature demo_encoders runs/cls_demo* runs/preview_demo*

@@ -6,9 +6,11 @@ if __name__ in ("__main__", "__mp_main__"):  # started by hand, or by such a pro
     begin.process()
 """
 
+import importlib.util
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -18,7 +20,11 @@ PARENT = "OCTPROBE_PARENT"  # variable by which a process tells those that it st
 
 def process():
     """Until device.run: Ctrl-C ends this process without a traceback. A process that another of
-    ours started leaves Ctrl-C to that one, and ends with it."""
+    ours started leaves Ctrl-C to that one, and ends with it. Without torch, it ends now."""
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(
+            f"error: {sys.executable} has no torch; run .venv/bin/python, which `make setup` makes"
+        )
     if multiprocessing.current_process().name == "MainProcess":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     else:

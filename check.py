@@ -1,4 +1,4 @@
-"""The data before anything is trained: who is in them, who is missing and why; check.html.
+"""The data before anything is trained: who is in them, who is missing and why.
 
     python check.py --config configs/single_domain_01.yaml    # the ledger; opens no volume
     python check.py --deep --config FILE         # and opens every volume once: what are they?
@@ -269,7 +269,7 @@ def main():
     """The command: the ledger is printed, and the page written, also where the check then fails."""
     parser = config.parser(__doc__)
     parser.add_argument("--deep", action="store_true", help="open every volume once")
-    parser.add_argument("--no-images", action="store_true", help="no B-scans in check.html")
+    parser.add_argument("--no-images", action="store_true", help="no B-scans in the page")
     args = parser.parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
     settings.check_placeholders(cfg)

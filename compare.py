@@ -8,6 +8,7 @@ of a comparison is in versus.py.
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ from results import open_results
 # what --compare and --leaderboard write beside the runs: folders of figures, and these files
 WRITTEN = ("comparison", "leaderboard")
 ENDINGS = ("md", "csv", "html", "tex")
+# of `make check` and `make preview`
+BESIDE_RUNS = re.compile(r".+_check\.html|.+_flow\.(svg|png|pdf)|preview_.+\.png")
 
 
 @dataclass
@@ -59,13 +62,15 @@ def printable(text):
 
 
 def without_pages(paths):
-    """The paths without what --compare and --leaderboard wrote: runs/* has that, too. Such a folder
-    holds figures and nothing else; a run may have its name."""
+    """The paths without what --compare, --leaderboard, check.py and preview.py wrote: runs/* has
+    that, too. Such a folder holds figures and nothing else; a run may have its name."""
     return [path for path in paths if not is_written(path)]
 
 
 def is_written(path):
     stem, _, ending = os.path.basename(os.path.abspath(path)).partition(".")
+    if os.path.isfile(path) and BESIDE_RUNS.fullmatch(f"{stem}.{ending}"):
+        return True
     if stem not in WRITTEN:
         return False
     if os.path.isdir(path):

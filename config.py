@@ -113,14 +113,14 @@ def read(path, children=(), overlay=None):
     have no base."""
     path = os.path.abspath(path)
     if not os.path.isfile(path):
-        folder = os.path.dirname(path)
-        found = (
-            [name for name in os.listdir(folder) if name.endswith(".yaml")]
-            if (os.path.isdir(folder))
-            else []
-        )
+        folder, name = os.path.split(path)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        found = sorted(other for other in names if other.endswith(".yaml"))
+        nearest = difflib.get_close_matches(name, found, n=1)
         raise FileNotFoundError(
-            f"{path} is not a file; {folder} has {', '.join(sorted(found)) or 'no configuration'}"
+            f"{path} is not a file; "
+            + (f"did you mean {nearest[0]}? " if nearest else "")
+            + f"{folder} has {', '.join(found) or 'no configuration'}"
         )
     if path in children:
         raise ValueError(f"{path}: its chain of base: files comes back to itself")

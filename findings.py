@@ -202,7 +202,10 @@ def looks_line(result):
     looks = result["looks"]
     unread = f" ({looks['unreadable']} more could not be read)" if looks["unreadable"] else ""
     if looks["runs"] == 1:
-        return f"no other run beside this one was scored on this test set{unread}"
+        return (
+            "when this was written, no other run beside this one was scored on this test set"
+            f"{unread}"
+        )
     return (
         f"{looks['runs']} runs of this folder were scored on this test set{unread}: were they "
         f"equally good, the best would be above its worth by {looks['optimism']:.3f} on average, "

@@ -126,9 +126,10 @@ def local(cfg, name):
         # a folder or a pipe, or nothing
         what = "no file" if os.path.exists(path) else "not there"
         of_demo = "; .venv/bin/python bench/encoders.py makes those of demo_short and demo_long"
+        is_theirs = "demo_encoders/" in cfg.paths.checkpoint_path
         raise FileNotFoundError(
             f"paths.checkpoint_path={name} is {what}; put the pretrained encoder's file there, "
-            f"or set paths.checkpoint_path{of_demo if cfg.demo.dir else ''}"
+            f"or set paths.checkpoint_path{of_demo if is_theirs else ''}"
         ) from None
 
 

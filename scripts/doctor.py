@@ -101,14 +101,14 @@ def wandb(cfg):
 def main():
     args = config.parser(__doc__).parse_intermixed_args()
     cfg = config.load(args.config, args.overrides)
-    failed = False
+    failed = 0
     for check in (python, packages, accelerator, memory, disk, data, wandb):
         try:
             print(f"ok    {check(cfg)}")
         except (ValueError, OSError) as error:
             print(f"MEND  {error}")
-            failed = True
-    sys.exit(int(failed))
+            failed += 1
+    sys.exit(f"error: {failed} to mend, named above" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,18 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(script):
     assert errors == "" and process.returncode in (-signal.SIGINT, 0)
 
 
+def test_a_python_without_torch_is_told_which_to_take():
+    """As python3 eval.py is, beside .venv."""
+    hidden = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'eval.py'; "
+    hidden += "runpy.run_path('eval.py', run_name='__main__')"
+    command = [sys.executable, "-c", hidden, "--ckpt", "runs/none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == (
+        f"error: {sys.executable} has no torch; run .venv/bin/python, which `make setup` makes\n"
+    )
+
+
 @pytest.mark.slow
 def test_replicas_that_are_being_started_end_with_their_parent(dataset, tmp_path):
     more = ["device.processes=12", "device.backend=cpu"]

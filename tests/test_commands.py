@@ -152,6 +152,7 @@ def test_the_doctor_says_what_is_right_and_what_to_mend(project):
     assert all(line.startswith("ok    ") for line in lines)
     done = make(project, "doctor", "CKPT=single_domain_01")
     assert done.returncode != 0 and "MEND  paths.data=b2://YOUR-BUCKET" in done.stdout
+    assert "error: 1 to mend, named above" in done.stderr
 
 
 def test_make_finetune_lays_its_settings_over_the_checkpoints(project):

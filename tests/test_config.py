@@ -319,6 +319,8 @@ def test_a_base_that_is_no_path_is_refused(tmp_path):
 
 
 def test_a_file_that_is_not_there_names_those_that_are():
+    with pytest.raises(FileNotFoundError, match="dmeo.yaml .*; did you mean demo.yaml. .* has .*"):
+        config.load(os.path.join(ROOT, "configs", "dmeo.yaml"))
     with pytest.raises(FileNotFoundError, match="nosuch.yaml is not a file; .* has .*demo.yaml"):
         config.load(os.path.join(CONFIGS, "nosuch.yaml"))
 

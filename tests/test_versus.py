@@ -86,6 +86,19 @@ def test_the_command_prints_the_comparison_and_names_the_page(many, command):
     assert (folder / "comparison.html").read_text() == page
 
 
+def test_what_is_written_beside_runs_is_no_run(many, tmp_path):
+    """`--compare runs/*` after `make check` and `make preview`."""
+    folder, said, _ = many
+    runs = [str(folder / name) for name in sorted(ANSWERS)]
+    for name in ("cls_a_check.html", "cls_a_flow.png", "preview_a.png", "comparison.html"):
+        (tmp_path / name).touch()
+        runs.insert(1, str(tmp_path / name))
+    assert compare.compare(runs, "test") == said
+    (tmp_path / "notes.html").touch()
+    with pytest.raises(FileNotFoundError, match="notes.html has no eval_test.json"):
+        compare.compare([*runs, str(tmp_path / "notes.html")], "test")
+
+
 def test_figures_tables_and_alt_texts_have_the_numbers_that_are_printed(many):
     folder, said, page = many
     svg = written_in((folder / "comparison/differences.svg").read_text())
