@@ -170,6 +170,8 @@ def parser(description, **positional):
     for name, what in positional.items():
         parser.add_argument(name, help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    hint = "settings are written section.key=value; --help shows the rest"
+    parser.error = lambda message: parser.exit(2, f"error: {message}; {hint}\n")
     return parser
 
 
@@ -191,7 +193,7 @@ def resolve(tree, overrides, where, places=None, is_new=False):
     """Nested or flat dict and overrides -> checked namespace. where: the dict's origin, places:
     those of its values, for messages. is_new: of a run that begins, and is named for its task."""
     flat, checked = read(DEFAULTS)[0] | known_values(tree, where), {}
-    places = dict(places or {})
+    places, typed = dict(places or {}), {}
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
@@ -201,14 +203,19 @@ def resolve(tree, overrides, where, places=None, is_new=False):
             continue
         check_known(name, "command line")
         places.pop(name, None)
+        typed[name] = value
         flat[name] = value if KEYS[name] is text else parse(value, f"command line: {name}")
     for name, kind in KEYS.items():
         try:
             checked[name] = TypeAdapter(kind).validate_python(flat[name])
         except ValidationError:
             place = f" ({places[name]})" if name in places else ""
-            got = repr(flat[name])[:200]
-            raise ValueError(f"{name} must be {words_of(kind)}; got {got}{place}") from None
+            got = flat[name]
+            if isinstance(got, bool):  # YAML reads yes, no, on and off as one
+                got = typed.get(name, got)
+            raise ValueError(
+                f"{name} must be {words_of(kind)}; got {repr(got)[:200]}{place}"
+            ) from None
     cfg = nest(checked)
     given = {override.partition("=")[0] for override in overrides}
     check_swept(cfg, given)

@@ -131,8 +131,14 @@ def sentence(result):
         f"balanced accuracy {result['balanced_accuracy']:.3f} "
         f"({how}; {chance}), "
         f"{counted(result)}, "
-        f"checkpoint of epoch {result['epoch']}{how_fitted(result)}, {result['data']}."
+        f"{fitted(result)}{how_fitted(result)}, {result['data']}."
     )
+
+
+def fitted(result):
+    """Which of a run's heads it is. A kNN or a logistic regression has no epochs."""
+    has_epochs = result["mode"] not in ("kNN", "logistic regression")
+    return f"checkpoint of epoch {result['epoch']}" if has_epochs else result["mode"]
 
 
 def how_fitted(result):

@@ -102,6 +102,7 @@ def test_child_overrides_parent_and_command_line_overrides_both(tmp_path):
         ("train.epochs=0", "train.epochs must be"),
         ("train.epochs=1.5", "train.epochs must be"),
         ("seed=true", "seed must be a whole number"),
+        ("train.resume=yes", "train.resume must be one of auto, never; got 'yes'"),
         ("seed=--5", "seed must be a whole number from 0 to 2147483647; got '--5'"),
         ("seed=999999999999999999", "seed must be a whole number from 0"),
         ("log.run_name=", "log.run_name must be a text"),
