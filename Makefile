@@ -10,6 +10,7 @@ MODE ?= probe
 TASK ?=
 PYTHON ?=
 VENV = .venv
+$(if $(filter-out 1,$(words $(VENV))),$(error VENV="$(VENV)" must be one folder, without a space in its name))
 finetune preview: MODE = finetune
 RUN = runs/cls_$(CKPT)$(if $(TASK),_$(TASK))$(if $(filter-out probe,$(MODE)),_$(MODE))
 TASK_CONFIG = $(if $(TASK), --config configs/tasks/$(TASK).yaml)
@@ -66,19 +67,23 @@ pictures: setup  ## the pictures of README.md and docs/, from the demo; needs ch
 doctor: setup  ## is this machine ready? packages, GPU or TPU, disk, memory, B2, W&B
 	$(VENV)/bin/python scripts/doctor.py $(CONFIGS)
 
+# an environment that is there keeps its Python
+SAME_PYTHON = [ "$$version" = "$$("$$python" --version)" ] || { echo "error: $$folder is there already, with \
+    $$version; remove it, or name another folder: VENV=folder"; exit 1; }
 setup: $(VENV)/installed  ## install the pinned packages into .venv; VENV=folder names another
-	@[ -z "$(PYTHON)" ] || { wanted=$$(scripts/python.sh "$(PYTHON)") || exit 1; \
-	    version=$$($(VENV)/bin/python --version); [ "$$version" = "$$("$$wanted" --version)" ] || { \
-	    echo "error: $(VENV) is there already, with $$version; remove it, or name another folder: VENV=folder"; exit 1; }; }
+	@[ -z "$(PYTHON)" ] || { python=$$(scripts/python.sh "$(PYTHON)") || exit 1; \
+	    folder=$(VENV); version=$$($$folder/bin/python --version); $(SAME_PYTHON); }
 setup-xla: .venv-xla/installed
 
 # with pip's own list of what it installs, for that takes minutes
 $(VENV)/installed: requirements.txt requirements-common.txt
 .venv-xla/installed: requirements-tpu.txt requirements-common.txt
 $(VENV)/installed .venv-xla/installed:
-	@python=$$(scripts/python.sh "$(PYTHON)") && echo "$(@D) is made with $$("$$python" --version), $$python" && \
-	    "$$python" -m venv $(@D)
-	$(@D)/bin/pip install -r $<
+	@python=$$(scripts/python.sh "$(or $(PYTHON),$(wildcard $(@D)/bin/python))") || exit 1; \
+	    folder=$(@D); if [ -e $$folder/bin/python ]; then version=$$($$folder/bin/python --version); $(SAME_PYTHON); fi; \
+	    $(@D)/bin/python -m pip --version > /dev/null 2>&1 || \
+	    { echo "$(@D) is made with $$("$$python" --version), $$python"; "$$python" -m venv $(@D); }
+	$(@D)/bin/python -m pip install -r $<
 	touch $@
 
 lint: setup  ## ruff, shellcheck

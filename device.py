@@ -218,11 +218,15 @@ def in_group(command):
     """command() as one of the replicas that torchrun or srun has started. With the first of them
     that fails, all end."""
     place = hosts.find()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     end_when_gone(STARTED_BY)  # torchrun, say, that is killed
 
     def job():
+        # it waits in torch's C++, where no handler of Python's would run
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         GROUP.extend([place, *meet(place)])
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with silent(place.rank):
                 command()
@@ -245,6 +249,10 @@ def meet(place):
     """-> torch's store of the group, and its hosts.Line. ConnectionError where not all come."""
     where, patience = f"{place.address}:{place.port}", timedelta(seconds=hosts.MEETING)
     hosts.own_address(place)  # says at once what waiting would not help
+    said = f"replica {place.rank} of {place.world} waits for the others at {where}"
+    timer = threading.Timer(15, print, [said], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
     try:
         found = dist.rendezvous("env://", place.rank, place.world, timeout=patience)
         store, _, _ = next(found)
@@ -258,6 +266,8 @@ def meet(place):
             f"replica {place.rank} of {place.world} did not meet the others at {where} (MASTER_ADDR"
             f" and MASTER_PORT) within {hosts.MEETING} s: {reason}"
         ) from error
+    finally:
+        timer.cancel()
 
 
 def join(main, cfg, backend, processes, place, store, line):
@@ -694,6 +704,18 @@ def gather(value, dev):
     padded[: len(text)] = text
     rows = zip(rows_of_all(padded), lengths)
     return [json.loads(bytes(row[:length])) for row, length in rows]
+
+
+def agree(what, dev):
+    """ValueError, in every replica, that names what differs between them. what: {name: text}."""
+    of_all = gather({name: text[:40] + files.hashed(text)[:16] for name, text in what.items()}, dev)
+    for name, text in of_all[0].items():
+        others = [rank for rank, found in enumerate(of_all) if found.get(name) != text]
+        if others:
+            raise ValueError(
+                f"{name} differs between the replicas: replica {others[0]} of {world()} has "
+                "another than replica 0; start all hosts with the same"
+            )
 
 
 def any_replica(value, dev):

@@ -69,7 +69,7 @@ def evaluate_run(ckpt, split, overrides=()):
     overrides. -> (result, the content of eval_SPLIT.json; folder of the results). ValueError when
     checkpoint, encoder and data do not belong together.
     """
-    opened, encoder, banks, book, changed = open_run(ckpt, overrides, split)
+    opened, encoder, banks, book, changed = open_run(ckpt, overrides, split, "score")
     saved, cfg = opened.saved, opened.cfg
     samples = book.of(split)
     if not samples:
@@ -152,14 +152,18 @@ def ahead(opened, book, split):
 # ----------------------------------------------------------------------- the model and its features
 
 
-def open_run(ckpt, overrides, split):
+def open_run(ckpt, overrides, split, job):
     """-> runs.Opened, the Encoder, the banks of `load_model`, the Ledger, and changed_tables.
-    ckpt: as in `evaluate_run`."""
+    ckpt: as in `evaluate_run`. ValueError where replicas were started for another job."""
     opened = ckpt if isinstance(ckpt, runs.Opened) else runs.open_checkpoint(ckpt, overrides)
     runs.check_config(opened)
     encoder, banks = load_model(opened, split)
     book = ledger.read(opened.cfg)
     ledger.check(book, opened.cfg.data.max_missing)
+    if device.world() > 1:
+        dev = device.get(opened.cfg.device.backend)
+        same = {"the command": f"{job} {split}", "the checkpoint": files.sha256(opened.path)}
+        runs.agree(opened.cfg, book, encoder, dev, **same)
     return opened, encoder, banks, book, changed_tables(opened, book, overrides)
 
 
@@ -411,7 +415,7 @@ def update_ledger(path, book, split):
 def export(rank, cfg, ckpt, split, path, overrides):
     """Write the features of a run's volumes (split "all": of every split) to a features.npz, in
     every replica."""
-    opened, encoder, _, book, _ = open_run(ckpt, overrides, split)
+    opened, encoder, _, book, _ = open_run(ckpt, overrides, split, "export")
     samples = [s for s in book.samples if split in ("all", s.split)]
     dev = device.get(opened.cfg.device.backend)
     found = features.encode(opened.cfg, book, samples, encoder, dev)
@@ -423,7 +427,7 @@ def export(rank, cfg, ckpt, split, path, overrides):
 def explain_participant(rank, cfg, ckpt, split, participant, overrides):
     """Write explain_PARTICIPANT.html into the run's folder, in every replica. split: the one that
     the participant must be in; "all": any."""
-    opened, encoder, _, book, _ = open_run(ckpt, overrides, split)
+    opened, encoder, _, book, _ = open_run(ckpt, overrides, split, f"explain {participant}")
     path = explain.write(opened, book, encoder, participant, split)
     print(f"explained: {os.path.relpath(path)}")
 

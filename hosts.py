@@ -47,6 +47,11 @@ def find():
     """The Place that torchrun or scripts/slurm.sh gave to this process, None where it has none.
     ValueError where the variables contradict each other."""
     if "RANK" not in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set in the environment, but RANK is not;"
+                " start with torchrun or scripts/slurm.sh, or unset WORLD_SIZE"
+            )
         return None
     numbers = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"
     missing = [name for name in (*numbers, "MASTER_ADDR") if not os.environ.get(name)]
@@ -60,9 +65,15 @@ def find():
         rank, world, local_rank, port = (int(os.environ[name]) for name in numbers)
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except ValueError:
-        raise ValueError(f"not all of these are whole numbers: {said}") from None
+        raise ValueError(
+            f"not all of these are whole numbers: {said}, and LOCAL_WORLD_SIZE"
+        ) from None
     if not 0 <= local_rank <= rank < world:
         raise ValueError(f"{said} does not fit: LOCAL_RANK <= RANK < WORLD_SIZE must hold")
+    if not 0 < port < 65536 or local_world < 1:
+        raise ValueError(
+            f"{said} does not fit: MASTER_PORT is from 1 to 65535, LOCAL_WORLD_SIZE at least 1"
+        )
     return Place(rank, world, local_rank, local_world, os.environ["MASTER_ADDR"], port)
 
 

@@ -56,8 +56,9 @@ def one_of(*allowed):
 
 def choices(kind):
     """Values to try, each of this type, or null."""
-    words = f"a list of values to try, each {words_of(kind)}"
-    return optional(described(words, list[kind], min_length=1))
+    words = f"a list of values to try, each {words_of(kind)}, no two alike"
+    values = Annotated[list[kind], AfterValidator(different), Field(min_length=1)]
+    return optional(described(words, values))
 
 
 def exactly(count, kind):
@@ -65,7 +66,7 @@ def exactly(count, kind):
 
 
 def different(values):
-    if len(set(values)) < len(values):
+    if len(set(map(str, values))) < len(values):
         raise ValueError
     return values
 

@@ -78,6 +78,12 @@ def check_folder(cfg):
             f"paths.run_dir={folder} is not a run's folder and not empty; "
             "set paths.run_dir to another one"
         )
+    cache = os.path.realpath(os.path.expanduser(cfg.paths.cache_dir))
+    if f"{os.path.realpath(folder)}{os.sep}".startswith(cache + os.sep):
+        raise ValueError(
+            f"paths.run_dir={folder} lies in paths.cache_dir={cfg.paths.cache_dir}, which may be "
+            "removed at any time; set paths.run_dir to another one"
+        )
     encoder = cfg.paths.checkpoint_path
     path = encoder and os.path.realpath(os.path.expanduser(encoder))
     if encoder and not b2.is_remote(encoder) and path.startswith(os.path.realpath(folder) + os.sep):
@@ -347,6 +353,21 @@ def changed_settings(old, new):
     return [
         f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)
     ]
+
+
+def agree(cfg, book, encoder, dev, **more):
+    """ValueError where the replicas were started with different settings, encoders or data, or
+    where `more`, {name: text}, differs. All replicas trust that the others do the same: no sum of
+    theirs would show it."""
+    if device.world() == 1:
+        return
+    named = ("train.save_every", "eval.")  # which say when replicas wait for each other
+    flat = config.flatten(config.to_dict(cfg))
+    keys = {k: str(v) for k, v in flat.items() if not k.startswith(HARMLESS) or k.startswith(named)}
+    root = cfg.paths.features or cfg.paths.data
+    rows = [[s.unit, s.split, s.label, b2.below(root, s.path)] for s in book.samples]
+    data = {"what the tables say and the list of volumes": json.dumps(rows)}
+    device.agree(more | keys | {"the encoder": encoder.sha256} | data, dev)
 
 
 def refit_lines(cfg, is_refit):

@@ -76,6 +76,8 @@ def check_classes(cfg):
                     f"{name}={scheme} has {len(scheme)} numbers, and there are {number} classes "
                     "(data.classes); give one for each"
                 )
+            if isinstance(scheme, list) and not any(scheme):
+                raise ValueError(f"{name}={scheme} gives no class a weight; give one of them some")
     ordinal = {
         "model.head.ordinal=true": cfg.model.head.ordinal,
         "train.loss=ordinal": cfg.train.loss == "ordinal",

@@ -86,6 +86,7 @@ def main(rank, cfg):
     stages.plan(ahead(cfg, book))  # for the time left that progress lines show
     # features of the pretrained encoder, of each volume and of its augmented views, once
     encoder = features.open_encoder(cfg)
+    runs.agree(cfg, book, encoder, dev)
     train_set, val_set = features.encode_for_training(cfg, book, encoder, dev)
 
     if settings.trains_one_head(cfg):

@@ -17,13 +17,15 @@ esac
 
 # prints the path of the interpreter, if it runs, is of one of the versions, and can make environments
 check() {
-    "$1" - "${versions[@]}" 2> /dev/null <<'END'
+    local found
+    found=$("$1" - "${versions[@]}" 2> /dev/null <<'END'
 import sys
 if f"{sys.version_info[0]}.{sys.version_info[1]}" not in sys.argv[1:]:
     sys.exit(1)
 import ensurepip, venv
 print(sys.executable)
 END
+    ) && [ -n "$found" ] && echo "$found"
 }
 
 if [ "$is_path" ]; then

@@ -30,6 +30,13 @@ if [ "$MODE" != probe ]; then
     settings+=(--config "configs/$MODE.yaml" "log.run_name=$name")
 fi
 run=${RUN:-runs/cls_$name}
+for setting in "$@"; do
+    case $setting in paths.run_dir=*)
+        echo "error: $setting: name the run's folder with RUN=, for it is scored afterwards, too" >&2
+        exit 1
+        ;;
+    esac
+done
 
 if [ -z "$DRY" ]; then
     # where the tasks meet: the first host, which has rank 0

@@ -102,6 +102,8 @@ def test_child_overrides_parent_and_command_line_overrides_both(tmp_path):
         ("train.epochs=0", "train.epochs must be"),
         ("train.epochs=1.5", "train.epochs must be"),
         ("seed=true", "seed must be a whole number"),
+        ("train.sweep.lr_head=[0.1,1e-1]", "each a number >= 0, no two alike, or null; got [0.1, "),
+        ("train.class_weights=[0,0,0,0]", "gives no class a weight"),
         ("train.resume=yes", "train.resume must be one of auto, never; got 'yes'"),
         ("seed=--5", "seed must be a whole number from 0 to 2147483647; got '--5'"),
         ("seed=999999999999999999", "seed must be a whole number from 0"),

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ from helpers import ROOT, TUNE, children_of, content, settings, trained, warm
 
 import eval as evaluation
 import hosts
+import phantom
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ADDRESSES = "10.77.0.1", "10.77.0.2"
@@ -143,9 +145,67 @@ def test_an_error_is_one_sentence_once(written, tmp_path, case):
     assert not on_one or error in found[1][2]  # where it happened
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["seed", "the encoder", "what the tables say", "train.save_every"])
+def test_hosts_that_were_given_different_things_do_not_train(written, tmp_path, what):
+    """Their gradients would be added up all the same."""
+    if what == "the encoder":
+        phantom.write_encoder(f"{tmp_path}/other.pt", (16, 64, 64), 128, 2)
+        other = f"paths.checkpoint_path={tmp_path}/other.pt"
+    elif what == "what the tables say":  # the same rows in another order
+        shutil.copytree(written, f"{tmp_path}/data")
+        table = pathlib.Path(tmp_path, "data", "participants.tsv")
+        header, *rows = table.read_text().splitlines()
+        table.write_text("\n".join([header, *rows[::-1]]) + "\n")
+        other = f"paths.data={tmp_path}/data"
+    else:
+        other = f"{what}=7"
+    command = training(written, tmp_path, CPU, "train.epochs=2")
+    with group(lambda node: command(node) + node * [other]) as agents:
+        (error,) = errors_of(ended(agents, 60))
+    assert error.startswith(f"error: {what}") and "replica 1 of 2 has another" in error
+    assert not os.path.exists(f"{tmp_path}/run0/provenance.json")
+
+
+@pytest.mark.slow
+def test_hosts_that_were_given_different_things_do_not_score(written, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        run = f"{trained(written, *JOBS['probe'], f'seed={seed}')}/run"
+        shutil.copytree(run, f"{tmp_path}/{name}")
+    cache = f"paths.cache_dir={tmp_path}/cache"
+    start = lambda name, *more: ["eval.py", "--ckpt", f"{tmp_path}/{name}", cache, *more]
+    for own, said in (
+        ([start("a"), start("b")], "the checkpoint"),
+        ([start("a"), start("a", "--split", "val")], "the command"),
+        ([start("a"), start("a", "--export", f"{tmp_path}/x.npz")], "the command"),
+        ([start("a"), start("a", "eval.probes=true")], "eval.probes"),
+    ):
+        with group(lambda node, own=own: own[node]) as agents:
+            (error,) = errors_of(ended(agents, 60))
+        assert error.startswith(f"error: {said} differs between the replicas"), error
+        assert not os.path.exists(f"{tmp_path}/a/eval_test.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_replica_that_waits_for_the_others_says_so_and_can_be_ended(tmp_path, number):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    line = [sys.executable, tmp_path / "script.py", "run"]
+    own = os.environ | where | {"RANK": "0", "LOCAL_RANK": "0"}
+    with subprocess.Popen(line, env=own, stderr=subprocess.PIPE, text=True) as process:
+        said = process.stderr.readline()  # after 15 s
+        process.send_signal(number)
+        assert process.wait(5) == -number
+    assert said == f"replica 0 of 2 waits for the others at localhost:{where['MASTER_PORT']}\n"
+
+
 @pytest.mark.parametrize(
     "variables, said",
     [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment, but RANK is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT is from 1 to"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE at least 1"),
         ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK is"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "does not fit"),
@@ -153,8 +213,9 @@ def test_an_error_is_one_sentence_once(written, tmp_path, case):
     ],
 )
 def test_half_a_group_is_said(monkeypatch, variables, said):
-    if len(variables) == 2:
-        variables |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    if len(variables) in (2, 3):
+        rest = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        variables = rest | variables
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said):

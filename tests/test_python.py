@@ -104,3 +104,40 @@ def test_an_environment_of_another_version_is_not_taken_for_it(tmp_path):
     done = make(tmp_path, "setup", f"PYTHON={HERE}")
     assert done.returncode == 2
     assert "error: .venv is there already, with Python 3.99.1; remove it" in done.stdout
+
+
+def test_an_environment_keeps_its_python_when_it_is_brought_up_to_date(tmp_path):
+    """make setup where requirements are newer than .venv, which another Python had made."""
+    for name in ("Makefile", "requirements.txt", "requirements-common.txt"):
+        shutil.copyfile(f"{ROOT}/{name}", tmp_path / name)
+    (tmp_path / "scripts").symlink_to(f"{ROOT}/scripts")
+    other = "3.13" if VERSION != "3.13" else "3.12"
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"""#!/bin/sh
+        case " $* " in
+        *" --version "*) echo Python {other}.0 ;;
+        *" - "*) case " $* " in *" {other} "*) echo "$0" ;; *) exit 1 ;; esac ;;
+        *) echo "$*" >> {tmp_path}/log ;;
+        esac
+        """
+    )
+    python.chmod(0o755)
+    done = make(tmp_path, "setup", f"PYTHON={HERE}")
+    assert done.returncode == 2 and f"already, with Python {other}.0; remove it" in done.stdout
+    assert not (tmp_path / "log").exists()
+    done = make(tmp_path, "setup")
+    assert done.returncode == 0 and "is made with" not in done.stdout, done.stderr
+    assert (tmp_path / "log").read_text().splitlines() == ["-m pip install -r requirements.txt"]
+    assert (tmp_path / ".venv/installed").exists()
+
+
+def test_what_is_no_python_or_no_single_folder_is_refused(ask, tmp_path):
+    done = ask(shutil.which("true"))
+    assert done.returncode == 1 and "is no Python 3.11, 3.12 or 3.13" in done.stderr
+    for folder in ("sp ace", ""):
+        done = subprocess.run(
+            ["make", "setup", f"VENV={folder}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "must be one folder" in done.stderr

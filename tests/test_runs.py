@@ -204,7 +204,14 @@ def test_a_rerun_removes_only_what_runs_write(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["a folder of other things", "a file", "where the encoder lies", "below a file"]
+    "kind",
+    [
+        "a folder of other things",
+        "a file",
+        "where the encoder lies",
+        "below a file",
+        "in the cache",
+    ],
 )
 def test_a_run_dir_that_is_not_a_runs_is_refused_before_anything_is_computed(
     written, configure, tmp_path, monkeypatch, kind
@@ -213,6 +220,8 @@ def test_a_run_dir_that_is_not_a_runs_is_refused_before_anything_is_computed(
     mine, encoder = tmp_path / "mine", TINY
     if kind == "a file":
         mine.write_text("precious")
+    elif kind == "in the cache":
+        mine = tmp_path / "cache" / "run"
     elif kind == "below a file":
         (tmp_path / "file").write_text("precious")
         mine = tmp_path / "file" / "run"
