@@ -393,6 +393,12 @@ def test_slurm_trains_and_scores(written, tmp_path):
     assert "data.batch_size 7 -> 8" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_slurm_scores_the_folder_that_it_trains(tmp_path):
+    done = slurm(tmp_path, f"paths.run_dir={tmp_path}/elsewhere", DRY="1")
+    assert done.returncode == 1 and "name the run's folder with RUN=" in done.stderr
+    assert not done.stdout
+
+
 def test_slurm_only_prints_when_asked(tmp_path):
     done = slurm(tmp_path, "seed=1", DRY="1", CKPT="single_domain_01", MODE="finetune", RUN="")
     first, *others = done.stdout.splitlines()
