@@ -364,8 +364,9 @@ def agree(cfg, book, encoder, dev, **more):
     named = ("train.save_every", "eval.")  # which say when replicas wait for each other
     flat = config.flatten(config.to_dict(cfg))
     keys = {k: str(v) for k, v in flat.items() if not k.startswith(HARMLESS) or k.startswith(named)}
-    root = cfg.paths.features or cfg.paths.data
-    rows = [[s.unit, s.split, s.label, b2.below(root, s.path)] for s in book.samples]
+    # on each host, paths.data and paths.features may lie elsewhere
+    place = lambda path: b2.below(cfg.paths.data, path.removeprefix(cfg.paths.features or ""))
+    rows = [[s.unit, s.split, s.label, place(s.path)] for s in book.samples]
     data = {"what the tables say and the list of volumes": json.dumps(rows)}
     device.agree(more | keys | {"the encoder": encoder.sha256} | data, dev)
 
