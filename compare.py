@@ -26,7 +26,7 @@ from results import open_results
 WRITTEN = ("comparison", "leaderboard")
 ENDINGS = ("md", "csv", "html", "tex")
 # of `make check` and `make preview`
-BESIDE_RUNS = re.compile(r".+_check\.html|.+_flow\.(svg|png|pdf)|preview_.+\.png")
+BESIDE_RUNS = re.compile(rf".+_check\.html|.+_flow\.({'|'.join(KINDS)})|preview_.+\.png")
 
 
 @dataclass
@@ -68,9 +68,10 @@ def without_pages(paths):
 
 
 def is_written(path):
-    stem, _, ending = os.path.basename(os.path.abspath(path)).partition(".")
-    if os.path.isfile(path) and BESIDE_RUNS.fullmatch(f"{stem}.{ending}"):
+    name = os.path.basename(os.path.abspath(path))
+    if os.path.isfile(path) and BESIDE_RUNS.fullmatch(name):
         return True
+    stem, _, ending = name.partition(".")
     if stem not in WRITTEN:
         return False
     if os.path.isdir(path):

@@ -708,9 +708,9 @@ def gather(value, dev):
 
 def agree(what, dev):
     """ValueError, in every replica, that names what differs between them. what: {name: text}."""
-    of_all = gather({name: text[:40] + files.hashed(text)[:16] for name, text in what.items()}, dev)
-    for name, text in of_all[0].items():
-        others = [rank for rank, found in enumerate(of_all) if found.get(name) != text]
+    of_all = gather({name: files.hashed(text)[:16] for name, text in what.items()}, dev)
+    for name, hashed in of_all[0].items():
+        others = [rank for rank, found in enumerate(of_all) if found.get(name) != hashed]
         if others:
             raise ValueError(
                 f"{name} differs between the replicas: replica {others[0]} of {world()} has "

@@ -160,10 +160,8 @@ def open_run(ckpt, overrides, split, job):
     encoder, banks = load_model(opened, split)
     book = ledger.read(opened.cfg)
     ledger.check(book, opened.cfg.data.max_missing)
-    if device.world() > 1:
-        dev = device.get(opened.cfg.device.backend)
-        same = {"the command": f"{job} {split}", "the checkpoint": files.sha256(opened.path)}
-        runs.agree(opened.cfg, book, encoder, dev, **same)
+    dev = device.get(opened.cfg.device.backend)
+    runs.agree(opened.cfg, book, encoder, dev, f"{job} {split}", opened.path)
     return opened, encoder, banks, book, changed_tables(opened, book, overrides)
 
 

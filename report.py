@@ -23,6 +23,7 @@ import figures
 import files
 import gallery
 import metrics
+import settings
 import sweep
 from findings import clean, number, sentences, span, tables, units, with_interval
 from labels import SPLITS
@@ -136,8 +137,8 @@ def sentence(result):
 
 
 def fitted(result):
-    """Which of a run's heads it is. A kNN or a logistic regression has no epochs."""
-    has_epochs = result["mode"] not in ("kNN", "logistic regression")
+    """Which of a run's heads it is."""
+    has_epochs = result["mode"] not in settings.REFERENCES.values()
     return f"checkpoint of epoch {result['epoch']}" if has_epochs else result["mode"]
 
 

@@ -355,12 +355,15 @@ def changed_settings(old, new):
     ]
 
 
-def agree(cfg, book, encoder, dev, **more):
-    """ValueError where the replicas were started with different settings, encoders or data, or
-    where `more`, {name: text}, differs. All replicas trust that the others do the same: no sum of
-    theirs would show it."""
+def agree(cfg, book, encoder, dev, job="train", checkpoint=None):
+    """ValueError where the replicas were started for different jobs, or with different settings,
+    encoders, data or checkpoints (a path). All replicas trust that the others do the same: no sum
+    of theirs would show it."""
     if device.world() == 1:
         return
+    started = {"the command": job}
+    if checkpoint:
+        started["the checkpoint"] = files.sha256(checkpoint)
     named = ("train.save_every", "eval.")  # which say when replicas wait for each other
     flat = config.flatten(config.to_dict(cfg))
     keys = {k: str(v) for k, v in flat.items() if not k.startswith(HARMLESS) or k.startswith(named)}
@@ -368,7 +371,7 @@ def agree(cfg, book, encoder, dev, **more):
     place = lambda path: b2.below(cfg.paths.data, path.removeprefix(cfg.paths.features or ""))
     rows = [[s.unit, s.split, s.label, place(s.path)] for s in book.samples]
     data = {"what the tables say and the list of volumes": json.dumps(rows)}
-    device.agree(more | keys | {"the encoder": encoder.sha256} | data, dev)
+    device.agree(started | keys | {"the encoder": encoder.sha256} | data, dev)
 
 
 def refit_lines(cfg, is_refit):

@@ -9,6 +9,8 @@ or numbers what is asked for.
 import math
 
 MOST_HEADS = 4096  # of a sweep: they train in parallel, in memory
+# model.head.kind of heads that are not trained in epochs, in words
+REFERENCES = {"knn": "kNN", "logistic_regression": "logistic regression"}
 
 
 def check_together(cfg):
@@ -232,7 +234,7 @@ def mode(cfg):
     if first_epoch_of_encoder(cfg) <= cfg.train.epochs:
         return "fine-tuning"
     if cfg.model.head.kind != "network":
-        return {"knn": "kNN"}.get(cfg.model.head.kind, cfg.model.head.kind.replace("_", " "))
+        return REFERENCES[cfg.model.head.kind]
     pooling = {"mean": "", "max": "max-pooled ", "attentive": "attentive "}[cfg.model.pool_method]
     return f"{pooling}{'MLP' if cfg.model.head.hidden else 'linear'} probe"
 

@@ -261,10 +261,8 @@ def feature_pass(machine):
     whole = features.Encoder(machine.encoder(), machine.size, "0" * 64)
     with tempfile.TemporaryDirectory() as folder:
         fill_cache(folder, machine.count, machine.size)
-        samples, cfg = (
-            samples_below(folder, machine.count),
-            settings("bf16", machine.dim, f"{folder}/cache"),
-        )
+        samples = samples_below(folder, machine.count)
+        cfg = settings("bf16", machine.dim, f"{folder}/cache")
         book = ledger.Ledger([], samples, ())
         took, _ = timed(features.encode, cfg, book, samples, whole, machine.dev)
     rate = machine.count / took

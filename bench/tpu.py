@@ -144,9 +144,8 @@ def scanned(self, volume, noise=None):
     if self.training:
         shares = [self.drop_path * (i + 1) / len(blocks) for i in range(len(blocks))]
         keep = [noise.keep(share, (2, 1, 1), layer=i) for i, share in enumerate(shares)]
-        each["keep"] = (
-            torch.stack(keep).transpose(1, 2).to(x.device, x.dtype)
-        )  # (depth, 2, B, 1, 1)
+        # (depth, B, 2, 1, 1) -> (depth, 2, B, 1, 1)
+        each["keep"] = torch.stack(keep).transpose(1, 2).to(x.device, x.dtype)
 
     def one(x, given):
         parameters = {name: value for name, value in given.items() if name != "keep"}
@@ -307,8 +306,8 @@ def programs(depth=12, attention="flash", blocks="apart", part_of_chip="chip"):
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for job in JOBS:
-            found_in = traced(job, attention, blocks, depth, folder)
-            for name, (path, live) in found_in.items():
+            paths = traced(job, attention, blocks, depth, folder)
+            for name, (path, live) in paths.items():
                 [found[name]] = apart(compile_alone, path, part_of_chip)
                 found[name]["live"] = live
     columns = """TFLOP, GB accessed, GB read again, GB temporary, GB of tensors, MB of code, CPU

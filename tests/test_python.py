@@ -90,12 +90,18 @@ def test_a_real_one_answers(ask):
         assert out.stdout.startswith(f"Python {VERSION}.")
 
 
+def copy_setup(folder):
+    """What `make setup` reads, newer than any environment."""
+    for name in ("Makefile", "requirements.txt", "requirements-common.txt"):
+        shutil.copyfile(f"{ROOT}/{name}", folder / name)
+    (folder / "scripts").symlink_to(f"{ROOT}/scripts")
+
+
 def test_an_environment_of_another_version_is_not_taken_for_it(tmp_path):
     """make setup PYTHON=... where .venv is there already."""
-    for name in ("Makefile", "requirements.txt", "requirements-common.txt"):
-        shutil.copy(f"{ROOT}/{name}", tmp_path)
+    copy_setup(tmp_path)
+    for name in ("requirements.txt", "requirements-common.txt"):
         os.utime(tmp_path / name, (0, 0))
-    (tmp_path / "scripts").symlink_to(f"{ROOT}/scripts")
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\necho Python 3.99.1\n")
     (tmp_path / ".venv/bin/python").chmod(0o755)
@@ -108,9 +114,7 @@ def test_an_environment_of_another_version_is_not_taken_for_it(tmp_path):
 
 def test_an_environment_keeps_its_python_when_it_is_brought_up_to_date(tmp_path):
     """make setup where requirements are newer than .venv, which another Python had made."""
-    for name in ("Makefile", "requirements.txt", "requirements-common.txt"):
-        shutil.copyfile(f"{ROOT}/{name}", tmp_path / name)
-    (tmp_path / "scripts").symlink_to(f"{ROOT}/scripts")
+    copy_setup(tmp_path)
     other = "3.13" if VERSION != "3.13" else "3.12"
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -134,10 +138,9 @@ def test_an_environment_keeps_its_python_when_it_is_brought_up_to_date(tmp_path)
 
 
 def test_what_is_no_python_or_no_single_folder_is_refused(ask, tmp_path):
+    copy_setup(tmp_path)
     done = ask(shutil.which("true"))
     assert done.returncode == 1 and "is no Python 3.11, 3.12 or 3.13" in done.stderr
     for folder in ("sp ace", ""):
-        done = subprocess.run(
-            ["make", "setup", f"VENV={folder}"], cwd=ROOT, capture_output=True, text=True
-        )
+        done = make(tmp_path, "setup", f"VENV={folder}")
         assert done.returncode == 2 and "must be one folder" in done.stderr
